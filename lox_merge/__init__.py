@@ -1,0 +1,41 @@
+"""lox-merge: make safety alignment harder to fine-tune away, and measure whether it worked.
+
+Names are imported on first use, so that `import lox_merge` and `lox-merge --help` do not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lox_merge._version import __version__
+
+if TYPE_CHECKING:
+    from lox_merge.errors import LoxMergeError
+    from lox_merge.jobs.harden import HardenResult, harden
+    from lox_merge.jobs.recipe import Recipe
+    from lox_merge.maths.edits import lox
+    from lox_merge.maths.spectral import truncated_svd
+    from lox_merge.maths.subspace import Subspace
+
+_HOMES = {
+    "HardenResult": "lox_merge.jobs.harden",
+    "LoxMergeError": "lox_merge.errors",
+    "Recipe": "lox_merge.jobs.recipe",
+    "Subspace": "lox_merge.maths.subspace",
+    "harden": "lox_merge.jobs.harden",
+    "lox": "lox_merge.maths.edits",
+    "truncated_svd": "lox_merge.maths.spectral",
+}
+
+__all__ = ["HardenResult", "LoxMergeError", "Recipe", "Subspace", "__version__", "harden", "lox", "truncated_svd"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

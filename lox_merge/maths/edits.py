@@ -1,0 +1,258 @@
+"""The LoX edit, its equal-norm controls, and the writing of an update into a stored dtype.
+
+LoX (Perin et al. 2025, arXiv 2506.15606): W_lox = W_align + alpha * Proj_k(Delta), Delta = W_align - W_base.
+Every function takes tensors and returns tensors; the streaming job, the mergekit method and in-memory search call these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
+from lox_merge.maths.precision import frobenius_norm, full_precision_matmul, rounding_noise_edge
+from lox_merge.maths.rank import RankRule
+from lox_merge.maths.rounding import Rounding, round_nearest, round_stochastic
+from lox_merge.maths.spectral import truncated_svd
+from lox_merge.maths.subspace import Subspace
+
+# Rows are edited in pieces of about this many entries: a few float32 temporaries of a piece stay in a core's cache.
+PIECE = 2**18
+# Rounding again after adding back what is missing inside the subspace; gain is 1.000 after 4 to 8 rounds (docs/numerics.md).
+FEEDBACK_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Update:
+    """An intended change T of a matrix as thin factors (left @ right.T), or as a multiple of the delta itself.
+
+    left: (d_out, k), right: (d_in, k), float32; both None for the full-rank update, whose T = scale * Delta.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    scale: float = 1.0
+
+    def piece(self, rows: slice, delta: Tensor | None) -> Tensor:
+        """Rows of T, (rows, d_in) float32."""
+        if self.left is None or self.right is None:
+            if delta is None:
+                raise ValueError("the full-rank update needs the delta")
+            return delta[rows] * self.scale
+        return self.left[rows] @ self.right.T
+
+
+@dataclass(frozen=True)
+class Realised:
+    """What of the intended update T survived writing: R = out - W_align in float32.
+
+    gain: <R, T>/||T||²; cosine: cos(R, T); intended_norm and realised_norm: Frobenius norms, units of the weights.
+    None where T = 0 (gain, cosine) or R = 0 (cosine).
+    """
+
+    gain: float | None
+    cosine: float | None
+    intended_norm: float
+    realised_norm: float
+
+
+def lox_update(subspace: Subspace, alpha: float) -> Update:
+    """T = alpha * U_k S_k V_k^T as thin factors: (d_out, k) and (d_in, k)."""
+    return Update(subspace.left * (alpha * subspace.singular_values).to(subspace.left), subspace.right)
+
+
+def full_rank_update(alpha: float) -> Update:
+    """T = alpha * Delta (ExPO, Zheng et al. 2024, arXiv 2404.16792): rank 'full'."""
+    return Update(None, None, alpha)
+
+
+def apply_update(
+    aligned: Float[Tensor, "d_out d_in"],
+    update: Update,
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: Rounding = "nearest",
+    delta: Float[Tensor, "d_out d_in"] | None = None,
+    seed: int = 0,
+) -> tuple[Float[Tensor, "d_out d_in"], Realised]:
+    """W_align + T in `dtype` (default: aligned's own) and what of T survived.
+
+    aligned: (d_out, d_in), any float dtype, not changed. delta: (d_out, d_in) float32, needed by the full-rank update.
+    rounding: 'nearest'; 'stochastic' (seeded, unbiased); 'feedback' adds the part of T that is missing inside T's own
+    row and column space back and rounds to nearest again, FEEDBACK_ROUNDS times.
+    """
+    dtype = dtype or aligned.dtype
+    lossless = dtype in (torch.float32, torch.float64)
+    if rounding == "stochastic" and not lossless:
+        generator = torch.Generator(device=aligned.device).manual_seed(seed)
+        return _write(aligned, update, delta, dtype, lambda values: round_stochastic(values, dtype, generator))
+    out, realised = _write(aligned, update, delta, dtype, lambda values: round_nearest(values, dtype))
+    if rounding != "feedback" or lossless or realised.intended_norm == 0:
+        return out, realised
+    return _with_feedback(aligned, update, delta, dtype, out, realised)
+
+
+def _pieces(matrix: Tensor) -> list[slice]:
+    rows, columns = matrix.shape
+    step = max(1, PIECE // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _write(
+    aligned: Tensor,
+    update: Update,
+    delta: Tensor | None,
+    dtype: torch.dtype,
+    rounder: Callable[[Tensor], Tensor],
+    *,
+    target: Update | None = None,
+) -> tuple[Tensor, Realised]:
+    """One rounding of W_align + update; realised is judged against `target` (default: the update itself)."""
+    out = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
+    inner = torch.zeros(3, dtype=torch.float64, device=aligned.device)
+    with full_precision_matmul(aligned.device):
+        for rows in _pieces(aligned):
+            before = aligned[rows].float()
+            change = update.piece(rows, delta)
+            out[rows] = rounder(before + change)
+            intended = change if target is None else target.piece(rows, delta)
+            kept = out[rows].float().sub_(before)
+            # Row dots in float32, their sum in float64: the same care as frobenius_norm.
+            inner[0] += (kept * intended).sum(-1).double().sum()
+            inner[1] += kept.square().sum(-1).double().sum()
+            inner[2] += intended.square().sum(-1).double().sum()
+    product, kept_square, intended_square = inner.tolist()
+    gain = product / intended_square if intended_square else None
+    cosine = product / math.sqrt(kept_square * intended_square) if kept_square and intended_square else None
+    return out, Realised(gain, cosine, math.sqrt(intended_square), math.sqrt(kept_square))
+
+
+def _with_feedback(
+    aligned: Tensor, update: Update, delta: Tensor | None, dtype: torch.dtype, out: Tensor, realised: Realised
+) -> tuple[Tensor, Realised]:
+    """Round, measure what is missing inside the update's own subspace, add it, round again (deterministic)."""
+    if update.left is None or update.right is None:
+        scale = update.scale
+        for _ in range(FEEDBACK_ROUNDS):
+            scale += update.scale * (1 - (realised.gain or 0.0))
+            out, realised = _write(
+                aligned, Update(None, None, scale), delta, dtype, lambda values: round_nearest(values, dtype), target=update
+            )
+        return out, realised
+    with full_precision_matmul(aligned.device):
+        rows_basis = torch.linalg.qr(update.left).Q
+        columns_basis, columns_factor = torch.linalg.qr(update.right)
+        intended = (rows_basis.T @ update.left) @ columns_factor.T
+        correction = intended.clone()
+        for _ in range(FEEDBACK_ROUNDS):
+            kept = torch.zeros_like(intended)
+            for rows in _pieces(aligned):
+                change = out[rows].float() - aligned[rows].float()
+                kept += rows_basis[rows].T @ (change @ columns_basis)
+            correction = correction + (intended - kept)
+            corrected = Update(rows_basis @ correction, columns_basis)
+            out, realised = _write(aligned, corrected, delta, dtype, lambda values: round_nearest(values, dtype), target=update)
+    return out, realised
+
+
+def lox(
+    base: Float[Tensor, "d_out d_in"],
+    aligned: Float[Tensor, "d_out d_in"],
+    rank: RankRule | int = 6,
+    alpha: float = 1.25,
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: Rounding = "nearest",
+    tolerance: float = DEFAULT_TOLERANCE,
+    seed: int = 0,
+) -> Float[Tensor, "d_out d_in"]:
+    """W_align + alpha * Proj_k(W_align - W_base) for one matrix: LoX, Perin et al. 2025, Eq. 3.
+
+    base, aligned: (d_out, d_in), any float dtype, same device; the delta is formed in float32. Returns `dtype`
+    (default: aligned's). Paper: rank 6, alpha 1.25 on Llama-2-7B. Raises NumericalError for NaN or Inf.
+    """
+    edited, _, _ = lox_edit(base, aligned, rank, alpha, dtype=dtype, rounding=rounding, tolerance=tolerance, seed=seed)
+    return edited
+
+
+def lox_edit(
+    base: Float[Tensor, "d_out d_in"],
+    aligned: Float[Tensor, "d_out d_in"],
+    rank: RankRule | int = 6,
+    alpha: float = 1.25,
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: Rounding = "nearest",
+    tolerance: float = DEFAULT_TOLERANCE,
+    seed: int = 0,
+    delta: Float[Tensor, "d_out d_in"] | None = None,
+) -> tuple[Float[Tensor, "d_out d_in"], Subspace | None, Realised]:
+    """As `lox`, with the subspace (None for rank 'full', which takes no SVD) and what survived rounding.
+
+    delta: W_align - W_base in float32, where the caller has it already. A zero delta returns aligned's values.
+    """
+    rule = RankRule("fixed", rank) if isinstance(rank, int) else rank
+    if delta is None:
+        delta = aligned.float() - base.float()
+    subspace = None
+    if rule.kind == "full":
+        update = full_rank_update(alpha)
+    else:
+        edge = rounding_noise_edge(aligned) if rule.kind == "noise-floor" else 0.0
+        subspace = truncated_svd(delta, rule, noise_edge=edge, tolerance=tolerance, seed=seed)
+        update = lox_update(subspace, alpha)
+    edited, realised = apply_update(aligned, update, dtype=dtype, rounding=rounding, delta=delta, seed=seed)
+    return edited, subspace, realised
+
+
+# Controls: edits of the same Frobenius norm that do not follow the leading directions. Without them no claim about
+# safety directions is honest ("Safety subspaces are not distinct", Ponkshe et al. 2025, sec. 4).
+
+
+def random_directions_update(full: Subspace, rank: int, norm: float, *, seed: int) -> Update:
+    """random-k: `rank` of the singular directions of the delta, drawn without replacement, scaled to Frobenius norm `norm`.
+
+    full: a Subspace that holds every direction of the delta to draw from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(full.rank, generator=generator)[:rank]
+    values = full.singular_values[chosen]
+    scaled = (values * (norm / float(values.norm()))).to(full.left)
+    return Update(full.left[:, chosen] * scaled, full.right[:, chosen])
+
+
+def random_subspace_update(delta: Float[Tensor, "d_out d_in"], rank: int, norm: float, *, seed: int) -> Update:
+    """random: the delta projected on a Haar-random `rank`-dimensional output subspace, scaled to Frobenius norm `norm`.
+
+    The QR factor of a (d_out, rank) Gaussian has the law of the leading left vectors of a Gaussian matrix, at a
+    fraction of the cost of an SVD.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(delta.shape[0], rank, generator=generator)).Q.to(delta)
+    right = (left.T @ delta).T
+    return _scaled(left, right, norm)
+
+
+def gaussian_update(shape: tuple[int, int], rank: int, norm: float, *, seed: int, device: torch.device | str = "cpu") -> Update:
+    """Rank-`rank` Gaussian noise of Frobenius norm `norm`: nothing to do with the delta."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(shape[0], rank, generator=generator).to(device)
+    right = torch.randn(shape[1], rank, generator=generator).to(device)
+    return _scaled(left, right, norm)
+
+
+def full_rank_update_of_norm(delta: Float[Tensor, "d_out d_in"], norm: float) -> Update:
+    """full: the whole delta scaled to Frobenius norm `norm` (ExPO at the norm of a LoX edit)."""
+    size = frobenius_norm(delta)
+    return Update(None, None, norm / size if size else 0.0)
+
+
+def _scaled(left: Tensor, right: Tensor, norm: float) -> Update:
+    # ||L R^T||²_F = <L^T L, R^T R>: no dense product is formed.
+    size = math.sqrt(float(((left.T @ left).double() * (right.T @ right).double()).sum()))
+    return Update(left * (norm / size if size else 0.0), right)
