@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lox_merge.errors import NumericalError
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
 from lox_merge.maths.precision import frobenius_norm, full_precision_matmul, rounding_noise_edge
 from lox_merge.maths.rank import RankRule
@@ -115,18 +116,23 @@ def _write(
     """One rounding of W_align + update; realised is judged against `target` (default: the update itself)."""
     out = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
     inner = torch.zeros(3, dtype=torch.float64, device=aligned.device)
+    wide = torch.promote_types(aligned.dtype, torch.float32)  # float64 weights keep their digits
     with full_precision_matmul(aligned.device):
         for rows in _pieces(aligned):
-            before = aligned[rows].float()
+            before = aligned[rows].to(wide)
             change = update.piece(rows, delta)
             out[rows] = rounder(before + change)
             intended = change if target is None else target.piece(rows, delta)
-            kept = out[rows].float().sub_(before)
+            kept = out[rows].to(wide).sub_(before)
             # Row dots in float32, their sum in float64: the same care as frobenius_norm.
             inner[0] += (kept * intended).sum(-1).double().sum()
             inner[1] += kept.square().sum(-1).double().sum()
             inner[2] += intended.square().sum(-1).double().sum()
     product, kept_square, intended_square = inner.tolist()
+    if not math.isfinite(kept_square):
+        raise NumericalError(
+            f"the edited matrix of shape {tuple(aligned.shape)} overflows {str(dtype).removeprefix('torch.')}; use a smaller alpha, or dtype float32"
+        )
     gain = product / intended_square if intended_square else None
     cosine = product / math.sqrt(kept_square * intended_square) if kept_square and intended_square else None
     return out, Realised(gain, cosine, math.sqrt(intended_square), math.sqrt(kept_square))
@@ -140,9 +146,7 @@ def _with_feedback(
         scale = update.scale
         for _ in range(FEEDBACK_ROUNDS):
             scale += update.scale * (1 - (realised.gain or 0.0))
-            out, realised = _write(
-                aligned, Update(None, None, scale), delta, dtype, lambda values: round_nearest(values, dtype), target=update
-            )
+            out, realised = _write(aligned, Update(None, None, scale), delta, dtype, lambda values: round_nearest(values, dtype), target=update)
         return out, realised
     with full_precision_matmul(aligned.device):
         rows_basis = torch.linalg.qr(update.left).Q
@@ -190,11 +194,13 @@ def lox_edit(
     rounding: Rounding = "nearest",
     tolerance: float = DEFAULT_TOLERANCE,
     seed: int = 0,
+    rounding_seed: int | None = None,
     delta: Float[Tensor, "d_out d_in"] | None = None,
 ) -> tuple[Float[Tensor, "d_out d_in"], Subspace | None, Realised]:
     """As `lox`, with the subspace (None for rank 'full', which takes no SVD) and what survived rounding.
 
-    delta: W_align - W_base in float32, where the caller has it already. A zero delta returns aligned's values.
+    delta: W_align - W_base in float32, where the caller has it already. rounding_seed: for stochastic rounding, default
+    `seed`. A zero delta returns aligned's values.
     """
     rule = RankRule("fixed", rank) if isinstance(rank, int) else rank
     if delta is None:
@@ -206,7 +212,9 @@ def lox_edit(
         edge = rounding_noise_edge(aligned) if rule.kind == "noise-floor" else 0.0
         subspace = truncated_svd(delta, rule, noise_edge=edge, tolerance=tolerance, seed=seed)
         update = lox_update(subspace, alpha)
-    edited, realised = apply_update(aligned, update, dtype=dtype, rounding=rounding, delta=delta, seed=seed)
+    edited, realised = apply_update(
+        aligned, update, dtype=dtype, rounding=rounding, delta=delta, seed=rounding_seed if rounding_seed is not None else seed
+    )
     return edited, subspace, realised
 
 

@@ -60,9 +60,7 @@ def _solve(matrix: Tensor, rule: RankRule, norm: float, noise_edge: float, toler
         return _exact(matrix, rule, norm, noise_edge), "exact"
     wanted = rule.from_shape(short)
     if wanted is None or wanted <= DENSE_SHARE * short:
-        found = block_lanczos(
-            matrix, rule, norm=norm, noise_edge=noise_edge, tolerance=tolerance, seed=seed, largest_rank=int(DENSE_SHARE * short)
-        )
+        found = block_lanczos(matrix, rule, norm=norm, noise_edge=noise_edge, tolerance=tolerance, seed=seed, largest_rank=int(DENSE_SHARE * short))
         if found.converged:
             return found.triplets, "lanczos"
         if found.reason == "stalled":

@@ -1,0 +1,107 @@
+"""Synthetic base/aligned pairs of real shapes for timing whole programs: bf16 Llama shapes, delta = power law + rounding noise.
+
+The delta of every matrix has ||Δ||/||W|| of about 0.7 %: 64 directions with singular values i^-0.8, plus Gaussian noise,
+rounded to bf16 as a trained checkpoint would be.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A Llama's sizes."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    key_value: int
+    shards: int
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        h, m = self.hidden, self.intermediate
+        names: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (self.vocabulary, h))]
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}."
+            names += [
+                (prefix + "self_attn.q_proj.weight", (h, h)),
+                (prefix + "self_attn.k_proj.weight", (self.key_value, h)),
+                (prefix + "self_attn.v_proj.weight", (self.key_value, h)),
+                (prefix + "self_attn.o_proj.weight", (h, h)),
+                (prefix + "mlp.gate_proj.weight", (m, h)),
+                (prefix + "mlp.up_proj.weight", (m, h)),
+                (prefix + "mlp.down_proj.weight", (h, m)),
+                (prefix + "input_layernorm.weight", (h,)),
+                (prefix + "post_attention_layernorm.weight", (h,)),
+            ]
+        return [*names, ("model.norm.weight", (h,)), ("lm_head.weight", (self.vocabulary, h))]
+
+
+SIZES = {
+    "tiny": Shapes(64, 128, 2, 256, 64, 2),
+    "117M": Shapes(512, 2048, 20, 32000, 512, 4),
+    "468M": Shapes(1024, 4096, 24, 32000, 1024, 4),
+    "1B": Shapes(2048, 5632, 22, 32000, 256, 6),
+    "8B": Shapes(4096, 14336, 32, 128256, 1024, 4),
+}
+
+
+def _matrix_pair(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = shape
+    values = torch.arange(1, 65).float() ** -0.8
+    base = (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
+    low = (torch.randn(rows, 64, generator=generator) * values) @ torch.randn(64, columns, generator=generator)
+    low *= 0.006 * base.float().norm() / low.norm()
+    noise = torch.randn(rows, columns, generator=generator) * (0.02 * 0.004)
+    return base, (base.float() + low + noise).bfloat16()
+
+
+def make_pair(folder: Path, size: str) -> tuple[Path, Path]:
+    """Writes folder/base and folder/aligned unless they are there. Returns both paths."""
+    shapes = SIZES[size]
+    paths = folder / "base", folder / "aligned"
+    if all((path / "model.safetensors.index.json").exists() for path in paths):
+        return paths
+    for path in paths:
+        path.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    names = shapes.tensors()
+    per = -(-len(names) // shapes.shards)
+    weight_map: dict[str, str] = {}
+    for shard in range(shapes.shards):
+        file = f"model-{shard + 1:05d}-of-{shapes.shards:05d}.safetensors"
+        pair: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+        for name, shape in names[shard * per : (shard + 1) * per]:
+            weight_map[name] = file
+            if len(shape) == 1:
+                tensors = torch.ones(shape).bfloat16(), (1 + 0.01 * torch.randn(shape, generator=generator)).bfloat16()
+            else:
+                tensors = _matrix_pair(shape, generator)
+            pair[0][name], pair[1][name] = tensors
+        for path, tensors_of in zip(paths, pair, strict=True):
+            save_file(tensors_of, path / file, metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shapes.hidden,
+        "intermediate_size": shapes.intermediate,
+        "num_hidden_layers": shapes.layers,
+        "num_attention_heads": shapes.hidden // 64,
+        "num_key_value_heads": shapes.key_value // 64,
+        "vocab_size": shapes.vocabulary,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    total = sum(2 * torch.Size(shape).numel() for _, shape in names)
+    for path in paths:
+        (path / "config.json").write_text(json.dumps(config, indent=2))
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    return paths

@@ -1,0 +1,1 @@
+"""Checkpoints as files: local folders and Hub repositories, safetensors and PyTorch weights, read tensor by tensor."""

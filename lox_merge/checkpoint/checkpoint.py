@@ -1,0 +1,194 @@
+"""A checkpoint opened for reading: which tensors it has, where they are, and the files beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from lox_merge.checkpoint.files import FileSource, check_file_name, find_source
+from lox_merge.checkpoint.safetensors_format import Header, TensorInfo
+from lox_merge.checkpoint.weights import SafetensorsFile, TorchFile, WeightFile, warn_pickle
+from lox_merge.errors import CheckpointFormatError, PlanError, SourceError
+
+SINGLE, SINGLE_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".tflite"}
+_NOT_THE_MODEL = {"lox_merge.json", "mergekit_config.yml", ".gitattributes", ".gitignore", "trainer_state.json"}
+
+
+@dataclass
+class Checkpoint:
+    """Tensors by name across all weight files. Headers are read on opening; tensors are mapped when asked for.
+
+    role: 'base', 'aligned', … for messages. headers: weight file name to header, in the order of the files.
+    """
+
+    role: str
+    source: FileSource
+    headers: Mapping[str, Header]
+    home: Mapping[str, str]  # tensor name -> weight file
+    index: dict[str, Any] | None
+    pickled: bool = False
+    _open: dict[str, WeightFile] = field(default_factory=dict, repr=False)
+
+    @property
+    def title(self) -> str:
+        return self.source.title
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.home)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.home
+
+    def info(self, name: str) -> TensorInfo:
+        return self.headers[self.home[name]].tensors[name]
+
+    @property
+    def bytes(self) -> int:
+        return sum(header.file_size for header in self.headers.values())
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the checkpoint, None if it is absent. Raises CheckpointFormatError where it is not an object."""
+        if name not in self.source.names():
+            return None
+        try:
+            value = json.loads(self.source.path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointFormatError(f"{self.role}: {self.title}/{name} cannot be read as JSON: {error}.") from error
+        if not isinstance(value, dict):
+            raise CheckpointFormatError(f"{self.role}: {self.title}/{name} does not hold a JSON object.")
+        return value
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self.json("config.json") or {}
+
+    @cached_property
+    def ties_embeddings(self) -> bool:
+        parts = [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
+        return any(part.get("tie_word_embeddings") is True for part in parts)
+
+    @cached_property
+    def has_tokenizer(self) -> bool:
+        return any(name in self.source.names() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"))
+
+    @cached_property
+    def has_chat_template(self) -> bool:
+        if "chat_template.jinja" in self.source.names() or "chat_template.json" in self.source.names():
+            return True
+        return bool((self.json("tokenizer_config.json") or {}).get("chat_template"))
+
+    def side_files(self) -> list[str]:
+        """Files beside the weights that belong to the model: all but weights in any format, README and bookkeeping."""
+        names = []
+        for name in self.source.names():
+            path = PurePosixPath(name)
+            weights = path.suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json")
+            if not weights and path.name not in _NOT_THE_MODEL and not path.name.upper().startswith("README"):
+                names.append(name)
+        return names
+
+    def fetch(self, files: list[str]) -> None:
+        self.source.fetch(files)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as stored, mapped from disk; do not write to it."""
+        return self.weight_file(self.home[name]).tensor(name)
+
+    def weight_file(self, file: str) -> WeightFile:
+        if file not in self._open:
+            path = self.source.path(file)
+            if self.pickled:
+                self._open[file] = TorchFile(path, f"{self.title}/{file}")
+            else:
+                self._open[file] = SafetensorsFile(path, self.headers[file])
+        return self._open[file]
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+def open_checkpoint(text: str | Path, role: str, cache_dir: Path | None = None) -> Checkpoint:
+    """Opens a local folder or Hub id, reading headers only. Raises SourceError, CheckpointFormatError or PlanError."""
+    source = find_source(text, role, cache_dir)
+    files = source.names()
+    # The order in which transformers itself looks.
+    if SINGLE in files:
+        return _assemble(role, source, [SINGLE], None)
+    if SINGLE_INDEX in files:
+        index = _read_index(role, source, SINGLE_INDEX)
+        return _assemble(role, source, _shards(index), index)
+    if PICKLE in files or PICKLE_INDEX in files:
+        pickle_index = _read_index(role, source, PICKLE_INDEX) if PICKLE not in files else None
+        shards = _shards(pickle_index) if pickle_index else [PICKLE]
+        warn_pickle(shards, f"{role}: {source.title}")
+        return _assemble(role, source, shards, pickle_index, pickled=True)
+    raise SourceError(f"{role}: {source.title} has no {SINGLE}, {SINGLE_INDEX} or {PICKLE}. {_what_else(files)}")
+
+
+def _what_else(files: Mapping[str, int]) -> str:
+    if "adapter_config.json" in files:
+        return "It is a PEFT adapter: merge it into its base model first (merge_and_unload of peft), then give that folder."
+    if any(name.endswith(".gguf") for name in files):
+        return "It holds GGUF weights, which are quantised; give the original safetensors checkpoint."
+    others = [name for name in files if name.endswith(".safetensors")]
+    if others:
+        return f"It has {', '.join(others[:3])}, but no index that says which tensors they hold; add {SINGLE_INDEX}."
+    return f"It holds {', '.join(list(files)[:5]) or 'no files'}. Give the folder with the model's weights."
+
+
+def _read_index(role: str, source: FileSource, name: str) -> dict[str, Any]:
+    where = f"{role}: {source.title}/{name}"
+    try:
+        index = json.loads(source.path(name).read_text(encoding="utf-8"))
+        weight_map = index["weight_map"]
+        valid = isinstance(weight_map, dict) and bool(weight_map) and all(isinstance(file, str) for file in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise CheckpointFormatError(f"{where} is damaged: no weight_map of tensor names to files. Download or save it again.")
+    for file in _shards(index):
+        check_file_name(file, where)
+    return dict(index)
+
+
+def _shards(index: dict[str, Any]) -> list[str]:
+    return sorted(set(index["weight_map"].values()))
+
+
+def _assemble(role: str, source: FileSource, shards: list[str], index: dict[str, Any] | None, *, pickled: bool = False) -> Checkpoint:
+    """Reads all headers and reports everything that is wrong with them at once."""
+    problems: list[str] = []
+    headers: dict[str, Header] = {}
+    home: dict[str, str] = {}
+    checkpoint = Checkpoint(role, source, headers, home, index, pickled)
+    for file in shards:
+        if file not in source.names():
+            count = sum(1 for shard in index["weight_map"].values() if shard == file) if index else 0
+            problems.append(f"{role}: {source.title} lacks the shard {file}, which the index gives {count} tensor(s). Download it again.")
+            continue
+        try:
+            headers[file] = checkpoint.weight_file(file).header if pickled else source.header(file)
+        except SourceError as error:
+            problems.append(f"{role}: {error}")
+            continue
+        for name in headers[file].tensors:
+            if name in home:
+                problems.append(f"{role}: tensor {name} is in both {home[name]} and {file} of {source.title}. Keep one of them.")
+            home[name] = file
+    for name, file in index["weight_map"].items() if index else ():
+        if file in headers and name not in headers[file].tensors:
+            problems.append(f"{role}: the index of {source.title} puts tensor {name} in {file}, which does not hold it. Save the checkpoint again.")
+    if problems:
+        raise PlanError(problems)
+    return checkpoint

@@ -1,0 +1,185 @@
+"""Where a checkpoint's files are: a local folder, or a Hub repository at one commit.
+
+Both answer the same questions: which files, how long, what is in a safetensors header, and where is the file on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lox_merge.checkpoint.safetensors_format import Header, parse_header, read_header
+from lox_merge.errors import CheckpointFormatError, SourceError
+
+if TYPE_CHECKING:
+    from lox_merge.checkpoint import hub
+
+# Folders inside a checkpoint that are not part of the model.
+_SKIPPED_FOLDERS = {".git", ".cache", ".lox_merge", "__pycache__", "runs", "original", "onnx", "openvino", "coreml"}
+
+
+def check_file_name(name: str, where: str) -> None:
+    """Raises CheckpointFormatError for a name that could leave the checkpoint's folder."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or (len(name) > 1 and name[1] == ":"):
+        raise CheckpointFormatError(f"{where} names the file {name!r}, which is outside the checkpoint's folder. Fix the index, or do not use it.")
+
+
+class FileSource(Protocol):
+    """The files of one checkpoint."""
+
+    @property
+    def title(self) -> str:
+        """How messages and the manifest call it: a Hub id with revision, or a folder's own name."""
+        ...
+
+    def names(self) -> dict[str, int]:
+        """File name (posix, relative) to size in bytes."""
+        ...
+
+    def path(self, name: str) -> Path:
+        """The file on disk (fetched if need be)."""
+        ...
+
+    def header(self, name: str) -> Header:
+        """The safetensors header, without fetching the whole file."""
+        ...
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Make these files available on disk."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest records about the source. Holds no path of this machine."""
+        ...
+
+
+class LocalFolder:
+    """A folder on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._names: dict[str, int] | None = None
+
+    @property
+    def title(self) -> str:
+        return self.root.name
+
+    def names(self) -> dict[str, int]:
+        if self._names is None:
+            self._names = {name: self.path(name).stat().st_size for name in sorted(self._walk(self.root, ""))}
+        return self._names
+
+    def _walk(self, folder: Path, prefix: str) -> list[str]:
+        found: list[str] = []
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            raise SourceError(f"the folder {folder} cannot be read: {error.strerror}.") from error
+        for entry in entries:
+            if entry.is_dir():
+                # A linked folder is somebody else's tree; a checkpoint in the middle of training is not the model.
+                if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith("checkpoint-") and not entry.is_symlink():
+                    found += self._walk(entry, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                found.append(prefix + entry.name)
+            elif entry.is_symlink():
+                raise CheckpointFormatError(
+                    f"{self.title}/{prefix}{entry.name} is a link to a file that is not there. Restore the file or remove the link."
+                )
+        return found
+
+    def path(self, name: str) -> Path:
+        check_file_name(name, self.title)
+        path = self.root / name
+        target = path.resolve()
+        if not target.is_relative_to(self.root) and not target.is_relative_to(self._hub_blobs()):
+            raise CheckpointFormatError(
+                f"{self.title}/{name} is a link to a file outside the checkpoint's folder. Copy the file into the folder, and try again."
+            )
+        return path
+
+    def _hub_blobs(self) -> Path:
+        """The Hub cache keeps snapshots/<commit>/file -> ../../blobs/<hash>: those links belong to the checkpoint."""
+        return self.root.parent.parent / "blobs" if self.root.parent.name == "snapshots" else self.root
+
+    def header(self, name: str) -> Header:
+        return read_header(self.path(name), f"{self.title}/{name}")
+
+    def fetch(self, names: Sequence[str]) -> None:
+        pass
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "folder", "name": self.root.name}
+
+
+@dataclass
+class HubFiles:
+    """A Hub repository at one commit; files are fetched when they are needed."""
+
+    snapshot: hub.HubSnapshot
+    cache_dir: Path | None = None
+    _folder: Path | None = field(default=None, repr=False)
+    _fetched: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def title(self) -> str:
+        return f"{self.snapshot.repo_id}@{self.snapshot.revision}" if self.snapshot.revision else self.snapshot.repo_id
+
+    def names(self) -> dict[str, int]:
+        return {
+            name: file.size
+            for name, file in self.snapshot.files.items()
+            if not any(part in _SKIPPED_FOLDERS for part in PurePosixPath(name).parts[:-1])
+        }
+
+    def path(self, name: str) -> Path:
+        check_file_name(name, self.title)
+        if self._folder is None or name not in self._fetched:
+            self.fetch([name])
+        assert self._folder is not None
+        return self._folder / name
+
+    def header(self, name: str) -> Header:
+        from lox_merge.checkpoint import hub
+
+        return parse_header(hub.read_safetensors_header(self.snapshot, name), self.snapshot.files[name].size, f"{self.title}/{name}")
+
+    def fetch(self, names: Sequence[str]) -> None:
+        from lox_merge.checkpoint import hub
+
+        missing = [name for name in names if name not in self._fetched]
+        if missing or self._folder is None:
+            self._folder = hub.download(self.snapshot, missing, self.cache_dir)
+            self._fetched.update(missing)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "kind": "hub",
+            "name": self.snapshot.repo_id,
+            "revision": self.snapshot.revision,
+            "commit": self.snapshot.commit,
+        }
+
+
+def find_source(text: str | Path, role: str, cache_dir: Path | None = None) -> FileSource:
+    """A local folder if there is one of that name, else the Hub repository `org/name[@revision]`.
+
+    role ('base', 'aligned') names the argument in messages. Raises SourceError.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return LocalFolder(path)
+    if path.is_file():
+        raise SourceError(f"{role}: {path} is a file; give the folder that holds the checkpoint (config.json and its weights).")
+    from lox_merge.checkpoint import hub  # only here: local folders need no Hub client
+
+    reference = hub.parse_hub_reference(text) if isinstance(text, str) else None
+    if reference is None:
+        raise SourceError(f"{role}: there is no folder {path}. Give a local folder or a Hub id such as org/name or org/name@revision.")
+    try:
+        return HubFiles(hub.resolve(reference), cache_dir)
+    except SourceError as error:
+        raise SourceError(f"{role}: {error} (There is no local folder {text} either.)") from error

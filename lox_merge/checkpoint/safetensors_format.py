@@ -1,0 +1,134 @@
+"""Headers of safetensors files: read, checked, and built.
+
+The `safetensors` library maps tensors, but hands out neither the header's bytes nor offsets, and output that mirrors a
+shard byte for byte needs both. Format: 8 bytes little-endian header length, JSON header, tensor data.
+https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lox_merge.checkpoint import dtypes
+from lox_merge.errors import CheckpointFormatError
+
+LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
+_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: its dtype as a safetensors code, its shape, and its byte range within the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def describe(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Header:
+    """The parsed header of one file. `raw` is the prefix and the JSON as stored; `tensors` is in the header's order."""
+
+    raw: bytes
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    file_size: int
+
+    def by_offset(self) -> list[TensorInfo]:
+        return sorted(self.tensors.values(), key=lambda info: (info.begin, info.end))
+
+
+def header_length(prefix: bytes, file_size: int, where: str) -> int:
+    """Bytes of prefix plus JSON, from the file's first 8 bytes."""
+    if len(prefix) < _PREFIX:
+        raise CheckpointFormatError(f"{where} is {file_size} bytes long: too short for a safetensors file. Download or save it again.")
+    length = int(struct.unpack("<Q", prefix[:_PREFIX])[0])
+    if length > LARGEST_HEADER or _PREFIX + length > file_size:
+        raise CheckpointFormatError(
+            f"{where} is damaged or not a safetensors file: its header claims {length:,} bytes and the file has {file_size:,}. "
+            "Download or save it again."
+        )
+    return _PREFIX + length
+
+
+def read_header(path: Path, where: str) -> Header:
+    """Header of the file at `path`; `where` names it in messages. Raises CheckpointFormatError."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(_PREFIX)
+            raw = prefix + file.read(header_length(prefix, size, where) - _PREFIX)
+    except OSError as error:
+        raise CheckpointFormatError(f"{where} cannot be read: {error.strerror}.") from error
+    return parse_header(raw, size, where)
+
+
+def parse_header(raw: bytes, file_size: int, where: str) -> Header:
+    """Header from its bytes (prefix and JSON). Checks dtypes, shapes, offsets and that the file holds all of them."""
+
+    def damaged(reason: str) -> CheckpointFormatError:
+        return CheckpointFormatError(f"{where} is damaged: {reason}. Download or save it again.")
+
+    try:
+        parsed = json.loads(raw[_PREFIX:].decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise damaged(f"its header is not JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise damaged("its header is not a JSON object")
+    metadata = parsed.pop("__metadata__", {}) or {}
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in parsed.items():
+        try:
+            code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            valid = all(isinstance(side, int) and side >= 0 for side in (*shape, begin, end)) and isinstance(code, str)
+        except (KeyError, TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise damaged(f"the header entry of tensor {name!r} is not understood")
+        if not dtypes.known(code):
+            raise damaged(f"tensor {name!r} has the unknown dtype {code!r}")
+        if end - begin != (math.prod(shape) * dtypes.bits(code) + 7) // 8:
+            raise damaged(f"tensor {name!r} ({code} {list(shape)}) does not fit its {end - begin:,} bytes")
+        tensors[name] = TensorInfo(name, code, shape, len(raw) + begin, len(raw) + end)
+    end = len(raw)
+    for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
+        if info.begin != end:
+            raise damaged(f"tensor {info.name!r} {'overlaps another one' if info.begin < end else 'lies behind a hole'}")
+        end = info.end
+    if end > file_size:
+        raise damaged(f"it is truncated: its tensors end at byte {end:,} and the file has {file_size:,}")
+    if end < file_size:
+        raise damaged(f"{file_size - end:,} bytes follow its last tensor")
+    return Header(raw, metadata, tensors, file_size)
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
+    """Header for (name, dtype code, shape) in this order, data without gaps, JSON padded to 8 bytes as the library does."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, code, shape in tensors:
+        size = math.prod(shape) * dtypes.bits(code) // 8
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    raw = struct.pack("<Q", len(text)) + text
+    return parse_header(raw, len(raw) + offset, "the new shard")

@@ -1,0 +1,92 @@
+"""Weight files opened for reading: tensors come mapped from disk, one by one."""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
+from lox_merge.errors import CheckpointFormatError, LoxMergeWarning
+
+
+class WeightFile(Protocol):
+    """An open weight file."""
+
+    header: Header
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class SafetensorsFile:
+    """A safetensors file mapped into memory. Tensors share the mapping (private: nothing written to them reaches the file)."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.header = header
+        with path.open("rb") as file:
+            # ACCESS_COPY: torch wants a writable buffer; pages stay the kernel's as long as nobody writes.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def tensor(self, name: str) -> Tensor:
+        info = self.header.tensors[name]
+        dtype = dtypes.torch_dtype(info.dtype)
+        if info.size == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        if info.begin % dtype.itemsize:  # headers of odd length exist; copy rather than read across alignment
+            return torch.frombuffer(bytearray(self._map[info.begin : info.end]), dtype=dtype).view(info.shape)
+        return torch.frombuffer(self._map, dtype=dtype, count=info.size, offset=info.begin).view(info.shape)
+
+    def close(self) -> None:
+        # Tensors may still share the mapping; it is unmapped when the last of them goes.
+        del self._map
+
+
+class TorchFile:
+    """A pytorch_model*.bin, read with weights_only=True (no code runs) and mapped."""
+
+    def __init__(self, path: Path, where: str) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many types for damaged or unsafe files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointFormatError(
+                f"{where} cannot be loaded with torch.load(weights_only=True, mmap=True): {reason}. "
+                "Convert the checkpoint to safetensors (save_pretrained of transformers does) and try again."
+            ) from None
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointFormatError(f"{where} does not hold a plain dictionary of tensors. Convert the checkpoint to safetensors.")
+        self._state = state
+        entries = [(name, dtypes.code_of(value.dtype), tuple(value.shape)) for name, value in state.items()]
+        self.header = build_header(entries, {"format": "pt"})
+
+    def tensor(self, name: str) -> Tensor:
+        value: Tensor = self._state[name]
+        return value.detach().contiguous()
+
+    def close(self) -> None:
+        self._state = {}
+
+
+def warn_pickle(names: list[str], where: str) -> None:
+    warnings.warn(
+        f"{where} has no safetensors weights; {', '.join(names[:3])}{' …' if len(names) > 3 else ''} is read with "
+        "torch.load(weights_only=True). The output is written as safetensors.",
+        LoxMergeWarning,
+        stacklevel=3,
+    )
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+__all__ = ["SafetensorsFile", "TensorInfo", "TorchFile", "WeightFile", "tensor_bytes", "warn_pickle"]

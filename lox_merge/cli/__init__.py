@@ -1,0 +1,1 @@
+"""The command line: thin commands over the Python functions. Nothing here imports torch before a command runs."""

@@ -1,0 +1,117 @@
+"""`lox-merge harden`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lox_merge.cli.options import cache_option, device_option, dtype_option, json_option, number, pattern_pairs, seed_option
+
+
+@click.command("harden", short_help="Harden an aligned checkpoint by low-rank extrapolation (LoX).")
+@click.argument("base")
+@click.argument("aligned")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--rank",
+    default="6",
+    show_default=True,
+    metavar="K|full|P%|energy:F|noise-floor",
+    help="Singular directions of each delta that are extrapolated.",
+)
+@click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor, ≥ 0.")
+@click.option("--include", multiple=True, metavar="REGEX", help="Edit only tensors whose name matches. Repeatable.")
+@click.option("--exclude", multiple=True, metavar="REGEX", help="Leave tensors whose name matches as in ALIGNED. Repeatable.")
+@click.option("--rank-pattern", multiple=True, metavar="REGEX=RANK", help="Another rank where the name matches; the first match wins. Repeatable.")
+@click.option("--alpha-pattern", multiple=True, metavar="REGEX=ALPHA", help="Another alpha where the name matches; the first match wins. Repeatable.")
+@click.option("--linear-only", is_flag=True, help="Leave embeddings, lm_head and convolutions as in ALIGNED.")
+@click.option(
+    "--fused", default="split", show_default=True, metavar="split|whole", help="Gate and up fused inside stacked experts: two matrices, or one."
+)
+@dtype_option
+@click.option(
+    "--rounding", default="nearest", show_default=True, metavar="nearest|feedback|stochastic", help="How edits are rounded to the output dtype."
+)
+@click.option("--tolerance", default="1e-3", show_default=True, metavar="FLOAT", help="Relative error wanted of each truncated SVD.")
+@click.option("--skip-non-finite", is_flag=True, help="Copy tensors whose delta holds NaN or Inf instead of failing.")
+@click.option("--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template.")
+@device_option
+@seed_option
+@cache_option
+@click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@json_option
+def harden_command(
+    base: str,
+    aligned: str,
+    out: Path,
+    rank: str,
+    alpha: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    rank_pattern: tuple[str, ...],
+    alpha_pattern: tuple[str, ...],
+    linear_only: bool,
+    fused: str,
+    dtype: str | None,
+    rounding: str,
+    tolerance: str,
+    skip_non_finite: bool,
+    order_is_right: bool,
+    device: str,
+    seed: int,
+    cache_dir: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    json_file: str | None,
+) -> None:
+    """Write ALIGNED + alpha · Proj_k(ALIGNED − BASE) to the folder OUT.
+
+    BASE is the pre-trained checkpoint, ALIGNED the safety-tuned one: local folders or Hub ids (org/name or
+    org/name@revision). OUT mirrors ALIGNED's files. Run the same command again after an interruption to go on.
+
+    \b
+    lox-merge harden meta-llama/Llama-2-7b-hf me/llama-2-7b-aligned out
+    lox-merge harden base aligned out --rank noise-floor --alpha 1.0 --exclude lm_head
+    """
+    from lox_merge.cli.progress import byte_progress
+    from lox_merge.cli.show import print_plan, print_result, write_json
+    from lox_merge.jobs.estimate import estimate
+    from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening
+    from lox_merge.jobs.plan import check_disk, check_output
+    from lox_merge.jobs.recipe import Recipe
+
+    recipe = Recipe(
+        rank=rank,
+        alpha=number(alpha, "--alpha"),
+        include=include,
+        exclude=exclude,
+        rank_pattern=pattern_pairs(rank_pattern, "--rank-pattern"),
+        alpha_pattern=tuple((pattern, number(value, "--alpha-pattern")) for pattern, value in pattern_pairs(alpha_pattern, "--alpha-pattern")),
+        linear_only=linear_only,
+        dtype=dtype,
+        rounding=rounding,  # type: ignore[arg-type]
+        tolerance=number(tolerance, "--tolerance"),
+        seed=seed,
+        fused=fused,
+        skip_non_finite=skip_non_finite,
+    )
+    plan = plan_hardening(base, aligned, out, recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
+    if dry_run:
+        check_output(out, overwrite=overwrite)
+        check_disk(plan)
+        if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
+            check_some_delta(plan)  # reads tensors: on the Hub that would be a download
+        report = estimate(plan)
+        if json_file:
+            write_json(json_file, report)
+        if json_file != "-":
+            print_plan(plan, report)
+        return
+    with byte_progress(plan.bytes_written, "hardening") as progress:
+        result = execute(plan, device=device, overwrite=overwrite, progress=progress)
+    if json_file:
+        write_json(json_file, result.to_json())
+    if json_file != "-":
+        print_result(result)

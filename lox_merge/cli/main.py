@@ -1,0 +1,85 @@
+"""Entry point: the group of commands, and how errors and warnings look."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import click
+
+from lox_merge._version import __version__
+from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
+
+# Command name: module and attribute. Modules are imported when their help or their work is asked for.
+_COMMANDS = {
+    "demo": "lox_merge.cli.demo:demo",
+    "harden": "lox_merge.cli.harden:harden_command",
+    "yaml": "lox_merge.cli.yaml:yaml_command",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on demand, so that --help stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[cmd_name].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LOX_MERGE", "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="lox-merge")
+def cli() -> None:
+    """Make safety alignment of open-weight models harder to fine-tune away.
+
+    \b
+    lox-merge demo                        see it work on a toy pair, offline
+    lox-merge harden BASE ALIGNED OUT     harden a checkpoint (low-rank extrapolation)
+
+    Every option can be set by an environment variable: LOX_MERGE_HARDEN_RANK=6.
+    Exit codes: 0 done, 1 the work failed, 2 the request was wrong.
+    """
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, LoxMergeWarning):
+        click.echo(f"warning: {message}", err=True)
+
+
+def _terminated(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. Errors of this package are printed without a traceback; their class decides the exit code."""
+    warnings.simplefilter("always", LoxMergeWarning)
+    warnings.showwarning = _show_warning
+    # A scheduler's SIGTERM leaves the same resumable state as Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = cli.main(args=arguments, standalone_mode=False)
+    except LoxMergeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("error: interrupted", err=True)
+        sys.exit(Interrupted.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
+from lox_merge.errors import RecipeError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+json_option: Decorator = click.option(
+    "--json", "json_file", metavar="FILE", help="Write the result as JSON to FILE ('-': standard output, without the table)."
+)
+device_option: Decorator = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the SVD runs; auto takes a GPU when there is one."
+)
+seed_option: Decorator = click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random number.")
+cache_option: Decorator = click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder (default: the Hub's own).")
+dtype_option: Decorator = click.option(
+    "--dtype", metavar="|".join(OUTPUT_DTYPES), help="Output dtype of every floating tensor (default: as in ALIGNED)."
+)
+
+
+def pattern_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str], ...]:
+    """'REGEX=VALUE' texts as pairs; the last '=' separates, since a regular expression may hold one."""
+    pairs = []
+    for text in values:
+        pattern, separator, value = text.rpartition("=")
+        if not separator or not pattern or not value:
+            raise RecipeError(f"{option} {text!r} is not REGEX=VALUE, such as 'mlp=4'.")
+        pairs.append((pattern, value))
+    return tuple(pairs)
+
+
+def number(text: str, option: str) -> float:
+    """A float given as text. Raises RecipeError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"{option}: {text!r} is not a number.") from None

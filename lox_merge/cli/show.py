@@ -1,0 +1,103 @@
+"""Plans and results as tables for people and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from lox_merge.errors import WriteError
+from lox_merge.jobs.harden import HardenResult
+from lox_merge.jobs.plan import MANIFEST, Plan
+
+
+def write_json(file: str, value: dict[str, Any]) -> None:
+    """Writes JSON to a file, or to standard output for '-'. Raises WriteError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    if file == "-":
+        click.echo(text)
+        return
+    try:
+        Path(file).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise WriteError(f"the JSON file {file} can't be written: {error.strerror}. The output itself is complete.") from error
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks are sold and the Hub shows them."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    return f"{minutes} min {seconds % 60:.0f} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def figure(value: float | None, form: str = ".3f") -> str:
+    return "undefined" if value is None else format(value, form)
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def print_plan(plan: Plan, report: dict[str, Any]) -> None:
+    """The dry run's table."""
+    rows = [
+        ("base", f"{plan.base.title} ({size(plan.base.bytes)})"),
+        ("aligned", f"{plan.aligned.title} ({size(plan.aligned.bytes)}, {len(plan.shards)} file(s))"),
+        ("edited", f"{report['edited_tensors']} tensors, {report['edited_matrices']} matrices, rank {plan.recipe.rank}, alpha {plan.recipe.alpha:g}"),
+    ]
+    rows += [("copied", f"{count} tensors: {reason}") for reason, count in report["copied_tensors"].items()]
+    rows += [
+        ("read", size(report["bytes_read"])),
+        ("write", f"{size(report['bytes_written'])} and {len(plan.side_files)} other file(s)"),
+        ("peak memory", f"about {size(report['peak_memory'])} beside mapped files"),
+        ("time", f"about {duration(report['seconds'])} on this CPU (estimated from a short trial)"),
+    ]
+    for text in plan.warnings:
+        click.echo(f"warning: {text}", err=True)
+    _pairs("Plan (nothing was written)", rows)
+
+
+def print_result(result: HardenResult) -> None:
+    """The result's table."""
+    summary = result.summary
+    recipe = result.manifest["job"]["recipe"]
+    bound = figure(summary.largest_angle_bound, ".1e")
+    certificate = f"sin angle ≤ {bound} ({summary.largest_angle_tensor})" if summary.largest_angle_tensor else "no SVD was needed"
+    rows = [
+        ("tensors edited", f"{summary.edited_tensors} ({summary.edited_matrices} matrices), rank {recipe['rank']}, alpha {recipe['alpha']:g}"),
+        ("tensors copied", str(summary.copied_tensors) + (f", {summary.zero_deltas} of them with a zero delta" if summary.zero_deltas else "")),
+        (
+            "mean R_align",
+            f"{figure(summary.mean_r_align)} (energy-weighted {figure(summary.energy_r_align)}; mean rank {figure(summary.mean_rank, '.3g')})",
+        ),
+        ("realised gain", f"{figure(summary.realised_gain)} (worst {figure(summary.smallest_gain)}: {summary.smallest_gain_tensor})"),
+        ("worst certificate", certificate),
+        ("ambiguous subspaces", f"{summary.ambiguous_matrices} of {summary.edited_matrices}"),
+    ]
+    if result.bytes_written:
+        moved = result.bytes_read + result.bytes_written
+        rows.append(("time", f"{duration(result.seconds)}, {size(moved / max(result.seconds, 1e-9))}/s read and written"))
+        if result.resumed_shards:
+            rows.append(("resumed", f"{result.resumed_shards} shard(s) were finished before"))
+    else:
+        rows.append(("time", "nothing to do: the output was complete, its hashes were checked"))
+    _pairs(f"Hardened model in {result.out}", rows)
+    click.echo(f"Every figure per tensor: {result.out / MANIFEST}")

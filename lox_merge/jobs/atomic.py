@@ -1,0 +1,63 @@
+"""Files that are either whole or not there: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from lox_merge.errors import Interrupted, WriteError
+
+_CHUNK = 2**22
+
+
+def json_bytes(value: Any) -> bytes:
+    """Canonical JSON: the same value gives the same bytes. NaN and infinity are errors, not invalid JSON."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes, scratch: Path) -> str:
+    """Writes `data` to `path` through a temporary file in `scratch` (same file system). Returns its sha256."""
+    temporary = scratch / (path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_error(path: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"{path.name} can't be written in {path.parent}: {error.strerror or error}. What was finished before is kept; "
+        "make room or permissions and run the same command again to go on."
+    )
+
+
+def sha256_of(path: Path, stop: threading.Event | None = None) -> str:
+    """sha256 of a file, read sequentially in pieces. Raises Interrupted once `stop` is set."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+            if stop is not None and stop.is_set():
+                raise Interrupted("stopped while reading")
+    return digest.hexdigest()

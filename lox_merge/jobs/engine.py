@@ -1,0 +1,273 @@
+"""The streaming engine: reads what a shard needs, edits, writes; one shard after another, matrices ahead of the writer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.weights import tensor_bytes
+from lox_merge.errors import NonFiniteDeltaError
+from lox_merge.jobs.atomic import write_error
+from lox_merge.jobs.hashing import SourceFile, SourceHasher
+from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.plan import Plan, ShardPlan
+from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, MatrixResult, working_memory
+
+
+class Progress(Protocol):
+    """Told how many bytes of the output are done."""
+
+    def advance(self, count: int) -> None: ...
+
+
+@dataclass
+class _Job:
+    """One tensor being edited: its output, and the matrices still to come."""
+
+    shard: int
+    tensor: TensorPlan
+    bytes: int
+    out: Tensor | None = None
+    submitted: int = 0
+    futures: deque[tuple[Future[MatrixResult], int]] = field(default_factory=deque)
+
+
+class _Ahead:
+    """Submits matrices of the tensors to come, in order, while the memory budget allows; the writer takes them in order."""
+
+    def __init__(self, plan: Plan, todo: list[int], crew: Crew) -> None:
+        self._plan, self._crew = plan, crew
+        self._waiting: deque[_Job] = deque(
+            _Job(position, tensor, plan.shards[position].header.tensors[tensor.name].bytes)
+            for position in todo
+            for tensor in plan.shards[position].tensors
+            if tensor.action == "edit"
+        )
+        self._started: deque[_Job] = deque()
+        self._in_flight = 0
+
+    def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixResult]]:
+        """The edited tensor and the results of its matrices. Its memory counts until `release`."""
+        if not self._started:
+            self._start_next()
+        job = self._started[0]
+        assert job.tensor is tensor, "tensors are written in the order in which they were planned"
+        results: list[MatrixResult] = []
+        while len(results) < len(tensor.views):
+            if not job.futures:
+                self._submit_view(job)
+            future, cost = job.futures.popleft()
+            self._fill()
+            results.append(future.result())
+            self._in_flight -= cost
+        self._started.popleft()
+        assert job.out is not None
+        return job.out, results
+
+    def release(self, tensor: TensorPlan, size: int) -> None:
+        self._in_flight -= size
+        self._fill()
+
+    def _fill(self) -> None:
+        while True:
+            job = self._started[-1] if self._started else None
+            if job is None or job.submitted == len(job.tensor.views):
+                if not self._waiting or not self._fits(self._waiting[0].bytes + self._cost(self._waiting[0], 0)):
+                    return
+                self._start_next()
+            elif self._fits(self._cost(job, job.submitted)):
+                self._submit_view(job)
+            else:
+                return
+
+    def _fits(self, cost: int) -> bool:
+        return self._in_flight + cost <= IN_FLIGHT_BYTES
+
+    def _cost(self, job: _Job, position: int) -> int:
+        view = job.tensor.views[position]
+        assert job.tensor.rank is not None
+        return working_memory(view.shape, job.bytes // job.tensor.info.size, job.tensor.rank)
+
+    def _start_next(self) -> None:
+        job = self._waiting.popleft()
+        code = self._plan.shards[job.shard].header.tensors[job.tensor.name].dtype
+        job.out = torch.empty(job.tensor.info.shape, dtype=dtypes.torch_dtype(code))
+        self._in_flight += job.bytes
+        self._started.append(job)
+        self._submit_view(job)
+
+    def _submit_view(self, job: _Job) -> None:
+        view, cost = job.tensor.views[job.submitted], self._cost(job, job.submitted)
+        job.submitted += 1
+        assert job.out is not None
+        base = view.select(self._plan.base.tensor(job.tensor.base_name))
+        aligned = view.select(self._plan.aligned.tensor(job.tensor.name))
+        future = self._crew.submit(base, aligned, view.select(job.out), view, job.tensor, self._plan.recipe, self._crew.device)
+        self._in_flight += cost
+        job.futures.append((future, cost))
+
+
+def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
+    """Writes every shard that is not finished yet. Returns one record per shard, in order.
+
+    Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished shards stay.
+    """
+    needed = [shard.sources(plan.base) for shard in plan.shards]
+    hasher = SourceHasher(needed, lambda file: _source_path(plan, file))
+    records: list[dict[str, Any] | None] = []
+    try:
+        for position, shard in enumerate(plan.shards):
+            record = journal.finished(shard.file)
+            if record is not None:
+                journal.check_sources(record, _by_role(hasher.hashes(position)))
+                progress.advance(shard.header.file_size)
+            records.append(record)
+        todo = [position for position, record in enumerate(records) if record is None]
+        crew = Crew(device, _typical_cost(plan))
+        finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        try:
+            with crew.threads():
+                written: list[tuple[int, Future[dict[str, Any]]]] = []
+                ahead = _Ahead(plan, todo, crew)
+                for position in todo:
+                    hasher.start_shard(position)
+                    file, record = _write_shard(plan, position, journal, ahead, progress)
+                    if written:
+                        written[-1][1].result()  # at most one finished shard waits for the disk
+                    written.append((position, finisher.submit(_finish_shard, file, plan.shards[position], position, record, journal, hasher)))
+                for position, future in written:
+                    records[position] = future.result()
+        finally:
+            crew.close()
+            finisher.shutdown(wait=True)
+    finally:
+        hasher.close()
+        plan.base.close()
+        plan.aligned.close()
+    return [record for record in records if record is not None]
+
+
+def _source_path(plan: Plan, file: SourceFile) -> Path:
+    role, name = file
+    return (plan.aligned if role == "aligned" else plan.base).source.path(name)
+
+
+def _by_role(hashes: dict[SourceFile, str]) -> dict[str, dict[str, str]]:
+    grouped: dict[str, dict[str, str]] = {"base": {}, "aligned": {}}
+    for (role, name), digest in hashes.items():
+        grouped[role][name] = digest
+    return grouped
+
+
+def _typical_cost(plan: Plan) -> int:
+    """Working memory of the matrix in the middle of the work, by bytes: what the crew's size is chosen for."""
+    costs = sorted(working_memory(view.shape, 4, tensor.rank) for tensor in plan.edited for view in tensor.views if tensor.rank is not None)
+    total, half = 0, sum(costs) / 2
+    for cost in costs:
+        total += cost
+        if total >= half:
+            return cost
+    return 1
+
+
+def _write_shard(plan: Plan, position: int, journal: Journal, ahead: _Ahead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
+    """Writes one shard to its temporary file. Returns it open (not yet synced) and its record without hashes of sources."""
+    shard = plan.shards[position]
+    path = journal.partial(shard.file)
+    digest = hashlib.sha256()
+    tensors: list[dict[str, Any]] = []
+    try:
+        file = path.open("wb", buffering=0)
+        try:
+            _put(file, shard.header.raw, digest)
+            for tensor in shard.tensors:
+                size = shard.header.tensors[tensor.name].bytes
+                for data, record in _tensor_data(plan, shard, tensor, ahead):
+                    _put(file, data, digest)
+                    tensors.append(record)
+                if tensor.action == "edit":
+                    ahead.release(tensor, size)
+                progress.advance(size)
+            progress.advance(len(shard.header.raw))
+        except BaseException:
+            file.close()
+            path.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise write_error(path, error) from error
+    output = {"file": shard.file, "size": shard.header.file_size, "sha256": digest.hexdigest()}
+    return file, {"output": output, "sources": {}, "tensors": tensors}
+
+
+def _put(file: IO[bytes], data: bytes | memoryview, digest: Any) -> None:
+    view = memoryview(data)
+    digest.update(view)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead) -> Iterator[tuple[memoryview, dict[str, Any]]]:
+    """The bytes to write for one tensor and its record (a generator, so that they are gone before the next is taken)."""
+    target = shard.header.tensors[tensor.name]
+    record: dict[str, Any] = {"name": tensor.name, "shape": list(target.shape), "dtype": target.dtype}
+    if tensor.action == "copy":
+        stored = plan.aligned.tensor(tensor.name)
+        if target.dtype != tensor.info.dtype:
+            stored = stored.to(dtypes.torch_dtype(target.dtype))
+        yield tensor_bytes(stored), record | {"action": "copied", "reason": tensor.reason}
+        return
+    out, results = ahead.take(tensor)
+    if any(result.bad for result in results) and not plan.recipe.skip_non_finite:
+        raise NonFiniteDeltaError(_count_non_finite(plan))
+    if any(result.changed for result in results):
+        record |= {"action": "edited", "rank_rule": str(tensor.rank), "alpha": tensor.alpha}
+        record["matrices"] = [result.to_json() for result in results]
+    else:
+        reason = "NaN or Inf in the delta" if any(result.bad for result in results) else "the delta is zero"
+        record |= {"action": "copied", "reason": reason}
+    skipped = [result.label for result in results if result.bad]
+    if skipped:
+        record["non_finite"] = {"parts": skipped, "count": sum(result.bad for result in results)}
+    yield tensor_bytes(out), record
+
+
+def _count_non_finite(plan: Plan) -> dict[str, int]:
+    """Every tensor to be edited whose delta holds NaN or Inf, with the number of such entries: one message names all."""
+    counts = {}
+    for tensor in plan.edited:
+        base = plan.base.tensor(tensor.base_name).reshape(-1)
+        aligned = plan.aligned.tensor(tensor.name).reshape(-1)
+        step = 2**24
+        bad = sum(
+            int((~torch.isfinite(aligned[start : start + step].float() - base[start : start + step].float())).sum())
+            for start in range(0, aligned.numel(), step)
+        )
+        if bad:
+            counts[tensor.name] = bad
+    return counts
+
+
+def _finish_shard(file: IO[bytes], shard: ShardPlan, position: int, record: dict[str, Any], journal: Journal, hasher: SourceHasher) -> dict[str, Any]:
+    """Makes a written shard durable under its name, then records it."""
+    path = journal.out / shard.file
+    try:
+        with file:
+            os.fsync(file.fileno())
+        record["sources"] = _by_role(hasher.hashes(position))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        journal.partial(shard.file).replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    journal.record(shard.file, record)
+    return record

@@ -1,0 +1,75 @@
+"""What a run will take: tensors and bytes are exact, memory is an upper estimate, time comes from a short trial."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, working_memory
+from lox_merge.maths.edits import lox_edit
+
+# Interpreter, torch and its thread pools, measured (benchmarks/harden.py).
+_PROCESS_BYTES = 350 * 2**20
+_TRIAL_SIDE = 1024
+# Deltas of real checkpoints decay more slowly than the trial's; the estimate errs on the long side.
+_TRIAL_FACTOR = 1.5
+# Reading from cache, hashing and writing of one byte on the machines of benchmarks/harden.py.
+_SECONDS_PER_BYTE = 1 / 1.2e9
+
+
+def _seconds_per_entry(plan: Plan) -> float:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(_TRIAL_SIDE, _TRIAL_SIDE, generator=generator)
+    low = torch.randn(_TRIAL_SIDE, 32, generator=generator) @ torch.randn(32, _TRIAL_SIDE, generator=generator)
+    aligned = base + 0.001 * low + 0.002 * torch.randn(_TRIAL_SIDE, _TRIAL_SIDE, generator=generator)
+    rank = plan.edited[0].rank
+    assert rank is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        lox_edit(base, aligned, rank, 1.0)
+        started = time.perf_counter()
+        lox_edit(base, aligned, rank, 1.0)
+        return (time.perf_counter() - started) / base.numel()
+    finally:
+        torch.set_num_threads(before)
+
+
+def estimate(plan: Plan) -> dict[str, Any]:
+    """Plain values: counts, bytes, peak_memory (bytes, anonymous), seconds on this CPU."""
+    matrices = [(tensor, view) for tensor in plan.edited for view in tensor.views]
+    entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
+    total = sum(
+        working_memory(view.shape, 4, tensor.rank) + 4 * view.shape[0] * view.shape[1] for tensor, view in matrices if tensor.rank is not None
+    )
+    largest = max(working_memory(view.shape, 4, tensor.rank) + 4 * tensor.info.size for tensor, view in matrices if tensor.rank is not None)
+    cores = os.cpu_count() or 1
+    seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / cores + _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written)
+    return {
+        "command": "harden --dry-run",
+        "edited_tensors": len(plan.edited),
+        "edited_matrices": len(matrices),
+        "copied_tensors": dict(plan.copied_by_reason()),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_memory": _PROCESS_BYTES + max(min(IN_FLIGHT_BYTES, total), largest),
+        "seconds": seconds,
+        "recipe": plan.recipe.to_json(),
+        "warnings": plan.warnings,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.info.shape),
+                "action": tensor.action,
+                "reason": tensor.reason,
+                "rank": str(tensor.rank) if tensor.rank else None,
+                "alpha": tensor.alpha if tensor.action == "edit" else None,
+                "matrices": len(tensor.views),
+            }
+            for tensor in plan.tensors
+        ],
+    }

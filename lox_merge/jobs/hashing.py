@@ -1,0 +1,63 @@
+"""sha256 of source files, computed beside the work: the hashing thread reads ahead, so it is also the prefetch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from lox_merge.errors import SourceChangedError
+from lox_merge.jobs.atomic import sha256_of
+
+SourceFile = tuple[str, str]  # (role, file name)
+
+
+class SourceHasher:
+    """Hashes files in the order in which shards need them, at most one shard ahead of the work.
+
+    Reading further ahead would push what is about to be used out of the page cache on a machine with little memory.
+    """
+
+    def __init__(self, needed: list[list[SourceFile]], path_of: Callable[[SourceFile], Path]) -> None:
+        self._path_of = path_of
+        self._needed = needed
+        self._futures: dict[SourceFile, Future[str]] = {}
+        self._stamps: dict[SourceFile, tuple[int, int]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def start_shard(self, position: int) -> None:
+        """Shard number `position` is about to be worked on: queue its files and the next shard's."""
+        with self._lock:
+            for file in [file for files in self._needed[position : position + 2] for file in files]:
+                if file not in self._futures:
+                    self._stamps[file] = self._stamp(file)
+                    self._futures[file] = self._pool.submit(sha256_of, self._path_of(file), self._stop)
+
+    def hashes(self, position: int) -> dict[SourceFile, str]:
+        """Hashes of the files of one shard; waits for them. Raises SourceChangedError when a file changed meanwhile."""
+        self.start_shard(position)
+        found = {}
+        for file in self._needed[position]:
+            found[file] = self._futures[file].result()
+            if self._stamp(file) != self._stamps[file]:
+                raise SourceChangedError(
+                    f"{file[0]}: {file[1]} changed while it was being read. Nothing of this shard was kept; "
+                    "leave the sources alone and start again with --overwrite."
+                )
+        return found
+
+    def _stamp(self, file: SourceFile) -> tuple[int, int]:
+        try:
+            status = self._path_of(file).stat()
+        except OSError as error:
+            raise SourceChangedError(
+                f"{file[0]}: {file[1]} is no longer there ({error.strerror}). Restore it and run the same command again."
+            ) from error
+        return status.st_size, status.st_mtime_ns
+
+    def close(self) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)

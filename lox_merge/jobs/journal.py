@@ -1,0 +1,132 @@
+"""The state of an unfinished run, kept inside the output folder, so that an interruption loses at most one shard."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lox_merge.errors import OutputError, SourceChangedError
+from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
+from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
+
+_JOB = "job.json"
+_LOCK = "lock"
+
+
+class Journal:
+    """`.lox_merge/` in the output: the job that is being done, and one record per finished shard.
+
+    A record is written after its shard has its final name, so a shard with a record is whole.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out / WORK_FOLDER
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the output for this process; the lock goes with the process, however it ends. Raises OutputError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(f"another process is writing {self.out}. Wait for it, or choose another output folder.") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clear(self) -> None:
+        """Empties an output of this program, finished or not, but for the lock that is being held."""
+        for entry in list(self.out.iterdir()):
+            if entry != self.folder:
+                _remove(entry)
+        for entry in list(self.folder.iterdir()):
+            if entry.name != _LOCK:
+                _remove(entry)
+
+    def check(self, job: dict[str, Any]) -> None:
+        """Raises OutputError naming what differs when the folder holds another job."""
+        there = self._read(self.folder / _JOB) or (self.manifest() or {}).get("job")
+        if there is not None and there != job:
+            raise OutputError(
+                f"{self.out} holds another job: {'; '.join(_differences(there, job)) or 'its settings differ'}. "
+                "Give the same settings and sources to go on with it, choose another folder, or pass --overwrite to start anew."
+            )
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Starts `job` in a fresh folder, or goes on with the same job."""
+        self.check(job)
+        if self._read(self.folder / _JOB) is None:
+            write_atomically(self.folder / _JOB, json_bytes(job), self.folder)
+
+    def manifest(self) -> dict[str, Any] | None:
+        return self._read(self.out / MANIFEST)
+
+    def finished(self, file: str) -> dict[str, Any] | None:
+        """The record of a shard that is whole on disk; None when it has to be written. Checks its hash."""
+        record = self._read(self._record(file))
+        path = self.out / file
+        if record is None or not path.is_file() or path.stat().st_size != record["output"]["size"]:
+            return None
+        return record if sha256_of(path) == record["output"]["sha256"] else None
+
+    def check_sources(self, record: dict[str, Any], hashes: dict[str, dict[str, str]]) -> None:
+        """Raises SourceChangedError when a source of a finished shard is not what it was."""
+        for role, files in record["sources"].items():
+            for file, digest in files.items():
+                if hashes[role][file] != digest:
+                    raise SourceChangedError(
+                        f"{role}: {file} is not the file that {record['output']['file']} was made from. "
+                        "Restore it, or pass --overwrite to start anew."
+                    )
+
+    def record(self, file: str, record: dict[str, Any]) -> None:
+        sync_folder((self.out / file).parent)
+        write_atomically(self._record(file), json_bytes(record), self.folder)
+
+    def end(self) -> None:
+        """The manifest is in place: the working state has served."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """Takes back everything this job wrote: it can never be finished as asked."""
+        self.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if not any(self.out.iterdir()):
+            self.out.rmdir()
+
+    def partial(self, file: str) -> Path:
+        return self.folder / (file.replace("/", "__") + ".partial")
+
+    def _record(self, file: str) -> Path:
+        return self.folder / (file.replace("/", "__") + ".json")
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        return value if isinstance(value, dict) else None
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))]
+    return [] if before == now else [f"{name} was {before}, is now {now}"]

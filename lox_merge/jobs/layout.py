@@ -1,0 +1,107 @@
+"""Which matrices a stored tensor consists of.
+
+2-D tensors are one matrix, as stored (the authors' semantics, also where a model fuses q, k and v, or gate and up).
+Stacked experts (E, a, b) are E matrices; a gate and an up projection fused inside them are the two matrices that they
+are, unless asked for whole. Other tensors with more dimensions (convolutions) are flattened to (d_0, rest): a batched
+SVD over their last two dimensions, as the authors' script would take, decomposes kernel windows, not the layer's map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+Fused = Literal["split", "whole"]
+Config = Mapping[str, Any]
+
+_EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_FUSED_GATE_UP = re.compile(r"gate_up_proj(\.weight)?$")
+# GPT-OSS stores gate and up columns alternately; every other fused layout known to transformers 5 stores halves.
+_INTERLEAVED_MODELS = ("gpt_oss",)
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """One matrix inside a tensor: an expert, a part of one axis of it, or the whole tensor flattened to two dimensions.
+
+    shape: (d_out, d_in) as stored. label: '' for a whole tensor, else such as '[3]' or '[3].gate'.
+    """
+
+    shape: tuple[int, int]
+    label: str = ""
+    expert: int | None = None
+    axis: int | None = None
+    part: tuple[int, int, int] | None = None  # start, stop, step along `axis` of the expert's matrix
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """The matrix as a view on a contiguous `tensor`: writing into it writes into the tensor."""
+        if self.expert is None:
+            return tensor.view(self.shape)
+        matrix = tensor[self.expert]
+        if self.part is None:
+            return matrix
+        piece = slice(*self.part)
+        return matrix[piece] if self.axis == 0 else matrix[:, piece]
+
+
+def _nested(config: Config) -> Iterator[Config]:
+    """The config and the configs of its parts (text_config, thinker_config, …)."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _nested(value)
+
+
+def _expert_counts(config: Config) -> set[int]:
+    return {part[key] for part in _nested(config) for key in _EXPERT_COUNT_KEYS if isinstance(part.get(key), int)}
+
+
+def is_expert_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
+    """True for a 3-D tensor of experts: its name says so, or its first dimension is the config's number of experts."""
+    return len(shape) == 3 and min(shape[1:]) > 1 and ("expert" in name or shape[0] in _expert_counts(config))
+
+
+def _gate_up_axis(shape: tuple[int, ...], config: Config) -> int | None:
+    """Axis (0 or 1 of an expert's matrix) that holds gate and up together; None when it cannot be told."""
+    hidden = {part["hidden_size"] for part in _nested(config) if isinstance(part.get("hidden_size"), int)}
+    fused = [axis for axis in (0, 1) if shape[1 + axis] not in hidden and shape[1 + axis] % 2 == 0]
+    if len(fused) == 1:
+        return fused[0]
+    # Both sides equal the hidden size, or neither: (E, 2·I, H) is how transformers 5 stores it, except these models.
+    transposed = {"gpt_oss", "llama4", "llama4_text"}
+    if any(part.get("model_type") in transposed for part in _nested(config)):
+        return 1
+    return 0 if shape[1] % 2 == 0 else None
+
+
+def matrix_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused = "split") -> list[MatrixView]:
+    """The matrices of a tensor with at least two dimensions; an empty list for one that has fewer, or no entries."""
+    size = 1
+    for side in shape:
+        size *= side
+    if len(shape) < 2 or size == 0:
+        return []
+    if is_expert_stack(name, shape, config):
+        return [view for expert in range(shape[0]) for view in _expert_views(name, shape, config, fused, expert)]
+    sides = list(shape)
+    while len(sides) > 2 and sides[0] == 1:  # (1, n, d) position tables are one matrix, not one row
+        del sides[0]
+    return [MatrixView((sides[0], size // sides[0]))]
+
+
+def _expert_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused, expert: int) -> list[MatrixView]:
+    rows, columns = shape[1:]
+    axis = _gate_up_axis(shape, config) if fused == "split" and _FUSED_GATE_UP.search(name) else None
+    if axis is None:
+        return [MatrixView((rows, columns), f"[{expert}]", expert)]
+    length = shape[1 + axis]
+    if any(part.get("model_type") in _INTERLEAVED_MODELS for part in _nested(config)):
+        parts = {"gate": (0, length, 2), "up": (1, length, 2)}
+    else:
+        parts = {"gate": (0, length // 2, 1), "up": (length // 2, length, 1)}
+    half = (rows // 2, columns) if axis == 0 else (rows, columns // 2)
+    return [MatrixView(half, f"[{expert}].{part}", expert, axis, span) for part, span in parts.items()]

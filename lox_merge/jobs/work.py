@@ -1,0 +1,165 @@
+"""The work on one matrix, and a bounded crew of threads that does it ahead of the writer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lox_merge.errors import LoxMergeWarning, NumericalError
+from lox_merge.jobs.layout import MatrixView
+from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.select import TensorPlan
+from lox_merge.maths.edits import Realised, lox_edit
+from lox_merge.maths.lanczos import BASIS, BLOCK
+from lox_merge.maths.rank import RankRule
+from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE
+from lox_merge.maths.subspace import Subspace
+
+# Matrices in flight may take this much memory together; a larger one is worked on alone.
+IN_FLIGHT_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class MatrixResult:
+    """What was done to one matrix. bad: number of NaN and Inf in its delta (then nothing else holds)."""
+
+    label: str
+    shape: tuple[int, int]
+    bad: int = 0
+    changed: bool = False
+    subspace: Subspace | None = None
+    delta_norm: float = 0.0
+    realised: Realised | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's record. Undefined values are null."""
+        record: dict[str, Any] = {"part": self.label, "shape": list(self.shape), "delta_norm": self.delta_norm}
+        if not self.changed:
+            return record | {"rank": 0, "singular_values": [], "r_align": None, "certificate": None, "realised": None}
+        subspace, realised = self.subspace, self.realised
+        record["rank"] = "full" if subspace is None else subspace.rank
+        record["singular_values"] = None if subspace is None else subspace.singular_values.tolist()
+        record["r_align"] = 1.0 if subspace is None else subspace.alignment_ratio
+        if subspace is None:
+            record["certificate"] = None
+        else:
+            certificate = subspace.certificate
+            record["certificate"] = {
+                "method": certificate.method,
+                "residual": certificate.residual,
+                "next_singular_value": certificate.next_singular_value,
+                "angle_bound": certificate.angle_bound,
+                "projection_error_bound": certificate.projection_error_bound,
+                "ambiguous": certificate.ambiguous,
+                "passes": certificate.passes,
+            }
+        assert realised is not None
+        record["realised"] = {
+            "gain": realised.gain,
+            "cosine": realised.cosine,
+            "intended_norm": realised.intended_norm,
+            "realised_norm": realised.realised_norm,
+        }
+        return record
+
+
+def edit_matrix(
+    base: Tensor, aligned: Tensor, out: Tensor, view: MatrixView, tensor: TensorPlan, recipe: Recipe, device: torch.device
+) -> MatrixResult:
+    """Writes the hardened matrix into `out` (a view of the output tensor); aligned's values for a zero or non-finite delta."""
+    try:
+        return _edit(base, aligned, out, view, tensor, recipe, device)
+    except torch.cuda.OutOfMemoryError:
+        warnings.warn(
+            f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was edited on the CPU", LoxMergeWarning, stacklevel=2
+        )
+        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"))
+    except NumericalError as error:
+        raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
+
+
+def _edit(base: Tensor, aligned: Tensor, out: Tensor, view: MatrixView, tensor: TensorPlan, recipe: Recipe, device: torch.device) -> MatrixResult:
+    base, aligned = base.to(device), aligned.to(device)
+    wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype)) == torch.float64
+    delta = (aligned.double() - base.double()).float() if wide else aligned.to(torch.float32, copy=True).sub_(base)
+    norm = float(torch.linalg.vector_norm(delta, dim=1).double().norm())
+    if not norm < float("inf"):
+        bad = int((~torch.isfinite(delta)).sum())
+        out.copy_(aligned)
+        return MatrixResult(view.label, view.shape, bad=max(bad, 1))
+    if norm == 0:
+        out.copy_(aligned)
+        return MatrixResult(view.label, view.shape)
+    assert tensor.rank is not None
+    # Every matrix starts its SVD from the same seed, but draws its own rounding noise.
+    digest = hashlib.sha256(f"{recipe.seed}:{tensor.name}{view.label}".encode()).digest()
+    edited, subspace, realised = lox_edit(
+        base,
+        aligned,
+        tensor.rank,
+        tensor.alpha,
+        dtype=out.dtype,
+        rounding=recipe.rounding,
+        tolerance=recipe.tolerance,
+        seed=recipe.seed,
+        rounding_seed=int.from_bytes(digest[:7], "big"),
+        delta=delta,
+    )
+    out.copy_(edited)
+    return MatrixResult(view.label, view.shape, changed=True, subspace=subspace, delta_norm=norm, realised=realised)
+
+
+def working_memory(shape: tuple[int, int], out_bytes_per_entry: int, rank: RankRule) -> int:
+    """Upper estimate of the bytes that editing one matrix takes beside mapped files."""
+    short, long = sorted(shape)
+    entries = short * long
+    k = rank.from_shape(short)
+    needed = entries * (4 + out_bytes_per_entry)
+    if rank.kind == "full":
+        return needed
+    if short <= EXACT_SIDE:
+        return needed + 3 * 8 * entries
+    if k is not None and k <= DENSE_SHARE * short:
+        basis = max(BASIS, 2 * k) + BLOCK
+        return needed + basis * (4 * short + 8 * long) + 12 * BLOCK * long
+    return needed + 4 * 8 * short * short + 8 * long * (k or short)
+
+
+class Crew:
+    """Threads that edit matrices ahead of the writer, within a memory budget.
+
+    On a CPU one thread per matrix with few cores each beats one matrix on all cores: the products are thin. The number
+    of threads follows from the machine and the sizes alone, so that two runs of one job do the same arithmetic.
+    """
+
+    def __init__(self, device: torch.device, typical_bytes: int) -> None:
+        self.device = device
+        cores = os.cpu_count() or 1
+        self.workers = 1 if device.type != "cpu" else max(1, min(cores, IN_FLIGHT_BYTES // max(1, typical_bytes)))
+        self.threads_each = max(1, cores // self.workers) if device.type == "cpu" else torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="edit")
+
+    def submit(self, *arguments: Any) -> Future[MatrixResult]:
+        return self._pool.submit(edit_matrix, *arguments)
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """torch's thread count for the duration of the run."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads_each)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
