@@ -76,6 +76,8 @@ class Recipe:
             raise RecipeError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(OUTPUT_DTYPES)}, or leave it out to keep aligned's.")
         if self.rounding not in ROUNDINGS:
             raise RecipeError(f"rounding {self.rounding!r} is not known; use one of {', '.join(ROUNDINGS)}.")
+        if self.rounding == "feedback" and any(_rule(rank).kind == "full" for rank in (self.rank, *(rank for _, rank in self.rank_pattern))):
+            raise RecipeError("rounding 'feedback' needs a limited rank: with rank 'full' use --rounding stochastic or --dtype float32.")
         if self.fused not in ("split", "whole"):
             raise RecipeError(f"fused {self.fused!r} is not known; use 'split' or 'whole'.")
         if not (math.isfinite(self.tolerance) and 0 < self.tolerance < 1):

@@ -24,8 +24,11 @@ from lox_merge.maths.subspace import Subspace
 
 # Rows are edited in pieces of about this many entries: a few float32 temporaries of a piece stay in a core's cache.
 PIECE = 2**18
-# Rounding again after adding back what is missing inside the subspace; gain is 1.000 after 4 to 8 rounds (docs/numerics.md).
-FEEDBACK_ROUNDS = 8
+# Rounding again after adding back what is missing inside the subspace: rank 6 needs 4 to 8 rounds, high ranks more.
+FEEDBACK_ROUNDS = 40
+FEEDBACK_GAIN_ERROR = 0.002
+# At ranks near the short side many entries stay below the rounding threshold whatever is added: stop when a round gains little.
+_FEEDBACK_PROGRESS = 0.98
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def apply_update(
 
     aligned: (d_out, d_in), any float dtype, not changed. delta: (d_out, d_in) float32, needed by the full-rank update.
     rounding: 'nearest'; 'stochastic' (seeded, unbiased); 'feedback' adds the part of T that is missing inside T's own
-    row and column space back and rounds to nearest again, FEEDBACK_ROUNDS times.
+    row and column space back and rounds to nearest again, until the gain is within FEEDBACK_GAIN_ERROR of 1
+    or no longer improves (ranks near the short side).
     """
     dtype = dtype or aligned.dtype
     lossless = dtype in (torch.float32, torch.float64)
@@ -123,7 +127,7 @@ def _write(
             change = update.piece(rows, delta)
             out[rows] = rounder(before + change)
             intended = change if target is None else target.piece(rows, delta)
-            kept = out[rows].to(wide).sub_(before)
+            kept = out[rows].to(wide) - before
             # Row dots in float32, their sum in float64: the same care as frobenius_norm.
             inner[0] += (kept * intended).sum(-1).double().sum()
             inner[1] += kept.square().sum(-1).double().sum()
@@ -143,17 +147,20 @@ def _with_feedback(
 ) -> tuple[Tensor, Realised]:
     """Round, measure what is missing inside the update's own subspace, add it, round again (deterministic)."""
     if update.left is None or update.right is None:
-        scale = update.scale
-        for _ in range(FEEDBACK_ROUNDS):
-            scale += update.scale * (1 - (realised.gain or 0.0))
-            out, realised = _write(aligned, Update(None, None, scale), delta, dtype, lambda values: round_nearest(values, dtype), target=update)
-        return out, realised
+        # Scaling Delta up and down cannot repair it: entries of a rounded delta are a few units in the last place, and
+        # all of them cross the rounding threshold together.
+        raise NumericalError("rounding 'feedback' needs an update of limited rank; use 'stochastic' or float32 for rank 'full'")
     with full_precision_matmul(aligned.device):
         rows_basis = torch.linalg.qr(update.left).Q
         columns_basis, columns_factor = torch.linalg.qr(update.right)
         intended = (rows_basis.T @ update.left) @ columns_factor.T
         correction = intended.clone()
+        before = math.inf
         for _ in range(FEEDBACK_ROUNDS):
+            gap = abs((realised.gain or 0.0) - 1)
+            if gap <= FEEDBACK_GAIN_ERROR or gap > _FEEDBACK_PROGRESS * before:
+                break
+            before = gap
             kept = torch.zeros_like(intended)
             for rows in _pieces(aligned):
                 change = out[rows].float() - aligned[rows].float()

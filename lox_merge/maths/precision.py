@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# 99 % quantile of the Tracy-Widom law of order 1.
+_TRACY_WIDOM_99 = 2.0234
+
 
 @contextmanager
 def full_precision_matmul(device: torch.device) -> Iterator[None]:
@@ -36,10 +39,13 @@ def frobenius_norm(matrix: Tensor) -> float:
 
 
 def rounding_noise_edge(stored: Tensor) -> float:
-    """Largest singular value that rounding to the stored dtype alone gives a delta of this shape (Marchenko-Pastur edge).
+    """Singular value that rounding to the stored dtype alone exceeds in one delta of this shape in a hundred.
 
     stored: (d_out, d_in), the aligned weights in their stored dtype. Rounding to nearest is uniform over one unit in the
-    last place, so the noise has variance ulp(w)²/12 per entry; the edge is its root mean square times (√d_out + √d_in).
+    last place, so the noise has variance ulp(w)²/12 per entry. Its spectrum ends near the root mean square times
+    (√d_out + √d_in), the Marchenko-Pastur edge; the largest value fluctuates about it as Tracy and Widom found, and the
+    99 % quantile is taken (Johnstone 2001, Annals of Statistics 29(2), Theorem 1.1). Deltas below one unit in the last
+    place are rounded less evenly than that; then a few directions of noise may pass.
     """
     rows, columns = stored.shape
     information = torch.finfo(stored.dtype)
@@ -52,4 +58,9 @@ def rounding_noise_edge(stored: Tensor) -> float:
         spacing = torch.ldexp(torch.full_like(part, information.eps), exponent - 1)
         total += float(spacing.double().square().sum())
     rms = math.sqrt(total / max(1, stored.numel()) / 12)
-    return rms * (math.sqrt(rows) + math.sqrt(columns))
+    if min(rows, columns) == 0:
+        return 0.0
+    root_rows, root_columns = math.sqrt(rows - 0.5), math.sqrt(columns - 0.5)
+    centre = (root_rows + root_columns) ** 2
+    spread = (root_rows + root_columns) * (1 / root_rows + 1 / root_columns) ** (1 / 3)
+    return rms * math.sqrt(centre + _TRACY_WIDOM_99 * spread)

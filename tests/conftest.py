@@ -1,0 +1,46 @@
+"""Shared by all tests: shape checks on the maths, quiet torch, and the command line as a subprocess."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Shapes written in the annotations of the maths are checked at every call in the tests.
+install_import_hook("lox_merge.maths", "shape_checks.checked")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("COLUMNS", "80")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+pytest_plugins: list[str] = []
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+CLI = [sys.executable, "-m", "lox_merge.cli.main"]
+
+
+def run_cli(*arguments: object, cwd: Path | None = None, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`lox-merge` with these arguments in a process of its own; environment holds extra variables."""
+    return subprocess.run(
+        [*CLI, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(name="run_cli")
+def run_cli_fixture() -> RunCli:
+    return run_cli
