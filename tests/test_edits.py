@@ -98,7 +98,7 @@ def test_realised_measures_what_was_written() -> None:
     assert realised.gain < 0.95
 
 
-@pytest.mark.parametrize("rank", ["1", "6", "5%"])
+@pytest.mark.parametrize("rank", ["1", "6"])
 def test_feedback_restores_the_gain(rank: str) -> None:
     base, aligned = pair(256, 384, change=0.002, dtype=torch.bfloat16)
     rule = parse_rank(rank)

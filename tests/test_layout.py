@@ -1,0 +1,71 @@
+"""Which matrices a tensor consists of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lox_merge.jobs.layout import matrix_views
+
+MIXTRAL = {"model_type": "mixtral", "hidden_size": 32, "num_local_experts": 4}
+
+
+def test_two_dimensions_are_one_matrix_as_stored() -> None:
+    (view,) = matrix_views("h.0.attn.c_attn.weight", (32, 96), {})
+    tensor = torch.arange(32.0 * 96).view(32, 96)
+    assert view.label == "" and torch.equal(view.select(tensor), tensor)
+
+
+@pytest.mark.parametrize("shape", [(7,), (), (0, 5), (3, 0, 2)])
+def test_vectors_and_empty_tensors_have_none(shape: tuple[int, ...]) -> None:
+    assert matrix_views("x", shape, {}) == []
+
+
+def test_experts_are_taken_one_by_one() -> None:
+    views = matrix_views("model.layers.0.mlp.experts.down_proj", (4, 32, 56), MIXTRAL)
+    tensor = torch.randn(4, 32, 56)
+    assert [view.label for view in views] == ["[0]", "[1]", "[2]", "[3]"]
+    for expert, view in enumerate(views):
+        assert torch.equal(view.select(tensor), tensor[expert])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape", "gate", "up"),
+    [
+        ("mixtral", (4, 56, 32), lambda e: e[:28], lambda e: e[28:]),
+        ("qwen3_moe", (4, 56, 32), lambda e: e[:28], lambda e: e[28:]),
+        ("llama4", (4, 32, 56), lambda e: e[:, :28], lambda e: e[:, 28:]),
+        ("gpt_oss", (4, 32, 56), lambda e: e[:, ::2], lambda e: e[:, 1::2]),
+        ("gpt_oss", (4, 32, 32), lambda e: e[:, ::2], lambda e: e[:, 1::2]),  # both sides equal: the model type decides
+        ("mixtral", (4, 32, 32), lambda e: e[:16], lambda e: e[16:]),
+    ],
+)
+def test_gate_and_up_fused_in_experts_are_two_matrices(model_type, shape, gate, up) -> None:  # type: ignore[no-untyped-def]
+    config = {"model_type": "wrapper", "text_config": {"model_type": model_type, "hidden_size": 32, "num_local_experts": 4}}
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    views = matrix_views(name, shape, config)
+    tensor = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    covered = torch.zeros(shape)
+    for view in views:
+        part = gate if view.label.endswith("gate") else up
+        assert view.expert is not None
+        assert torch.equal(view.select(tensor), part(tensor[view.expert]))
+        assert tuple(view.select(tensor).shape) == view.shape
+        view.select(covered).add_(1)
+    assert (covered == 1).all() and len(views) == 8
+    whole = matrix_views(name, shape, config, "whole")
+    assert [view.label for view in whole] == ["[0]", "[1]", "[2]", "[3]"]
+
+
+def test_the_number_of_experts_in_the_config_names_a_stack() -> None:
+    assert len(matrix_views("model.layers.0.ffn.w1", (4, 56, 32), MIXTRAL)) == 4
+
+
+def test_convolutions_are_flattened_and_leading_ones_dropped() -> None:
+    (convolution,) = matrix_views("visual.patch_embed.proj.weight", (24, 3, 2, 14, 14), {})
+    assert convolution.shape == (24, 3 * 2 * 14 * 14)
+    (positions,) = matrix_views("pos_embed", (1, 50, 24), {})
+    assert positions.shape == (50, 24)
+    tensor = torch.zeros(1, 50, 24)
+    positions.select(tensor).add_(1)
+    assert (tensor == 1).all()
