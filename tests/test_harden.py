@@ -187,7 +187,7 @@ def test_vocabulary_that_grew_is_copied_with_a_warning(tmp_path: Path) -> None:
         harden(base, aligned, tmp_path / "out")
     texts = [str(warning.message) for warning in caught if issubclass(warning.category, LoxMergeWarning)]
     assert len(texts) == 2
-    assert "embed_tokens.weight is copied" in texts[0] and "[96, 32]" in texts[0] and "[101, 32]" in texts[0]
+    assert any("embed_tokens.weight is copied" in text and "[96, 32]" in text and "[101, 32]" in text for text in texts)
     after, out = load(aligned), load(tmp_path / "out")
     for name, tensor in after.items():
         assert torch.equal(out[name], tensor) == (tensor.ndim < 2 or "embed" in name or "lm_head" in name), name

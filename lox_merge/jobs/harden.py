@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lox_merge.checkpoint.checkpoint import SINGLE_INDEX, open_checkpoint
-from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError
+from lox_merge.checkpoint.checkpoint import SINGLE_INDEX, Checkpoint, open_checkpoint
+from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, PlanError, RequestError, SourceError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.engine import Progress, run
 from lox_merge.jobs.journal import Journal
@@ -88,13 +88,18 @@ def plan_hardening(
     cache_dir: Path | None = None,
 ) -> Plan:
     """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError."""
-    return make_plan(
-        open_checkpoint(base, "base", cache_dir),
-        open_checkpoint(aligned, "aligned", cache_dir),
-        Path(out),
-        recipe or Recipe(),
-        order_confirmed=order_is_right,
-    )
+    opened: dict[str, Checkpoint] = {}
+    problems: list[str] = []
+    for role, source in (("base", base), ("aligned", aligned)):
+        try:
+            opened[role] = open_checkpoint(source, role, cache_dir)
+        except PlanError as error:
+            problems += error.problems
+        except SourceError as error:
+            problems.append(str(error))
+    if problems:
+        raise PlanError(problems)
+    return make_plan(opened["base"], opened["aligned"], Path(out), recipe or Recipe(), order_confirmed=order_is_right)
 
 
 def harden(
