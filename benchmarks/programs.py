@@ -1,0 +1,54 @@
+"""The peers of `harden`, each a whole program on the same files: what it is compared with.
+
+floor     reads both checkpoints and writes one, no SVD: the same streaming, nothing computed
+full_svd  the same streaming engine with torch.linalg.svd in place of the truncated SVD
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+
+def floor(base: Path, aligned: Path, out: Path) -> None:
+    """Reads every byte of both and writes aligned's tensors to new shards, tensor by tensor, fsynced; the least one can do."""
+    import os
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    handles = {file.name: safe_open(file, "pt") for file in sorted(base.glob("*.safetensors"))}
+    home = {name: file for file, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
+    for file in sorted(aligned.glob("*.safetensors")):
+        tensors = {}
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                values = handle.get_tensor(name)
+                other = handles[home[name]].get_tensor(name)
+                tensors[name] = torch.where(other == values, values, values)  # touches every byte of both
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
+        descriptor = os.open(out / file.name, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def full_svd(base: Path, aligned: Path, out: Path) -> None:
+    """`harden` with every truncated SVD replaced by torch.linalg.svd in float32."""
+    from lox_merge import harden
+    from lox_merge.maths import spectral
+    from lox_merge.maths.lanczos import Triplets
+
+    def solve(matrix, rule, *_):  # type: ignore[no-untyped-def]
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        k = rule.from_shape(min(matrix.shape))
+        return Triplets(left[:, :k].contiguous(), values[:k].double(), right[:k].T.contiguous(), float(values[k]), 0), "exact"
+
+    spectral._solve = solve  # type: ignore[assignment]
+    harden(base, aligned, out)
+
+
+if __name__ == "__main__":
+    {"floor": floor, "full_svd": full_svd}[sys.argv[1]](*map(Path, sys.argv[2:5]))

@@ -1,0 +1,86 @@
+"""`make bench`: harden against its peers on synthetic pairs, one run, medians; ratios are what counts.
+
+Writes benchmarks/out/harden.json and prints a table. Takes about ten minutes and 12 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from measure import Measured, run_command
+from synthetic import SIZES, make_pair
+
+HERE = Path(__file__).parent
+TASK_ARITHMETIC = """\
+merge_method: task_arithmetic
+base_model: {base}
+models:
+  - model: {aligned}
+    parameters: {{weight: 2.0}}
+dtype: bfloat16
+"""
+
+
+def measure(size: str, work: Path, repeat: int, *, peers: bool) -> dict[str, Measured]:
+    """Every program on one pair; each run writes to a folder that is removed before it."""
+    base, aligned = make_pair(work / size, size)
+    out = work / "out"
+    config = work / "task_arithmetic.yaml"
+    config.write_text(TASK_ARITHMETIC.format(base=base, aligned=aligned))
+    bin_folder = Path(sys.executable).parent
+    programs: dict[str, list[str]] = {"harden": [str(bin_folder / "lox-merge"), "harden", str(base), str(aligned), str(out)]}
+    if peers:
+        programs["floor"] = [sys.executable, str(HERE / "programs.py"), "floor", str(base), str(aligned), str(out)]
+        programs["mergekit task_arithmetic"] = [str(bin_folder / "mergekit-yaml"), str(config), str(out), "--allow-crimes", "--no-copy-tokenizer"]
+        programs["full SVD"] = [sys.executable, str(HERE / "programs.py"), "full_svd", str(base), str(aligned), str(out)]
+    found = {}
+    for name, command in programs.items():
+        times = 1 if name == "full SVD" else repeat
+        found[name] = run_command(command, prepare=lambda: shutil.rmtree(out, ignore_errors=True), repeat=times)
+        print(f"{size:5s} {name:26s} {found[name].seconds:7.1f} s   peak anonymous {found[name].peak_anonymous / 1e9:.2f} GB", flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=HERE / "out")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--sizes", nargs="*", default=["117M", "1B"], help="further sizes to show memory on, without peers")
+    parser.add_argument("--skip-svd", action="store_true", help="leave out the comparison on one 4096×4096 delta")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    results = {"468M": measure("468M", arguments.work, arguments.repeat, peers=True)}
+    for size in arguments.sizes:
+        results[size] = measure(size, arguments.work, arguments.repeat, peers=False)
+    main_row = results["468M"]
+    ratios = {name: row.seconds / main_row["harden"].seconds for name, row in main_row.items() if name != "harden"}
+    limits = {}
+    for size, rows in results.items():
+        shapes = SIZES[size].tensors()
+        largest = max(4 * torch.Size(shape).numel() for _, shape in shapes)
+        limits[size] = {"peak_anonymous": rows["harden"].peak_anonymous, "allowed": 10**9 + 3 * largest}
+    print("\nharden takes 1; " + "; ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    for size, limit in limits.items():
+        print(
+            f"{size}: peak anonymous {limit['peak_anonymous'] / 1e9:.2f} GB of {limit['allowed'] / 1e9:.2f} GB (1 GB + 3 × largest tensor in float32)"
+        )
+    report = {
+        "seconds": {size: {name: row.seconds for name, row in rows.items()} for size, rows in results.items()},
+        "times_of_harden": ratios,
+        "memory": limits,
+    }
+    (arguments.work / "harden.json").write_text(json.dumps(report, indent=2) + "\n")
+    if not arguments.skip_svd:
+        print()
+        subprocess.run([sys.executable, str(HERE / "svd.py"), "--json", str(arguments.work / "svd.json")], check=True)
+
+
+if __name__ == "__main__":
+    main()

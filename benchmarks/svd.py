@@ -1,0 +1,85 @@
+"""One delta: truncated SVD against torch.linalg.svd and against randomised SVD, time and error of Proj_6."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import torch
+from measure import median_seconds
+
+from lox_merge.maths import truncated_svd
+
+
+def delta(side: int, exponent: float, noise: float, relative: float, seed: int = 0) -> torch.Tensor:
+    """A delta of bf16 weights: directions i^-exponent, a share `noise` of Gaussian entries, ||Δ||/||W|| = relative, rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    base = (torch.randn(side, side, generator=generator) * 0.02).bfloat16()
+    values = torch.arange(1, 129).float() ** -exponent
+    left = torch.linalg.qr(torch.randn(side, 128, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(side, 128, generator=generator)).Q
+    low = (left * values) @ right.T
+    size = relative * float(base.float().norm())
+    low *= (1 - noise**2) ** 0.5 * size / low.norm()
+    aligned = (base.float() + low + torch.randn(side, side, generator=generator) * (noise * size / side)).bfloat16()
+    return aligned.float() - base.float()
+
+
+CASES = {"power law": (0.8, 0.5, 0.01), "slow decay": (0.3, 0.5, 0.003), "rounding noise": (0.8, 0.97, 0.001)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for name, settings in CASES.items():
+        matrix = delta(arguments.side, *settings)
+        started = time.perf_counter()
+        full = torch.linalg.svd(matrix, full_matrices=False)
+        full_seconds = time.perf_counter() - started
+        squares, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().T)
+        basis = vectors[:, -6:]
+        exact = basis @ (basis.T @ matrix.double())
+        gap = float((squares[-6] / squares[-7]).sqrt())
+
+        def error(low: torch.Tensor, exact: torch.Tensor = exact) -> float:
+            return float((low.double() - exact).norm() / exact.norm())
+
+        def randomised(matrix: torch.Tensor = matrix) -> torch.Tensor:
+            left, values, right = torch.svd_lowrank(matrix, q=14, niter=4)
+            return (left[:, :6] * values[:6]) @ right[:, :6].T
+
+        found = truncated_svd(matrix, 6)
+        seconds = median_seconds(lambda matrix=matrix: truncated_svd(matrix, 6))  # type: ignore[misc]
+        row = {
+            "case": name,
+            "gap": gap,
+            "full_svd_seconds": full_seconds,
+            "full_svd_error": error((full.U[:, :6] * full.S[:6]) @ full.Vh[:6]),
+            "seconds": seconds,
+            "times_faster": full_seconds / seconds,
+            "error": error(found.low_rank()),
+            "certified_error": (found.certificate.projection_error_bound or float("nan")) / float(exact.norm()),
+            "ambiguous": found.certificate.ambiguous,
+            "svd_lowrank_seconds": median_seconds(randomised),
+            "svd_lowrank_error": error(randomised()),
+        }
+        rows.append(row)
+        print(
+            f"{name:15s} gap {gap - 1:6.2%}  full {full_seconds:6.1f} s  ours {seconds:6.3f} s ({row['times_faster']:.0f}×) error {row['error']:.1e} "
+            f"(certified {row['certified_error']:.1e}{', ambiguous' if row['ambiguous'] else ''})  "
+            f"svd_lowrank(q=14, niter=4) {row['svd_lowrank_seconds']:.3f} s error {row['svd_lowrank_error']:.1e}",
+            flush=True,
+        )
+    if arguments.json:
+        with open(arguments.json, "w") as file:  # noqa: PTH123
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
