@@ -1,7 +1,7 @@
 """The GPU path on 8B shapes: seconds in transfer, SVD, update and I/O, and the share of the device's memory bandwidth reached.
 
 Every distinct shape of a Llama-3-8B is made on the device, measured, and multiplied by how often it occurs. Needs CUDA:
-    python benchmarks/cuda.py --json cuda.json
+    python benchmarks/gpu.py --json gpu.json
 """
 
 from __future__ import annotations
