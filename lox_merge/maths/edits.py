@@ -27,6 +27,8 @@ PIECE = 2**18
 # Rounding again after adding back what is missing inside the subspace: rank 6 needs 4 to 8 rounds, high ranks more.
 FEEDBACK_ROUNDS = 40
 FEEDBACK_GAIN_ERROR = 0.002
+# An odd 64-bit multiplier (Steele & Vigna 2021, table 4).
+_STREAM = 0xD1342543DE82EF95
 # At ranks near the short side many entries stay below the rounding threshold whatever is added: stop when a round gains little.
 _FEEDBACK_PROGRESS = 0.98
 
@@ -94,7 +96,8 @@ def apply_update(
     dtype = dtype or aligned.dtype
     lossless = dtype in (torch.float32, torch.float64)
     if rounding == "stochastic" and not lossless:
-        generator = torch.Generator(device=aligned.device).manual_seed(seed)
+        # A stream of its own: weights or start vectors drawn from the same small seed would correlate with the rounding.
+        generator = torch.Generator(device=aligned.device).manual_seed((seed * _STREAM + 1) % 2**63)
         return _write(aligned, update, delta, dtype, lambda values: round_stochastic(values, dtype, generator))
     out, realised = _write(aligned, update, delta, dtype, lambda values: round_nearest(values, dtype))
     if rounding != "feedback" or lossless or realised.intended_norm == 0:

@@ -1,0 +1,42 @@
+"""`lox-merge demo`: from training to the picture on toy models, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lox_merge.cli.options import json_option, seed_option
+
+
+@click.command("demo", short_help="Train, harden and attack toy models, offline, in about a minute.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write to.")
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Where trained toy pairs are kept (default: $LOX_MERGE_CACHE/toy, else ~/.cache/lox-merge/toy).",
+)
+@seed_option
+@json_option
+def demo(out: Path, cache_dir: Path | None, seed: int, json_file: str | None) -> None:
+    """Harden a toy model and attack it, offline, in about a minute.
+
+    Trains two tiny models of a symbolic language, a base model and one aligned to refuse; hardens the aligned
+    checkpoint; fine-tunes the aligned model, the hardened one and two equal-norm controls on benign and on harmful data;
+    and compares how well each still refuses. Attacked models exist in memory only: OUT receives the hardened checkpoint
+    and a picture.
+    """
+    from lox_merge.cli.show import duration, write_json
+    from lox_merge.lab.demo import run_demo
+    from lox_merge.lab.picture import draw_picture
+    from lox_merge.lab.summary import print_summary
+
+    result = run_demo(out, seed=seed, cache_dir=cache_dir, progress=lambda message: click.echo(message, err=True))
+    pictures = draw_picture(result, out)
+    if json_file:
+        write_json(json_file, result.to_json())
+    if json_file != "-":
+        print_summary(result)
+        for path in (result.hardened, *pictures):
+            click.echo(f"Written: {path}")
+        click.echo(f"Time: {duration(result.seconds)}")
