@@ -1,0 +1,77 @@
+"""`lox-merge yaml`: mergekit-yaml with this package's merge method, and with the checks and files that `lox` needs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lox_merge.cli.options import json_option
+
+_HELP = """Merge as mergekit-yaml does, with the merge method `lox` registered.
+
+The configuration names the pre-trained model as base_model and the aligned one under models; merge_configs/ has examples.
+All options of mergekit-yaml hold. With method lox everything is checked first, the folder appears only when it is
+complete, and config, tokenizer, chat template and code are the aligned model's. mergekit's own methods run as they are.
+
+\b
+lox-merge yaml merge_configs/paper_defaults.yaml out
+"""
+
+
+class MergekitCommand(click.Command):
+    """Takes arguments and options from mergekit's own command, so that a newer mergekit's options appear by themselves.
+
+    They are read when the command runs or shows its help: importing mergekit takes seconds.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not any(parameter.name == "config_file" for parameter in self.params):
+            from mergekit.scripts.run_yaml import main
+
+            taken = {parameter.name for parameter in self.params}
+            self.params = [*(parameter for parameter in main.params if parameter.name not in taken), *self.params]
+        return super().get_params(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from mergekit.options import PrettyPrintHelp
+
+        PrettyPrintHelp.format_options(self, ctx, formatter)
+
+
+@click.command("yaml", cls=MergekitCommand, help=_HELP, short_help="Run a mergekit configuration; adds the merge method lox.")
+@click.option("--overwrite", is_flag=True, help="With lox: replace OUT_PATH if mergekit or lox-merge wrote it.")
+@click.option("--order-is-right", is_flag=True, help="With lox: the models are not swapped, although only base_model has a chat template.")
+@json_option
+def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, config_file: str, out_path: str, **values: Any) -> None:
+    from mergekit.options import MergeOptions
+    from mergekit.scripts.run_yaml import main
+
+    from lox_merge.cli.show import write_json
+    from lox_merge.errors import LoxMergeError
+    from lox_merge.mergekit.config import one_line, read_configuration
+    from lox_merge.mergekit.plugin import METHOD
+    from lox_merge.mergekit.run import merge
+
+    _, config = read_configuration(Path(config_file))
+    if config.merge_method == METHOD:
+        options = MergeOptions(**{name: value for name, value in values.items() if name in MergeOptions.model_fields})
+        options.apply_global_options()
+        result = merge(Path(config_file), Path(out_path), options, overwrite=overwrite, order_is_right=order_is_right)
+        if json_file:
+            write_json(json_file, result.to_json())
+        if json_file != "-" and not options.quiet:
+            plan = result.plan
+            click.echo(f"hardened {plan.aligned.title}: {result.edited} of {len(plan.tensors)} tensors edited, written to {out_path}")
+        return
+    try:
+        main.callback(config_file=config_file, out_path=out_path, **values)
+    except (LoxMergeError, click.ClickException, OSError):
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).info("mergekit failed", exc_info=error)
+        raise LoxMergeError(f"mergekit failed: {one_line(error)}. Add -v for the traceback.") from error
+    if json_file:
+        write_json(json_file, {"command": "yaml", "method": config.merge_method, "output": Path(out_path).name})

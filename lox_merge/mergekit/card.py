@@ -1,0 +1,62 @@
+"""The model card and the configuration that a `lox` merge leaves in its output, without a trace of this machine's folders."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lox_merge._version import __version__
+
+if TYPE_CHECKING:
+    from lox_merge.mergekit.plan import MergePlan
+
+_CARD = """---
+library_name: transformers
+{base_model}tags:
+- mergekit
+- merge
+- lox
+---
+# {name}
+
+{aligned}, hardened by low-rank extrapolation (LoX, [arXiv 2506.15606](https://arxiv.org/abs/2506.15606)) away from its
+pre-trained model {base}, with lox-merge {version} and mergekit {mergekit}. {edited} of {total} tensors were edited.
+
+```yaml
+{configuration}```
+"""
+
+
+def without_paths(value: Any) -> Any:
+    """The configuration with each local folder replaced by its own name: a published file tells nothing of this machine."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_paths(part) for part in value]
+    if isinstance(value, str) and len(value) < 4096 and "\n" not in value:
+        return "+".join(Path(part).expanduser().resolve().name if _is_local(part) else part for part in value.split("+"))
+    return value
+
+
+def _is_local(text: str) -> bool:
+    return text.startswith(("/", "~", "./", "../")) or (bool(text) and Path(text).is_dir())
+
+
+def merge_card(plan: MergePlan, configuration: str, name: str) -> str:
+    """README.md of the output folder `name`; configuration: the YAML as published."""
+    checkpoints = (plan.files.base, plan.aligned)
+    # The Hub accepts its own ids only, so local folders are named in the text alone.
+    ids = [identity["name"] for identity in (checkpoint.source.identity() for checkpoint in checkpoints) if identity["kind"] == "hub"]
+    return _CARD.format(
+        base_model="".join(["base_model:\n", *(f"- {hub_id}\n" for hub_id in ids)]) if ids else "",
+        name=name,
+        base=plan.files.base.title,
+        aligned=plan.aligned.title,
+        version=__version__,
+        mergekit=importlib.metadata.version("mergekit"),
+        edited=sum(tensor.edited for tensor in plan.tensors),
+        total=len(plan.tensors),
+        configuration=configuration,
+    )
