@@ -244,6 +244,39 @@ def test_stacked_experts_whole_or_split(pairs, tmp_path: Path) -> None:  # type:
         assert_equals_to_rounding(out[name][expert], lox_matrix(before[name][expert], after[name][expert], 6, 1.25))
 
 
+def test_experts_stacked_on_disk_equal_separate_ones(pairs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A Mixtral as transformers 5 holds it in memory: (experts, gate and up, hidden) instead of w1, w3 per expert."""
+    base, aligned = pairs("mixtral")
+    harden(base, aligned, tmp_path / "separate")
+    folders = []
+    for folder in (base, aligned):
+        stacked: dict[str, torch.Tensor] = {}
+        tensors = load(folder)
+        for layer in range(2):
+            prefix = f"model.layers.{layer}.block_sparse_moe.experts."
+            experts = sorted({int(name.removeprefix(prefix).split(".")[0]) for name in tensors if name.startswith(prefix)})
+            w1, w2, w3 = ([tensors.pop(f"{prefix}{expert}.w{part}.weight") for expert in experts] for part in (1, 2, 3))
+            stacked[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.stack([torch.cat(both) for both in zip(w1, w3, strict=True)])
+            stacked[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.stack(w2)
+        folders.append(tmp_path / folder.name)
+        folders[-1].mkdir()
+        shutil.copy(folder / "config.json", folders[-1])
+        save_file({**tensors, **stacked}, folders[-1] / "model.safetensors", metadata={"format": "pt"})
+    result = harden(*folders, tmp_path / "stacked")
+    separate, out = load(tmp_path / "separate"), load(tmp_path / "stacked")
+    half = out["model.layers.0.mlp.experts.gate_up_proj"].shape[1] // 2
+    for layer in range(2):
+        for expert, (fused, down) in enumerate(
+            zip(out[f"model.layers.{layer}.mlp.experts.gate_up_proj"], out[f"model.layers.{layer}.mlp.experts.down_proj"], strict=True)
+        ):
+            prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+            assert torch.equal(fused[:half], separate[prefix + "w1.weight"])
+            assert torch.equal(fused[half:], separate[prefix + "w3.weight"])
+            assert torch.equal(down, separate[prefix + "w2.weight"])
+    (record,) = [tensor for tensor in result.manifest["tensors"] if tensor["name"] == "model.layers.0.mlp.experts.gate_up_proj"]
+    assert [matrix["part"] for matrix in record["matrices"][:3]] == ["[0].gate", "[0].up", "[1].gate"]
+
+
 def test_zero_deltas_are_copied_and_counted(pairs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     base, aligned = pairs("llama")
     partly = tmp_path / "partly"
