@@ -145,7 +145,7 @@ class HubFiles:
     def header(self, name: str) -> Header:
         from lox_merge.checkpoint import hub
 
-        return parse_header(hub.read_safetensors_header(self.snapshot, name), self.snapshot.files[name].size, f"{self.title}/{name}")
+        return parse_header(hub.read_safetensors_header(self.snapshot, name, self.cache_dir), self.snapshot.files[name].size, f"{self.title}/{name}")
 
     def fetch(self, names: Sequence[str]) -> None:
         from lox_merge.checkpoint import hub
@@ -180,6 +180,6 @@ def find_source(text: str | Path, role: str, cache_dir: Path | None = None) -> F
     if reference is None:
         raise SourceError(f"{role}: there is no folder {path}. Give a local folder or a Hub id such as org/name or org/name@revision.")
     try:
-        return HubFiles(hub.resolve(reference), cache_dir)
+        return HubFiles(hub.resolve(reference, cache_dir), cache_dir)
     except SourceError as error:
         raise SourceError(f"{role}: {error} (There is no local folder {text} either.)") from error
