@@ -77,7 +77,7 @@ def test_certificate_bounds_the_true_error(shape: tuple[int, int]) -> None:
         bound = found.certificate.projection_error_bound
         assert bound is not None
         assert float((found.low_rank() - expected).norm()) <= 1.05 * bound + 1e-5 * float(values[0])
-        assert found.certificate.next_singular_value == pytest.approx(float(values[5]), rel=0.05)
+        assert found.certificate.next_singular_value == pytest.approx(float(values[5]), rel=0.1)
 
 
 def test_exact_tie_is_ambiguous_but_its_energy_is_right() -> None:

@@ -56,6 +56,7 @@ class _Ahead:
         )
         self._started: deque[_Job] = deque()
         self._in_flight = 0
+        self._budget = IN_FLIGHT_BYTES + plan.largest_matrix_bytes
 
     def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixResult]]:
         """The edited tensor and the results of its matrices. Its memory counts until `release`."""
@@ -92,12 +93,12 @@ class _Ahead:
                 return
 
     def _fits(self, cost: int) -> bool:
-        return self._in_flight + cost <= IN_FLIGHT_BYTES
+        return self._in_flight + cost <= self._budget
 
     def _cost(self, job: _Job, position: int) -> int:
         view = job.tensor.views[position]
         assert job.tensor.rank is not None
-        return working_memory(view.shape, job.bytes // job.tensor.info.size, job.tensor.rank)
+        return working_memory(view.shape, job.tensor.rank)
 
     def _start_next(self) -> None:
         job = self._waiting.popleft()
@@ -172,7 +173,7 @@ def _by_role(hashes: dict[SourceFile, str]) -> dict[str, dict[str, str]]:
 
 def _typical_cost(plan: Plan) -> int:
     """Working memory of the matrix in the middle of the work, by bytes: what the crew's size is chosen for."""
-    costs = sorted(working_memory(view.shape, 4, tensor.rank) for tensor in plan.edited for view in tensor.views if tensor.rank is not None)
+    costs = sorted(working_memory(view.shape, tensor.rank) for tensor in plan.edited for view in tensor.views if tensor.rank is not None)
     total, half = 0, sum(costs) / 2
     for cost in costs:
         total += cost

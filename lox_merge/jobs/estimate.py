@@ -43,10 +43,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
     """Plain values: counts, bytes, peak_memory (bytes, anonymous), seconds on this CPU."""
     matrices = [(tensor, view) for tensor in plan.edited for view in tensor.views]
     entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
-    total = sum(
-        working_memory(view.shape, 4, tensor.rank) + 4 * view.shape[0] * view.shape[1] for tensor, view in matrices if tensor.rank is not None
-    )
-    largest = max(working_memory(view.shape, 4, tensor.rank) + 4 * tensor.info.size for tensor, view in matrices if tensor.rank is not None)
+    total = sum(working_memory(view.shape, tensor.rank) + 4 * view.shape[0] * view.shape[1] for tensor, view in matrices if tensor.rank is not None)
+    largest = max(working_memory(view.shape, tensor.rank) + 4 * tensor.info.size for tensor, view in matrices if tensor.rank is not None)
     cores = os.cpu_count() or 1
     seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / cores + _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written)
     return {
@@ -56,7 +54,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "copied_tensors": dict(plan.copied_by_reason()),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "peak_memory": _PROCESS_BYTES + max(min(IN_FLIGHT_BYTES, total), largest),
+        "peak_memory": _PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest),
         "seconds": seconds,
         "recipe": plan.recipe.to_json(),
         "warnings": plan.warnings,

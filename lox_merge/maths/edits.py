@@ -22,8 +22,8 @@ from lox_merge.maths.rounding import Rounding, round_nearest, round_stochastic
 from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
 
-# Rows are edited in pieces of about this many entries: a few float32 temporaries of a piece stay in a core's cache.
-PIECE = 2**18
+# Rows are edited in pieces of about this many entries: the float32 temporaries of a piece stay in a core's cache.
+PIECE = 2**16
 # Rounding again after adding back what is missing inside the subspace: rank 6 needs 4 to 8 rounds, high ranks more.
 FEEDBACK_ROUNDS = 40
 FEEDBACK_GAIN_ERROR = 0.002
@@ -44,13 +44,30 @@ class Update:
     right: Tensor | None
     scale: float = 1.0
 
-    def piece(self, rows: slice, delta: Tensor | None) -> Tensor:
-        """Rows of T, (rows, d_in) float32."""
+    def added_to(self, before: Tensor, rows: slice, delta: Tensor | None) -> Tensor:
+        """`before` + T on these rows, in the dtype of `before`."""
         if self.left is None or self.right is None:
-            if delta is None:
-                raise ValueError("the full-rank update needs the delta")
-            return delta[rows] * self.scale
-        return self.left[rows] @ self.right.T
+            return before + self._of_delta(rows, delta)
+        return torch.addmm(before, self.left[rows].to(before.dtype), self.right.T.to(before.dtype))
+
+    def inner_product(self, kept: Tensor, rows: slice, delta: Tensor | None) -> Tensor:
+        """<kept, T> on these rows, float64. Through the factors: T itself is not formed."""
+        if self.left is None or self.right is None:
+            return (kept * self._of_delta(rows, delta)).sum(-1).double().sum()
+        # (k, rows): a thin product is three times faster with its short side first.
+        return ((self.right.T.to(kept.dtype) @ kept.T) * self.left[rows].T).double().sum()
+
+    def norm(self, delta: Tensor | None) -> float:
+        """||T||_F, accumulated in float64. Through the factors: ||L R^T||² = <L^T L, R^T R>."""
+        if self.left is None or self.right is None:
+            return abs(self.scale) * frobenius_norm(self._of_delta(slice(None), delta, scaled=False))
+        left, right = self.left.double(), self.right.double()
+        return math.sqrt(float(((left.T @ left) * (right.T @ right)).sum()))
+
+    def _of_delta(self, rows: slice, delta: Tensor | None, *, scaled: bool = True) -> Tensor:
+        if delta is None:
+            raise ValueError("the full-rank update needs the delta")
+        return delta[rows] * self.scale if scaled else delta[rows]
 
 
 @dataclass(frozen=True)
@@ -85,24 +102,32 @@ def apply_update(
     rounding: Rounding = "nearest",
     delta: Float[Tensor, "d_out d_in"] | None = None,
     seed: int = 0,
+    out: Float[Tensor, "d_out d_in"] | None = None,
 ) -> tuple[Float[Tensor, "d_out d_in"], Realised]:
     """W_align + T in `dtype` (default: aligned's own) and what of T survived.
 
     aligned: (d_out, d_in), any float dtype, not changed. delta: (d_out, d_in) float32, needed by the full-rank update.
+    out: where to write; its dtype then is the output's.
     rounding: 'nearest'; 'stochastic' (seeded, unbiased); 'feedback' adds the part of T that is missing inside T's own
     row and column space back and rounds to nearest again, until the gain is within FEEDBACK_GAIN_ERROR of 1
     or no longer improves (ranks near the short side).
     """
-    dtype = dtype or aligned.dtype
-    lossless = dtype in (torch.float32, torch.float64)
+    if out is None:
+        out = torch.empty(aligned.shape, dtype=dtype or aligned.dtype, device=aligned.device)
+    lossless = out.dtype in (torch.float32, torch.float64)
     if rounding == "stochastic" and not lossless:
         # A stream of its own: weights or start vectors drawn from the same small seed would correlate with the rounding.
         generator = torch.Generator(device=aligned.device).manual_seed((seed * _STREAM + 1) % 2**63)
-        return _write(aligned, update, delta, dtype, lambda values: round_stochastic(values, dtype, generator))
-    out, realised = _write(aligned, update, delta, dtype, lambda values: round_nearest(values, dtype))
-    if rounding != "feedback" or lossless or realised.intended_norm == 0:
-        return out, realised
-    return _with_feedback(aligned, update, delta, dtype, out, realised)
+        stored = out.dtype
+        return out, _write(aligned, update, delta, lambda values: round_stochastic(values, stored, generator), out=out)
+    realised = _write(aligned, update, delta, _to_nearest(out.dtype), out=out)
+    if rounding == "feedback" and not lossless and realised.intended_norm:
+        realised = _with_feedback(aligned, update, delta, out, realised)
+    return out, realised
+
+
+def _to_nearest(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda values: round_nearest(values, dtype)
 
 
 def _pieces(matrix: Tensor) -> list[slice]:
@@ -115,39 +140,38 @@ def _write(
     aligned: Tensor,
     update: Update,
     delta: Tensor | None,
-    dtype: torch.dtype,
     rounder: Callable[[Tensor], Tensor],
     *,
+    out: Tensor,
     target: Update | None = None,
-) -> tuple[Tensor, Realised]:
-    """One rounding of W_align + update; realised is judged against `target` (default: the update itself)."""
-    out = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
-    inner = torch.zeros(3, dtype=torch.float64, device=aligned.device)
+) -> Realised:
+    """One rounding of W_align + update into `out`; judged against `target` (default: the update itself)."""
+    target = target or update
     wide = torch.promote_types(aligned.dtype, torch.float32)  # float64 weights keep their digits
+    product, kept_square = torch.zeros(2, dtype=torch.float64, device=aligned.device)
     with full_precision_matmul(aligned.device):
         for rows in _pieces(aligned):
             before = aligned[rows].to(wide)
-            change = update.piece(rows, delta)
-            out[rows] = rounder(before + change)
-            intended = change if target is None else target.piece(rows, delta)
-            kept = out[rows].to(wide) - before
-            # Row dots in float32, their sum in float64: the same care as frobenius_norm.
-            inner[0] += (kept * intended).sum(-1).double().sum()
-            inner[1] += kept.square().sum(-1).double().sum()
-            inner[2] += intended.square().sum(-1).double().sum()
-    product, kept_square, intended_square = inner.tolist()
-    if not math.isfinite(kept_square):
+            out[rows] = rounder(update.added_to(before, rows, delta))
+            kept = out[rows].to(wide)
+            # Of one dtype, `kept` is `out` itself: subtracting in place would undo the edit.
+            kept = kept - before if out.dtype == wide else kept.sub_(before)
+            product += target.inner_product(kept, rows, delta)
+            # Row norms in float32, their sum in float64: the same care as frobenius_norm.
+            kept_square += torch.linalg.vector_norm(kept, dim=-1).double().square().sum()
+        intended_norm = target.norm(delta)
+    overlap, kept_norm = float(product), math.sqrt(kept_square)
+    if not math.isfinite(kept_norm):
         raise NumericalError(
-            f"the edited matrix of shape {tuple(aligned.shape)} overflows {str(dtype).removeprefix('torch.')}; use a smaller alpha, or dtype float32"
+            f"the edited matrix of shape {tuple(aligned.shape)} overflows {str(out.dtype).removeprefix('torch.')}; "
+            "use a smaller alpha, or dtype float32"
         )
-    gain = product / intended_square if intended_square else None
-    cosine = product / math.sqrt(kept_square * intended_square) if kept_square and intended_square else None
-    return out, Realised(gain, cosine, math.sqrt(intended_square), math.sqrt(kept_square))
+    gain = overlap / intended_norm**2 if intended_norm else None
+    cosine = overlap / (kept_norm * intended_norm) if kept_norm and intended_norm else None
+    return Realised(gain, cosine, intended_norm, kept_norm)
 
 
-def _with_feedback(
-    aligned: Tensor, update: Update, delta: Tensor | None, dtype: torch.dtype, out: Tensor, realised: Realised
-) -> tuple[Tensor, Realised]:
+def _with_feedback(aligned: Tensor, update: Update, delta: Tensor | None, out: Tensor, realised: Realised) -> Realised:
     """Round, measure what is missing inside the update's own subspace, add it, round again (deterministic)."""
     if update.left is None or update.right is None:
         # Scaling Delta up and down cannot repair it: entries of a rounded delta are a few units in the last place, and
@@ -170,8 +194,8 @@ def _with_feedback(
                 kept += rows_basis[rows].T @ (change @ columns_basis)
             correction = correction + (intended - kept)
             corrected = Update(rows_basis @ correction, columns_basis)
-            out, realised = _write(aligned, corrected, delta, dtype, lambda values: round_nearest(values, dtype), target=update)
-    return out, realised
+            realised = _write(aligned, corrected, delta, _to_nearest(out.dtype), out=out, target=update)
+    return realised
 
 
 def lox(
@@ -206,11 +230,12 @@ def lox_edit(
     seed: int = 0,
     rounding_seed: int | None = None,
     delta: Float[Tensor, "d_out d_in"] | None = None,
+    out: Float[Tensor, "d_out d_in"] | None = None,
 ) -> tuple[Float[Tensor, "d_out d_in"], Subspace | None, Realised]:
     """As `lox`, with the subspace (None for rank 'full', which takes no SVD) and what survived rounding.
 
     delta: W_align - W_base in float32, where the caller has it already. rounding_seed: for stochastic rounding, default
-    `seed`. A zero delta returns aligned's values.
+    `seed`. out: where to write, as in `apply_update`. A zero delta gives aligned's values.
     """
     rule = RankRule("fixed", rank) if isinstance(rank, int) else rank
     if delta is None:
@@ -222,9 +247,8 @@ def lox_edit(
         edge = rounding_noise_edge(aligned) if rule.kind == "noise-floor" else 0.0
         subspace = truncated_svd(delta, rule, noise_edge=edge, tolerance=tolerance, seed=seed)
         update = lox_update(subspace, alpha)
-    edited, realised = apply_update(
-        aligned, update, dtype=dtype, rounding=rounding, delta=delta, seed=rounding_seed if rounding_seed is not None else seed
-    )
+    noise = seed if rounding_seed is None else rounding_seed
+    edited, realised = apply_update(aligned, update, dtype=dtype, rounding=rounding, delta=delta, seed=noise, out=out)
     return edited, subspace, realised
 
 

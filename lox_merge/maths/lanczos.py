@@ -19,7 +19,9 @@ from lox_merge.maths.rank import RankRule
 
 # Wanted relative error of Proj_k(A) where the gap is at least 1 %. Writing bf16 loses far more (docs/numerics.md).
 DEFAULT_TOLERANCE = 1e-3
-# A random block of at least 8 vectors is not orthogonal to a wanted direction but with negligible probability.
+# A random block of at least 8 vectors is not orthogonal to a wanted direction but with negligible probability. Blocks of 8 are
+# 15 % faster at rank 6; from rank 9 on, blocks of 16 need fewer, better products (benchmarks/svd.py).
+SMALL_BLOCK = 8
 BLOCK = 16
 # s_k/s_{k+1} below this: the span is not determined by the data, so no effort is spent on its angle.
 SMALLEST_GAP = 1.01
@@ -96,31 +98,32 @@ def block_lanczos(
     device = matrix.device
 
     def to_long(rows: Tensor) -> Tensor:
-        return rows @ matrix if wide else (matrix @ rows.T).T.contiguous()
+        return rows @ matrix if wide else rows @ matrix.T
 
     def to_short(rows: Tensor) -> Tensor:
-        return (matrix @ rows.T).T.contiguous() if wide else rows @ matrix
+        return rows @ matrix.T if wide else rows @ matrix
 
+    fixed = rule.from_shape(short)
+    width = SMALL_BLOCK if fixed is not None and fixed <= SMALL_BLOCK else BLOCK
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(BLOCK, long, generator=generator).to(device)
+    start = torch.randn(width, long, generator=generator).to(device)
     block = _orthonormal_rows(to_short(start))
     passes = 1
 
-    fixed = rule.from_shape(short)
     capacity = max(BASIS, 2 * fixed if fixed else 0)
-    basis = torch.empty(capacity + BLOCK, short, device=device)
-    images = torch.empty(capacity + BLOCK, long, dtype=torch.float64, device=device)
-    gram = torch.zeros(capacity + BLOCK, capacity + BLOCK, dtype=torch.float64, device=device)
+    basis = torch.empty(capacity + width, short, device=device)
+    images = torch.empty(capacity + width, long, dtype=torch.float64, device=device)
+    gram = torch.zeros(capacity + width, capacity + width, dtype=torch.float64, device=device)
     size = 0
-    stop_at = min(short, LARGEST_PASSES * BLOCK)
+    stop_at = min(short, LARGEST_PASSES * width)
     while True:
         image = to_long(block)
-        basis[size : size + BLOCK] = block
-        images[size : size + BLOCK] = image
-        cross = images[: size + BLOCK] @ images[size : size + BLOCK].T
-        gram[: size + BLOCK, size : size + BLOCK] = cross
-        gram[size : size + BLOCK, : size + BLOCK] = cross.T
-        size += BLOCK
+        basis[size : size + width] = block
+        images[size : size + width] = image
+        cross = images[: size + width] @ images[size : size + width].T
+        gram[: size + width, size : size + width] = cross
+        gram[size : size + width, : size + width] = cross.T
+        size += width
         remainder = _without(to_short(image), basis[:size])
         passes += 2
 
@@ -129,7 +132,7 @@ def block_lanczos(
         # Directions that are zero to working precision do not count towards the rank.
         meaningful = int((squares > squares[0] * RESIDUAL_FLOOR**2).sum())
         k = fixed if fixed is not None else rule.from_spectrum(squares[:meaningful], norm**2, noise_edge)
-        exhausted = meaningful < size or size + BLOCK > short
+        exhausted = meaningful < size or size + width > short
         if k is not None and exhausted:
             k = min(k, meaningful)
         if k is None and exhausted and meaningful < size:
@@ -141,7 +144,7 @@ def block_lanczos(
             settled = max(1, k) if fixed is not None else min(k + 1, meaningful)
             values = squares[:settled].sqrt()
             coupling = (remainder.double() @ remainder.double().T).cpu()
-            last = vectors[size - BLOCK : size, :settled]
+            last = vectors[size - width : size, :settled]
             residual = ((last * (coupling @ last)).sum(0).clamp_min(0).sqrt() / values).norm() / values[-1]
             following = float(squares[settled].sqrt()) if settled < meaningful else 0.0
             if float(residual) <= residual_target(tolerance, values, following):
@@ -150,19 +153,19 @@ def block_lanczos(
             return LanczosResult(_triplets(basis[:size], images[:size], squares, vectors, 0, wide, passes), False, "stalled")
         # A second pass over the new block: where the remainder is nearly zero its directions are rounding, not orthogonal yet.
         block = _orthonormal_rows(_without(_orthonormal_rows(remainder), basis[:size]))
-        if size + BLOCK > capacity:
+        if size + width > capacity:
             wanted = k if k is not None else size // 2
-            if wanted + 2 * BLOCK > size // 2:  # the basis is too small for this rank: grow it
+            if wanted + 2 * width > size // 2:  # the basis is too small for this rank: grow it
                 capacity = min(2 * capacity, short)
-                if capacity + BLOCK <= basis.shape[0]:
+                if capacity + width <= basis.shape[0]:
                     return LanczosResult(_triplets(basis[:size], images[:size], squares, vectors, 0, wide, passes), False, "rank too large")
-                basis = _grown(basis, capacity + BLOCK)
-                images = _grown(images, capacity + BLOCK)
-                larger = torch.zeros(capacity + BLOCK, capacity + BLOCK, dtype=torch.float64, device=device)
+                basis = _grown(basis, capacity + width)
+                images = _grown(images, capacity + width)
+                larger = torch.zeros(capacity + width, capacity + width, dtype=torch.float64, device=device)
                 larger[:size, :size] = gram[:size, :size]
                 gram = larger
             else:
-                keep = wanted + 2 * BLOCK
+                keep = wanted + 2 * width
                 kept = vectors[:, :keep].to(device)
                 basis[:keep] = kept.T.float() @ basis[:size]
                 images[:keep] = kept.T @ images[:size]
