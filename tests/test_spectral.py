@@ -160,6 +160,17 @@ def test_large_share_takes_the_dense_path_and_is_exact() -> None:
     assert (found.low_rank() - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("rule", ["energy:0.95", "noise-floor"])
+def test_rules_that_want_many_directions_take_the_dense_path_without_a_warning(rule: str) -> None:
+    matrix = noisy(260, 900)
+    found = truncated_svd(matrix, parse_rank(rule), noise_edge=0.5)
+    values = torch.linalg.svdvals(matrix.double())
+    shares = torch.cumsum(values.square(), 0) / values.square().sum()
+    expected = int((values > 0.5).sum()) if rule == "noise-floor" else int((shares >= 0.95).to(torch.uint8).argmax()) + 1
+    assert found.rank == expected > 0.2 * 260
+    assert found.certificate.method == "gram"
+
+
 def test_no_convergence_falls_back_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanczos, "LARGEST_PASSES", 2)
     matrix = matrix_with(spectrum("slow decay", 300), 300, 320)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -48,7 +47,7 @@ class Triplets:
 class LanczosResult:
     triplets: Triplets
     converged: bool
-    reason: Literal["", "stalled", "rank too large"] = ""
+    reason: str = ""  # 'stalled' or 'rank too large'
 
 
 def residual_target(tolerance: float, leading: Tensor, following: float) -> float:
@@ -150,7 +149,9 @@ def block_lanczos(
             if float(residual) <= residual_target(tolerance, values, following):
                 return LanczosResult(_triplets(basis[:size], images[:size], squares, vectors, k, wide, passes), True)
         if exhausted or passes >= LARGEST_PASSES or size >= stop_at:
-            return LanczosResult(_triplets(basis[:size], images[:size], squares, vectors, 0, wide, passes), False, "stalled")
+            # Without an answer to how many directions are wanted, a larger space is needed, not more patience.
+            reason = "rank too large" if k is None else "stalled"
+            return LanczosResult(_triplets(basis[:size], images[:size], squares, vectors, 0, wide, passes), False, reason)
         # A second pass over the new block: where the remainder is nearly zero its directions are rounding, not orthogonal yet.
         block = _orthonormal_rows(_without(_orthonormal_rows(remainder), basis[:size]))
         if size + width > capacity:
