@@ -1,7 +1,7 @@
 """Checks every command shown in README.md and docs/: that the program knows it, with these options and arguments.
 
 Blocks fenced as ```sh are read line by line; `lox-merge …` is parsed by the real command (nothing runs), `make …` has to be
-a target of the Makefile, `python FILE …` has to name a file of the repository. The tests run the blocks marked `sh run`.
+a target of the Makefile, `python FILE …` has to name a file of the repository. tests/test_docs.py runs what it can.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import click
 from lox_merge.cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-_BLOCK = re.compile(r"^```sh( run)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Commands that hand their options to another program.
 _FORWARDED = {"yaml"}
 
 
-def commands(text: str, *, only_run: bool = False) -> list[str]:
+def commands(text: str) -> list[str]:
     """The commands of a page, continuation lines joined, comments left out."""
     found = []
-    for run, block in _BLOCK.findall(text):
-        if only_run and not run:
-            continue
+    for block in _BLOCK.findall(text):
         joined = block.replace("\\\n", " ")
         found += [line.split(" #")[0].strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
     return found
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def problem(command: str) -> str | None:
@@ -60,9 +62,8 @@ def problem(command: str) -> str | None:
 
 
 def main() -> None:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     checked, wrong = 0, []
-    for page in pages:
+    for page in pages():
         for command in commands(page.read_text(encoding="utf-8")):
             checked += 1
             reason = problem(command)
