@@ -22,7 +22,7 @@ from lox_merge.jobs.hashing import SourceFile, SourceHasher
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, MatrixResult, working_memory
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, MatrixResult, edit_matrix, working_memory
 
 
 class Progress(Protocol):
@@ -114,7 +114,8 @@ class _Ahead:
         assert job.out is not None
         base = view.select(self._plan.base.tensor(job.tensor.base_name))
         aligned = view.select(self._plan.aligned.tensor(job.tensor.name))
-        future = self._crew.submit(base, aligned, view.select(job.out), view, job.tensor, self._plan.recipe, self._crew.device)
+        out = view.select(job.out)
+        future = self._crew.submit(edit_matrix, base, aligned, out, view, job.tensor, self._plan.recipe, self._crew.device)
         self._in_flight += cost
         job.futures.append((future, cost))
 
@@ -125,17 +126,17 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) 
     Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished shards stay.
     """
     needed = [shard.sources(plan.base) for shard in plan.shards]
-    hasher = SourceHasher(needed, lambda file: _source_path(plan, file))
+    hasher = SourceHasher(needed, lambda file: source_path(plan, file))
     records: list[dict[str, Any] | None] = []
     try:
         for position, shard in enumerate(plan.shards):
             record = journal.finished(shard.file)
             if record is not None:
-                journal.check_sources(record, _by_role(hasher.hashes(position)))
+                journal.check_sources(record, by_role(hasher.hashes(position)))
                 progress.advance(shard.header.file_size)
             records.append(record)
         todo = [position for position, record in enumerate(records) if record is None]
-        crew = Crew(device, _typical_cost(plan))
+        crew = Crew(device, typical_cost(plan))
         finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         try:
             with crew.threads():
@@ -159,19 +160,21 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) 
     return [record for record in records if record is not None]
 
 
-def _source_path(plan: Plan, file: SourceFile) -> Path:
+def source_path(plan: Plan, file: SourceFile) -> Path:
+    """Where a source file of the plan is on disk."""
     role, name = file
     return (plan.aligned if role == "aligned" else plan.base).source.path(name)
 
 
-def _by_role(hashes: dict[SourceFile, str]) -> dict[str, dict[str, str]]:
+def by_role(hashes: dict[SourceFile, str]) -> dict[str, dict[str, str]]:
+    """sha256 by file name for 'base' and for 'aligned'."""
     grouped: dict[str, dict[str, str]] = {"base": {}, "aligned": {}}
     for (role, name), digest in hashes.items():
         grouped[role][name] = digest
     return grouped
 
 
-def _typical_cost(plan: Plan) -> int:
+def typical_cost(plan: Plan) -> int:
     """Working memory of the matrix in the middle of the work, by bytes: what the crew's size is chosen for."""
     costs = sorted(working_memory(view.shape, tensor.rank) for tensor in plan.edited for view in tensor.views if tensor.rank is not None)
     total, half = 0, sum(costs) / 2
@@ -230,7 +233,7 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead
         return
     out, results = ahead.take(tensor)
     if any(result.bad for result in results) and not plan.recipe.skip_non_finite:
-        raise NonFiniteDeltaError(_count_non_finite(plan))
+        raise NonFiniteDeltaError(count_non_finite(plan))
     if any(result.changed for result in results):
         record |= {"action": "edited", "rank_rule": str(tensor.rank), "alpha": tensor.alpha}
         record["matrices"] = [result.to_json() for result in results]
@@ -243,7 +246,7 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead
     yield tensor_bytes(out), record
 
 
-def _count_non_finite(plan: Plan) -> dict[str, int]:
+def count_non_finite(plan: Plan) -> dict[str, int]:
     """Every tensor to be edited whose delta holds NaN or Inf, with the number of such entries: one message names all."""
     counts = {}
     for tensor in plan.edited:
@@ -265,7 +268,7 @@ def _finish_shard(file: IO[bytes], shard: ShardPlan, position: int, record: dict
     try:
         with file:
             os.fsync(file.fileno())
-        record["sources"] = _by_role(hasher.hashes(position))
+        record["sources"] = by_role(hasher.hashes(position))
         path.parent.mkdir(parents=True, exist_ok=True)
         journal.partial(shard.file).replace(path)
     except OSError as error:

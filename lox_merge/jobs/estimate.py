@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
 import torch
 
 from lox_merge.jobs.plan import Plan
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, working_memory
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores, working_memory
 from lox_merge.maths.edits import lox_edit
 
 # Interpreter, torch and its thread pools, measured (benchmarks/harden.py).
@@ -45,8 +44,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
     total = sum(working_memory(view.shape, tensor.rank) + 4 * view.shape[0] * view.shape[1] for tensor, view in matrices if tensor.rank is not None)
     largest = max(working_memory(view.shape, tensor.rank) + 4 * tensor.info.size for tensor, view in matrices if tensor.rank is not None)
-    cores = os.cpu_count() or 1
-    seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / cores + _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written)
+    seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / available_cores() + _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written)
     return {
         "command": "harden --dry-run",
         "edited_tensors": len(plan.edited),

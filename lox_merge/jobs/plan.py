@@ -122,11 +122,16 @@ def make_plan(base: Checkpoint, aligned: Checkpoint, out: Path, recipe: Recipe, 
 def check_disk(plan: Plan, already_written: int = 0) -> None:
     """Raises OutputError when the file system of the output lacks room for what is still to be written."""
     side = sum(plan.aligned.source.names()[name] for name in plan.side_files)
-    needed = plan.bytes_written + side - already_written + _DISK_MARGIN
-    free = shutil.disk_usage(_existing_parent(plan.out)).free
+    check_room(plan.out, plan.bytes_written + side - already_written)
+
+
+def check_room(out: Path, count: int) -> None:
+    """Raises OutputError when the file system of `out` lacks room for `count` bytes and a little more."""
+    needed = count + _DISK_MARGIN
+    free = shutil.disk_usage(_existing_parent(out)).free
     if free < needed:
         raise OutputError(
-            f"the disk of {plan.out} has {free / 1e9:,.2f} GB free and {needed / 1e9:,.2f} GB are needed. Free some room or choose another disk."
+            f"the disk of {out} has {free / 1e9:,.2f} GB free and {needed / 1e9:,.2f} GB are needed. Free some room or choose another disk."
         )
 
 

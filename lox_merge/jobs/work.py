@@ -6,11 +6,11 @@ import hashlib
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from lox_merge.maths.edits import Realised, lox_edit
 from lox_merge.maths.lanczos import BASIS, BLOCK
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE
-from lox_merge.maths.subspace import Subspace
+from lox_merge.maths.subspace import Certificate, Subspace
 
 # Matrices in flight may take this much memory together, beside the largest one: work goes on while that one is in the way.
 IN_FLIGHT_BYTES = 512 * 2**20
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,7 @@ class MatrixResult:
         if subspace is None:
             record["certificate"] = None
         else:
-            certificate = subspace.certificate
-            record["certificate"] = {
-                "method": certificate.method,
-                "residual": certificate.residual,
-                "next_singular_value": certificate.next_singular_value,
-                "angle_bound": certificate.angle_bound,
-                "projection_error_bound": certificate.projection_error_bound,
-                "ambiguous": certificate.ambiguous,
-                "passes": certificate.passes,
-            }
+            record["certificate"] = certificate_record(subspace.certificate)
         assert realised is not None
         record["realised"] = {
             "gain": realised.gain,
@@ -71,6 +64,19 @@ class MatrixResult:
             "realised_norm": realised.realised_norm,
         }
         return record
+
+
+def certificate_record(certificate: Certificate) -> dict[str, Any]:
+    """A certificate and its bounds as plain values; bounds that do not exist are null."""
+    return {
+        "method": certificate.method,
+        "residual": certificate.residual,
+        "next_singular_value": certificate.next_singular_value,
+        "angle_bound": certificate.angle_bound,
+        "projection_error_bound": certificate.projection_error_bound,
+        "ambiguous": certificate.ambiguous,
+        "passes": certificate.passes,
+    }
 
 
 def edit_matrix(
@@ -90,17 +96,10 @@ def edit_matrix(
 
 def _edit(base: Tensor, aligned: Tensor, out: Tensor, view: MatrixView, tensor: TensorPlan, recipe: Recipe, device: torch.device) -> MatrixResult:
     base, aligned = base.to(device), aligned.to(device)
-    wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype)) == torch.float64
-    delta = _scratch(view.shape, device)
-    if wide:
-        torch.sub(aligned.double(), base.double(), out=delta)
-    else:
-        delta.copy_(aligned).sub_(base)
-    norm = float(torch.linalg.vector_norm(delta, dim=1).double().norm())
-    if not norm < float("inf"):
-        bad = int((~torch.isfinite(delta)).sum())
+    delta, norm, bad = form_delta(base, aligned)
+    if bad:
         out.copy_(aligned)
-        return MatrixResult(view.label, view.shape, bad=max(bad, 1))
+        return MatrixResult(view.label, view.shape, bad=bad)
     if norm == 0:
         out.copy_(aligned)
         return MatrixResult(view.label, view.shape)
@@ -124,6 +123,26 @@ def _edit(base: Tensor, aligned: Tensor, out: Tensor, view: MatrixView, tensor: 
     if target is not out:
         out.copy_(target)
     return MatrixResult(view.label, view.shape, changed=True, subspace=subspace, delta_norm=norm, realised=realised)
+
+
+def form_delta(base: Tensor, aligned: Tensor) -> tuple[Tensor, float, int]:
+    """W_align - W_base in float32, its Frobenius norm, and how many of its entries are NaN or Inf (then the norm is none).
+
+    base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call.
+    """
+    delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device)
+    if torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype)) == torch.float64:
+        torch.sub(aligned.double(), base.double(), out=delta)
+    else:
+        delta.copy_(aligned).sub_(base)
+    norm = float(torch.linalg.vector_norm(delta, dim=1).double().norm())
+    bad = 0 if norm < float("inf") else max(1, int((~torch.isfinite(delta)).sum()))
+    return delta, norm, bad
+
+
+def available_cores() -> int:
+    """Cores that this process may use: fewer than the machine has in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Scratch(threading.local):
@@ -171,13 +190,13 @@ class Crew:
 
     def __init__(self, device: torch.device, typical_bytes: int) -> None:
         self.device = device
-        cores = os.cpu_count() or 1
+        cores = available_cores()
         self.workers = 1 if device.type != "cpu" else max(1, min(cores, IN_FLIGHT_BYTES // max(1, typical_bytes)))
         self.threads_each = max(1, cores // self.workers) if device.type == "cpu" else torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="edit")
 
-    def submit(self, *arguments: Any) -> Future[MatrixResult]:
-        return self._pool.submit(edit_matrix, *arguments)
+    def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        return self._pool.submit(work, *arguments)
 
     @contextmanager
     def threads(self) -> Iterator[None]:
