@@ -17,6 +17,7 @@ from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 _COMMANDS = {
     "demo": "lox_merge.cli.demo:demo",
     "harden": "lox_merge.cli.harden:harden_command",
+    "verify": "lox_merge.cli.verify:verify_command",
     "yaml": "lox_merge.cli.yaml:yaml_command",
 }
 

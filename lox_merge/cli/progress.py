@@ -22,8 +22,8 @@ class _ByteProgress:
 
 
 @contextmanager
-def byte_progress(total: int, what: str) -> Iterator[_ByteProgress]:
-    """A bar with bytes, speed and remaining time on standard error, if that is a terminal."""
+def byte_progress(total: int | None, what: str) -> Iterator[_ByteProgress]:
+    """A bar with bytes, speed and remaining time on standard error, if that is a terminal. total: None if unknown."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _ByteProgress(None, 0)

@@ -24,12 +24,13 @@ def job_description(plan: Plan, device: torch.device) -> dict[str, Any]:
         "method": "lox",
         "device": device.type,
         "recipe": plan.recipe.to_json(),
-        "base": plan.base.source.identity() | {"headers": _header_hashes(plan.base)},
-        "aligned": plan.aligned.source.identity() | {"headers": _header_hashes(plan.aligned)},
+        "base": plan.base.source.identity() | {"headers": header_hashes(plan.base)},
+        "aligned": plan.aligned.source.identity() | {"headers": header_hashes(plan.aligned)},
     }
 
 
-def _header_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+def header_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """sha256 of each weight file's header, by file name."""
     return {file: hashlib.sha256(header.raw).hexdigest() for file, header in checkpoint.headers.items()}
 
 

@@ -107,6 +107,16 @@ class Recipe:
     def with_rank(self, rank: RankRule | int | str) -> Recipe:
         return replace(self, rank=rank)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe that `to_json` wrote. Raises RecipeError for settings that this version does not know."""
+        known = {name for name, part in cls.__dataclass_fields__.items() if part.init}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise RecipeError(f"the recipe has settings that this version does not know: {', '.join(unknown)}; use the version that wrote it.")
+        pairs: dict[str, Any] = {name: _pairs(values[name]) for name in ("rank_pattern", "alpha_pattern") if name in values}
+        return cls(**{**values, **pairs})
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the manifest and for comparing two requests."""
         return {
@@ -124,6 +134,10 @@ class Recipe:
             "fused": self.fused,
             "skip_non_finite": self.skip_non_finite,
         }
+
+
+def _pairs(values: list[list[Any]]) -> tuple[tuple[str, Any], ...]:
+    return tuple((str(pattern), value) for pattern, value in values)
 
 
 def _rule(rank: RankRule | int | str) -> RankRule:

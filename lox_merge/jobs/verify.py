@@ -1,0 +1,251 @@
+"""Is an output what its manifest says? First its files and structure, then its weights, recomputed from the sources."""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.files import FileSource
+from lox_merge.checkpoint.weights import tensor_bytes
+from lox_merge.errors import LoxMergeError, RequestError, SourceError
+from lox_merge.jobs.atomic import sha256_of
+from lox_merge.jobs.engine import Progress
+from lox_merge.jobs.manifest import FORMAT, header_hashes, summarise
+from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, make_plan
+from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.work import edit_matrix
+
+# Another CPU or torch version adds in another order: a value at the midpoint of two neighbours may then round the other way.
+_LARGEST_SHARE_OF_NEIGHBOURS = 0.02
+# Figures of the manifest against recomputed ones: float32 sums in another order, and the tolerance of the SVD.
+_FIGURE_TOLERANCE = 5e-3
+
+
+@dataclass
+class Verification:
+    """What was compared. problems: one line each, empty for a sound output. sources_checked: whether weights were recomputed.
+
+    rounded_apart: tensors whose values differ by one unit in the last place here and there, as another machine makes them.
+    """
+
+    output: str
+    files: int = 0
+    tensors: int = 0
+    tensors_recomputed: int = 0
+    rounded_apart: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    sources_checked: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return {"command": "verify", "ok": self.ok, **asdict(self)}
+
+
+def verify(
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    aligned: str | Path | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    offline: bool = False,
+    device: torch.device | None = None,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compares an output (folder or Hub id) with its manifest and, unless `offline`, with base + aligned + recipe.
+
+    base, aligned: where the sources are; Hub sources are found by the commits in the manifest, local ones must be given.
+    sample: recompute this many tensors, drawn with `seed`, instead of all. Raises RequestError or SourceError where there is
+    nothing to verify or a source is not to be had; what differs is in the result's problems.
+    """
+    output = open_checkpoint(out, "output", cache_dir)
+    manifest = _read_manifest(output)
+    result = Verification(output.title)
+    _check_files(output, manifest, result)
+    _check_structure(output, manifest, result)
+    if offline or result.problems:
+        output.close()
+        return result
+    pair = [_open_source(role, given, manifest, cache_dir) for role, given in (("base", base), ("aligned", aligned))]
+    _check_sources(pair, manifest, result)
+    if result.ok:
+        _recompute(output, pair[0], pair[1], manifest, result, sample, seed, device or torch.device("cpu"), progress)
+        result.sources_checked = True
+    for checkpoint in (output, *pair):
+        checkpoint.close()
+    return result
+
+
+def _read_manifest(output: Checkpoint) -> dict[str, Any]:
+    manifest = output.json(MANIFEST)
+    if manifest is None:
+        raise RequestError(f"{output.title} has no {MANIFEST}: it is no finished output of lox-merge, and there is nothing to verify it against.")
+    if manifest.get("format") != FORMAT:
+        raise RequestError(
+            f"{output.title}/{MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT}. Use the version that wrote it."
+        )
+    missing = {"job", "sources", "output", "tensors", "summary"} - manifest.keys()
+    if missing:
+        raise RequestError(f"{output.title}/{MANIFEST} is incomplete: it lacks {', '.join(sorted(missing))}. Make the output again.")
+    return manifest
+
+
+def _check_files(output: Checkpoint, manifest: Mapping[str, Any], result: Verification) -> None:
+    """Every file of the manifest is there with its hash, and no weight file is there that it does not know."""
+    source: FileSource = output.source
+    expected = {entry["file"]: entry["sha256"] for entry in manifest["output"]["shards"]} | manifest["output"]["files"]
+    present = source.names()
+    source.fetch([file for file in expected if file in present])
+    for file, digest in expected.items():
+        if file not in present:
+            result.problems.append(f"{file} is missing")
+        elif sha256_of(source.path(file)) != digest:
+            result.problems.append(f"{file} is not what was written: its sha256 differs from the manifest's")
+        result.files += 1
+    unknown = [file for file in present if file not in expected and file.endswith((".safetensors", ".bin", ".index.json"))]
+    result.problems += [f"{file} is not in the manifest" for file in unknown]
+    if any(file.startswith(WORK_FOLDER + "/") for file in present):
+        result.problems.append(f"{WORK_FOLDER} is there: the output is being written, or was interrupted")
+
+
+def _check_structure(output: Checkpoint, manifest: Mapping[str, Any], result: Verification) -> None:
+    """Tensor names, shapes and dtypes of the files are the manifest's, and its summary follows from its own entries."""
+    recorded = {tensor["name"]: tensor for tensor in manifest["tensors"]}
+    result.tensors = len(recorded)
+    for name in output.names:
+        info, record = output.info(name), recorded.get(name)
+        if record is None:
+            result.problems.append(f"tensor {name} is in {output.home[name]}, but not in the manifest")
+        elif [record["dtype"], record["shape"]] != [info.dtype, list(info.shape)]:
+            result.problems.append(f"tensor {name} is {info.describe()}, the manifest says {record['dtype']} {record['shape']}")
+    result.problems += [f"tensor {name} of the manifest is in no file" for name in recorded if name not in output]
+    if asdict(summarise(dict(manifest))) != manifest["summary"]:
+        result.problems.append("the manifest was edited: its summary does not follow from its tensors")
+
+
+def _open_source(role: str, given: str | Path | None, manifest: Mapping[str, Any], cache_dir: Path | None) -> Checkpoint:
+    recorded = manifest["sources"][role]
+    if given is None and recorded["kind"] != "hub":
+        raise SourceError(
+            f"{role}: the manifest names the local folder {recorded['name']!r}; say where it is with --{role}, or pass --offline to check "
+            "hashes and structure only."
+        )
+    return open_checkpoint(given if given is not None else f"{recorded['name']}@{recorded['commit']}", role, cache_dir)
+
+
+def _check_sources(pair: list[Checkpoint], manifest: Mapping[str, Any], result: Verification) -> None:
+    for checkpoint in pair:
+        if header_hashes(checkpoint) != manifest["job"][checkpoint.role]["headers"]:
+            result.problems.append(f"{checkpoint.role}: {checkpoint.title} is not the checkpoint that was used (its headers differ)")
+            continue
+        files = manifest["sources"][checkpoint.role]["files"]
+        checkpoint.fetch(list(files))
+        for file, entry in files.items():
+            if sha256_of(checkpoint.source.path(file)) != entry["sha256"]:
+                result.problems.append(f"{checkpoint.role}: {file} of {checkpoint.title} is not the file that was used (its sha256 differs)")
+
+
+def _recompute(
+    output: Checkpoint,
+    base: Checkpoint,
+    aligned: Checkpoint,
+    manifest: Mapping[str, Any],
+    result: Verification,
+    sample: int | None,
+    seed: int,
+    device: torch.device,
+    progress: Progress | None,
+) -> None:
+    recipe = Recipe.from_json(manifest["job"]["recipe"])
+    # A place that is never written: the plan wants one.
+    plan = make_plan(base, aligned, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, order_confirmed=True)
+    recorded = {tensor["name"]: tensor for tensor in manifest["tensors"]}
+    chosen = plan.tensors
+    if sample is not None and sample < len(chosen):
+        chosen = random.Random(seed).sample(chosen, sample)
+    for tensor in chosen:
+        if tensor.name not in output:
+            result.problems.append(f"tensor {tensor.name} of aligned is not in the output")
+            continue
+        _compare(plan, tensor, output, recorded[tensor.name], result, device)
+        result.tensors_recomputed += 1
+        if progress:
+            progress.advance(output.info(tensor.name).bytes)
+
+
+def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping[str, Any], result: Verification, device: torch.device) -> None:
+    """One tensor made again from the sources, against the output's bytes and the manifest's figures."""
+    written = output.tensor(tensor.name)
+    expected = plan.aligned.tensor(tensor.name).to(dtypes.torch_dtype(output.info(tensor.name).dtype), copy=True).contiguous()
+    figures: list[dict[str, Any]] = []
+    if tensor.action == "edit":
+        base, aligned = plan.base.tensor(tensor.base_name), plan.aligned.tensor(tensor.name)
+        for view in tensor.views:
+            one = edit_matrix(view.select(base), view.select(aligned), view.select(expected), view, tensor, plan.recipe, device)
+            figures.append(one.to_json())
+    if tensor_bytes(written) != tensor_bytes(expected):
+        difference = _difference(written, expected)
+        if difference:
+            result.problems.append(f"tensor {tensor.name} ({output.home[tensor.name]}) is not what the recipe gives: {difference}")
+        else:
+            result.rounded_apart.append(tensor.name)
+    edited = any(figure["realised"] is not None for figure in figures)
+    if edited != (record["action"] == "edited"):
+        result.problems.append(f"the manifest calls tensor {tensor.name} {record['action']}, which it is not")
+    elif edited and not _same_figures(record.get("matrices", []), figures):
+        result.problems.append(f"the manifest's figures of tensor {tensor.name} are not those of its matrices")
+
+
+def _difference(written: Tensor, expected: Tensor) -> str:
+    """What differs, '' for differences that rounding on another machine explains."""
+    if not written.is_floating_point():
+        return f"{int((written != expected).sum()):,} of {written.numel():,} values differ"
+    one, other = written.double(), expected.double()
+    different = ~((one == other) | (one.isnan() & other.isnan()))
+    count, gap = int(different.sum()), (one - other).abs()
+    spacing = torch.finfo(written.dtype).eps * torch.maximum(one.abs(), other.abs())
+    neighbours = bool((gap[different] <= spacing[different]).all())
+    if written.dtype == torch.float32:  # an edit in float32 keeps the error of its SVD
+        neighbours = bool((gap <= 1e-5 * other.abs().max()).all())
+        return "" if neighbours else f"{count:,} of {written.numel():,} values differ, by up to {float(gap.max()):.3g}"
+    if neighbours and count <= _LARGEST_SHARE_OF_NEIGHBOURS * written.numel() and count > 1:
+        return ""
+    return f"{count:,} of {written.numel():,} values differ, by up to {float(gap.max()):.3g}"
+
+
+def _same_figures(recorded: list[Any], recomputed: list[Any]) -> bool:
+    """Equal structure, and numbers equal to _FIGURE_TOLERANCE. Certificates depend on rounding and are not compared."""
+    return _same([{**entry, "certificate": None} for entry in recorded], [{**entry, "certificate": None} for entry in recomputed])
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=_FIGURE_TOLERANCE, abs_tol=1e-12)
+    return bool(one == other)
+
+
+def raise_for_problems(result: Verification) -> None:
+    """Raises LoxMergeError (exit code 1) that lists the problems of a verification, if there are any."""
+    if result.problems:
+        shown = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(result.problems[:20], 1))
+        more = f"\n  … and {len(result.problems) - 20} more" if len(result.problems) > 20 else ""
+        raise LoxMergeError(f"{result.output} is not what its manifest says:\n{shown}{more}")
