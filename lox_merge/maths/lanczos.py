@@ -132,13 +132,11 @@ def block_lanczos(
         meaningful = int((squares > squares[0] * RESIDUAL_FLOOR**2).sum())
         k = fixed if fixed is not None else rule.from_spectrum(squares[:meaningful], norm**2, noise_edge)
         exhausted = meaningful < size or size + width > short
-        if k is not None and exhausted:
-            k = min(k, meaningful)
-        if k is None and exhausted and meaningful < size:
-            k = meaningful
+        if meaningful < size:  # the spectrum is complete: there is nothing beyond it to wait for
+            k = meaningful if k is None else min(k, meaningful)
         if k is not None and k > largest_rank:
             return LanczosResult(_triplets(basis[:size], images[:size], squares, vectors, 0, wide, passes), False, "rank too large")
-        if (k is not None and k < meaningful) or (k is not None and exhausted):
+        if k is not None and (k < meaningful or exhausted):
             # Rules that count directions must also have settled the first one that does not count.
             settled = max(1, k) if fixed is not None else min(k + 1, meaningful)
             values = squares[:settled].sqrt()
