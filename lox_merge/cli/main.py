@@ -15,6 +15,7 @@ from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 
 # Command name: module and attribute. Modules are imported when their help or their work is asked for.
 _COMMANDS = {
+    "asr": "lox_merge.cli.asr:asr_command",
     "demo": "lox_merge.cli.demo:demo",
     "harden": "lox_merge.cli.harden:harden_command",
     "verify": "lox_merge.cli.verify:verify_command",

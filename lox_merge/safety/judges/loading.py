@@ -1,0 +1,61 @@
+"""Objects named by a text: `module:attribute` or `file.py:attribute`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from lox_merge.errors import RequestError
+
+
+def load_object(text: str, role: str) -> Any:
+    """The attribute that `text` names. Raises RequestError saying which part is missing."""
+    place, separator, attribute = text.rpartition(":")
+    if not separator or not place or not attribute:
+        raise RequestError(f"{role} {text!r} is not module:name or file.py:name.")
+    module = _from_file(Path(place), role) if place.endswith(".py") else _from_name(place, role)
+    value = getattr(module, attribute, None)
+    if value is None:
+        raise RequestError(f"{role}: {place} has no {attribute!r}.")
+    return value
+
+
+def source_hash(value: Any) -> str | None:
+    """sha256 of the file that defines a function or class; None where there is no such file."""
+    try:
+        file = inspect.getsourcefile(value)
+    except TypeError:
+        file = inspect.getsourcefile(type(value))
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
+
+
+def _from_name(name: str, role: str) -> Any:
+    # As `python -m` does: modules beside the user's work are found.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RequestError(f"{role}: the module {name} can't be imported: {error}. Check its name, and that it is installed.") from error
+
+
+def _from_file(file: Path, role: str) -> Any:
+    if not file.is_file():
+        raise RequestError(f"{role}: there is no file {file}.")
+    name = f"lox_merge_user_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    specification = importlib.util.spec_from_file_location(name, file)
+    if specification is None or specification.loader is None:
+        raise RequestError(f"{role}: {file} is not a Python file.")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses and pickling look a class's module up by name
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise RequestError(f"{role}: {file} fails when it is run: {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,105 @@
+"""A checkpoint as a model in memory with its tokenizer, and a fingerprint of the weights it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lox_merge.checkpoint.checkpoint import open_checkpoint
+from lox_merge.errors import RequestError, SourceError
+from lox_merge.jobs.harden import resolve_device
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Bytes are summed as 64-bit integers, which needs no conversion and so runs at the speed of memory.
+_WORD, _WIDTH = 8, 1024
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """model: a causal language model in evaluation mode. source: where it came from, with no path of this machine."""
+
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    title: str
+    source: dict[str, Any]
+
+
+def load_model(
+    reference: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Loads a local folder or the Hub id `org/name[@revision]`.
+
+    device: 'auto' takes a GPU when there is one. dtype: 'auto' as stored, or bfloat16, float16, float32. device_map='auto'
+    spreads a model over all GPUs (and the memory beside them) instead; it needs the package accelerate.
+    Raises SourceError where it cannot be read, RequestError for settings that cannot be met.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise RequestError(f"dtype {dtype!r} is not known; use auto, {', '.join(_DTYPES)}.")
+    if device_map is not None and device != "auto":
+        raise RequestError(f"a model is either on the device {device} or spread by device_map={device_map!r}; give one of the two.")
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise RequestError("spreading a model over several devices needs the package accelerate: pip install accelerate.")
+    target = resolve_device(device)
+    checkpoint = open_checkpoint(reference, "model", cache_dir)
+    checkpoint.fetch([*checkpoint.headers, *checkpoint.side_files()])
+    if "config.json" not in checkpoint.source.names():
+        raise SourceError(f"{checkpoint.title} has no config.json, so it cannot be run. Give a checkpoint that transformers can load.")
+    folder = checkpoint.source.path("config.json").parent
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        placement = {} if device_map is None else {"device_map": device_map}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES.get(dtype, "auto"), **placement, **options)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        advice = "" if trust_remote_code else " A model with code of its own needs trust_remote_code, which runs that code."
+        raise SourceError(f"{checkpoint.title} cannot be loaded by transformers: {error}{advice}") from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    if device_map is None:
+        model = model.to(target)
+    return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity())
+
+
+@torch.no_grad()
+def weights_fingerprint(model: Any) -> str:
+    """sha256 over names, shapes, dtypes and exact sums of the bytes of every tensor, down and across.
+
+    The same on every device and for every way of loading; one pass over the weights. It tells models apart, it does not guard
+    against forgery. Weights that accelerate keeps on disk enter by name and shape only.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.device.type != "meta" and tensor.numel():
+            for sums in _pattern_sums(tensor):
+                digest.update(sums.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pattern_sums(tensor: Tensor) -> list[Tensor]:
+    """Sums down and across the tensor's bytes as a matrix of int64, and the bytes that were left over."""
+    values = tensor.detach().contiguous()
+    if values.data_ptr() % _WORD or values.storage_offset() * values.element_size() % _WORD:
+        values = values.clone()  # mapped from a file at an odd place
+    data = values.reshape(-1).view(torch.uint8)
+    words = data[: data.numel() // _WORD * _WORD].view(torch.int64)
+    rows = words[: words.numel() // _WIDTH * _WIDTH].view(-1, _WIDTH)
+    # Integer sums wrap around instead of rounding, so their order does not matter.
+    return [rows.sum(0), rows.sum(1), data[rows.numel() * _WORD :]]
