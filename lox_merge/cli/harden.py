@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lox_merge.cli.options import cache_option, device_option, dtype_option, json_option, number, pattern_pairs, seed_option
+from lox_merge.errors import RequestError
 
 
 @click.command("harden", short_help="Harden an aligned checkpoint by low-rank extrapolation (LoX).")
@@ -17,9 +18,12 @@ from lox_merge.cli.options import cache_option, device_option, dtype_option, jso
     "--rank",
     default="6",
     show_default=True,
-    metavar="K|full|P%|energy:F|noise-floor",
-    help="Singular directions of each delta that are extrapolated.",
+    metavar="K|full|P%|energy:F|noise-floor|search",
+    help="Singular directions of each delta that are extrapolated; search finds the effective rank with --prompts first.",
 )
+@click.option("--prompts", metavar="FILE|DATASET", help="Harmful requests for --rank search (lox-merge search has more settings).")
+@click.option("--judge", default="keyword", show_default=True, metavar="SPEC", help="Who decides in --rank search.")
+@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for --rank search.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor, ≥ 0.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Edit only tensors whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave tensors whose name matches as in ALIGNED. Repeatable.")
@@ -47,6 +51,9 @@ def harden_command(
     aligned: str,
     out: Path,
     rank: str,
+    prompts: str | None,
+    judge: str,
+    factors: Path | None,
     alpha: str,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -82,8 +89,13 @@ def harden_command(
     from lox_merge.jobs.plan import check_disk, check_output
     from lox_merge.jobs.recipe import Recipe
 
+    searched = rank == "search"
+    if searched and (prompts is None or dry_run):
+        raise RequestError("--rank search finds the rank by behaviour: it needs --prompts FILE and cannot be a --dry-run.")
+    if not searched and (prompts is not None or factors is not None):
+        raise RequestError("--prompts and --factors choose the rank: they go with --rank search.")
     recipe = Recipe(
-        rank=rank,
+        rank=1 if searched else rank,  # any rank will do to check the request before the search
         alpha=number(alpha, "--alpha"),
         include=include,
         exclude=exclude,
@@ -98,6 +110,13 @@ def harden_command(
         skip_non_finite=skip_non_finite,
     )
     plan = plan_hardening(base, aligned, out, recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
+    if searched:
+        from lox_merge.cli.search import effective_rank
+
+        check_output(out, overwrite=overwrite)
+        settings = {"device": device, "cache_dir": cache_dir, "order_is_right": order_is_right, "factors": factors}
+        found = effective_rank(base, aligned, recipe, prompts=str(prompts), judge_text=judge, show=json_file != "-", **settings)
+        plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), order_is_right=order_is_right, cache_dir=cache_dir)
     if dry_run:
         check_output(out, overwrite=overwrite)
         check_disk(plan)

@@ -16,8 +16,11 @@ from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 # Command name: module and attribute. Modules are imported when their help or their work is asked for.
 _COMMANDS = {
     "asr": "lox_merge.cli.asr:asr_command",
+    "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
     "harden": "lox_merge.cli.harden:harden_command",
+    "robustness": "lox_merge.cli.robustness:robustness_command",
+    "search": "lox_merge.cli.search:search_command",
     "verify": "lox_merge.cli.verify:verify_command",
     "yaml": "lox_merge.cli.yaml:yaml_command",
 }

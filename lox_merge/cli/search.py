@@ -1,0 +1,212 @@
+"""`lox-merge search`: the smallest rank whose model is about as safe as the aligned one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lox_merge.cli.options import cache_option, device_option, json_option, number, seed_option
+from lox_merge.errors import LoxMergeError, RequestError
+
+if TYPE_CHECKING:
+    from lox_merge.jobs.recipe import Recipe
+    from lox_merge.safety.search import RankSearch
+
+DEFAULT_RANKS = "0,1,2,3,4,6,8"
+DEFAULT_BISECT_LIMIT = 64
+
+
+@click.command("search", short_help="Find the smallest rank that is as safe as the aligned model (effective rank).")
+@click.argument("base")
+@click.argument("aligned")
+@click.option("--prompts", required=True, metavar="FILE|DATASET", help="Harmful requests: CSV, JSONL or text file, or a Hub data set id.")
+@click.option("--column", help="Column of the prompts.")
+@click.option("--split", help="Split of a Hub data set.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts.")
+@click.option("--ranks", metavar="R,R,…", help=f"Ranks to measure.  [default: {DEFAULT_RANKS}]")
+@click.option("--bisect", is_flag=True, help="Bisect instead of a list of ranks; neighbours are measured too.")
+@click.option("--max-rank", type=click.IntRange(min=1), help=f"Highest rank of --bisect.  [default: {DEFAULT_BISECT_LIMIT}, or what --factors holds]")
+@click.option("--rho", default="0.01", show_default=True, metavar="FLOAT", help="A rank passes when its ASR is above the aligned model's by less.")
+@click.option("--confident", is_flag=True, help="A rank passes only when the upper 95 % bound of that increase is below rho.")
+@click.option(
+    "--judge", "judge_text", default="keyword", show_default=True, metavar="SPEC", help="Who decides: keyword, openai:MODEL, python:FILE:NAME, …"
+)
+@click.option("--judge-endpoint", metavar="URL", help="OpenAI-compatible endpoint of the judge.")
+@click.option("--no-cache", is_flag=True, help="Ask the judge again about replies that it has judged before.")
+@click.option("--utility-questions", type=click.Path(path_type=Path), metavar="FILE", help="Questions and answers: exact match beside each ASR.")
+@click.option("--utility-text", type=click.Path(path_type=Path), metavar="FILE", help="Plain text: its perplexity beside each ASR.")
+@click.option("--utility-prompts", metavar="FILE|DATASET", help="Harmless prompts: KL from ALIGNED beside each ASR.")
+@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for this pair: no SVD is spent.")
+@click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches; others stay as in ALIGNED. Repeatable.")
+@click.option("--exclude", multiple=True, metavar="REGEX", help="Tensors whose name matches stay as in ALIGNED. Repeatable.")
+@click.option("--linear-only", is_flag=True, help="Embeddings, lm_head and convolutions stay as in ALIGNED.")
+@click.option("--system", help="System message.")
+@click.option("--no-chat-template", is_flag=True, help="Give the model the bare prompts.")
+@click.option("--prefill", help="Beginning of every reply.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Length of a reply.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
+@click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|float16", help="dtype of the model in memory.")
+@click.option("--device-map", metavar="auto", help="Spread the model over several GPUs.")
+@click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found, to the folder OUT.")
+@click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg or .png).")
+@click.option("--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template.")
+@device_option
+@seed_option
+@cache_option
+@click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
+@json_option
+def search_command(base: str, aligned: str, json_file: str | None, **options: Any) -> None:
+    """Measure ASR(base + Proj_r(ALIGNED − BASE)) over ranks r and find the smallest r that is as safe as ALIGNED.
+
+    The models with little alignment that this needs are made in memory, one after another, and never written. Without a
+    rank that satisfies --rho the exit code is 1; the curve is shown and written all the same.
+
+    \b
+    lox-merge search base aligned --prompts advbench.csv --limit 100 --judge openai:gpt-4o-mini
+    lox-merge search base aligned --prompts p.csv --bisect --confident --write hardened --plot curve.svg
+    """
+    from lox_merge.jobs.recipe import Recipe
+
+    selection = {"include": options["include"], "exclude": options["exclude"], "linear_only": options["linear_only"]}
+    recipe = Recipe(alpha=number(options["alpha"], "--alpha"), seed=options["seed"], **selection)
+    chosen = recipe if any(selection.values()) or not options["factors"] else None
+    if options["write"]:
+        from lox_merge.jobs.harden import plan_hardening
+        from lox_merge.jobs.plan import check_output
+
+        plan_hardening(base, aligned, options["write"], recipe=recipe, **_source_options(options))  # before an hour of replies
+        check_output(options["write"], overwrite=options["overwrite"])
+    result = _search(base, aligned, chosen, options, json_file, show=json_file != "-")
+    _check_found(result, write=options["write"] is not None)
+    if options["write"]:
+        _write(result, base, aligned, recipe, options, quiet=json_file == "-")
+
+
+def effective_rank(base: str, aligned: str, recipe: Recipe, *, prompts: str, show: bool, **given: Any) -> int:
+    """The rank that `lox-merge search` finds, with its defaults for all options but those given. show: print its table.
+
+    Raises LoxMergeError when there is none to harden with.
+    """
+    arguments = ["--prompts", prompts, "--", base, aligned]
+    options = search_command.make_context("search", arguments, auto_envvar_prefix="LOX_MERGE_SEARCH").params | given
+    result = _search(base, aligned, recipe, options, None, show=show)
+    _check_found(result, write=True)
+    assert result.effective_rank is not None
+    return result.effective_rank
+
+
+def _source_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {"order_is_right": options["order_is_right"], "cache_dir": options["cache_dir"]}
+
+
+def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None, *, show: bool) -> RankSearch:
+    """Searches and shows the result in every way asked for."""
+    ranks, rho = chosen_ranks(options), number(options["rho"], "--rho")
+    if options["plot"]:
+        from lox_merge.cli.plot_search import check_plot
+
+        check_plot(options["plot"])
+    from lox_merge.cli.progress import byte_progress
+    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show_search import print_search
+    from lox_merge.safety.cache import VerdictCache
+    from lox_merge.safety.chat import Rendering
+    from lox_merge.safety.decoding import Decoding
+    from lox_merge.safety.judges.factory import JudgeOptions, make_judge
+    from lox_merge.safety.progress import terminal_progress
+    from lox_merge.safety.prompts import load_prompts
+    from lox_merge.safety.search_job import search
+    from lox_merge.safety.search_utility import load_measures
+
+    prompts = load_prompts(
+        options["prompts"], column=options["column"], split=options["split"], limit=options["limit"], cache_dir=options["cache_dir"]
+    )
+    judge_options = JudgeOptions(endpoint=options["judge_endpoint"], device=options["device"], cache_dir=options["cache_dir"])
+    judge = make_judge(options["judge_text"], judge_options)
+    utility = load_measures(options["utility_questions"], options["utility_text"], options["utility_prompts"], cache_dir=options["cache_dir"])
+    rendering = Rendering(options["system"], False if options["no_chat_template"] else None, options["prefill"])
+    with byte_progress(0, "decomposing") as decomposing:
+        result = search(
+            base,
+            aligned,
+            prompts,
+            judge,
+            ranks=ranks,
+            rho=rho,
+            bisect=options["bisect"],
+            confident=options["confident"],
+            factors=options["factors"],
+            recipe=recipe,
+            model={
+                "dtype": options["dtype"],
+                "device_map": options["device_map"],
+                "decoding": Decoding(max_new_tokens=options["max_new_tokens"]),
+                "rendering": rendering,
+                "batch_size": options["batch_size"],
+                "progress": terminal_progress,
+            },
+            utility=utility or None,
+            cache=None if options["no_cache"] else VerdictCache(),
+            device=options["device"],
+            decomposing=decomposing,
+            **_source_options(options),
+        )
+    if json_file:
+        write_json(json_file, {"command": "search", **result.to_json()})
+    if show:
+        print_search(result, base=Path(base).name, aligned=Path(aligned).name)
+    if options["plot"]:
+        from lox_merge.cli.plot_search import plot_search
+
+        plot_search(result, options["plot"])
+    return result
+
+
+def chosen_ranks(options: dict[str, Any]) -> list[int]:
+    """The list of ranks, or the highest one of a bisection. Raises RequestError."""
+    if options["bisect"]:
+        if options["ranks"]:
+            raise RequestError("--ranks names what to measure and --bisect chooses it; give one of the two (--max-rank bounds a bisection).")
+        if options["max_rank"] is None and options["factors"]:
+            from lox_merge.jobs.factors import Factors
+
+            with Factors.open(options["factors"]) as factors:
+                return [min(DEFAULT_BISECT_LIMIT, factors.rank)]
+        return [options["max_rank"] or DEFAULT_BISECT_LIMIT]
+    if options["max_rank"] is not None:
+        raise RequestError("--max-rank bounds a bisection; add --bisect, or name the ranks with --ranks.")
+    text = options["ranks"] or DEFAULT_RANKS
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"--ranks {text!r} is not a list of whole numbers, such as {DEFAULT_RANKS}.") from None
+
+
+def _check_found(result: RankSearch, *, write: bool) -> None:
+    """Raises LoxMergeError when there is no rank to go on with."""
+    if result.effective_rank is None:
+        raise LoxMergeError(
+            f"no measured rank satisfies rho = {result.rho:g}{' with confidence' if result.confident else ''}; "
+            f"{'nothing was hardened. ' if write else ''}Try higher ranks, more prompts, or another rho."
+        )
+    if write and result.effective_rank == 0:
+        raise LoxMergeError(
+            "the effective rank is 0: the base model's matrices are as safe as the aligned ones on these prompts, so there is nothing to "
+            "extrapolate and nothing was hardened. Check the prompts and the judge, or choose a rank yourself: lox-merge harden."
+        )
+
+
+def _write(result: RankSearch, base: str, aligned: str, recipe: Recipe, options: dict[str, Any], *, quiet: bool) -> None:
+    from lox_merge.cli.progress import byte_progress
+    from lox_merge.cli.show import print_result
+    from lox_merge.jobs.harden import execute, plan_hardening
+
+    assert result.effective_rank is not None
+    plan = plan_hardening(base, aligned, options["write"], recipe=recipe.with_rank(result.effective_rank), **_source_options(options))
+    with byte_progress(plan.bytes_written, "hardening") as progress:
+        hardened = execute(plan, device=options["device"], overwrite=options["overwrite"], progress=progress)
+    if not quiet:
+        print_result(hardened)

@@ -1,0 +1,162 @@
+"""A file of factors: leading singular triplets of every delta of one pair, for later commands to use without an SVD.
+
+One safetensors file: `<tensor><part>.left` (d_out, k) and `.right` (d_in, k) in float32, `.values` (k,) in float64. What is
+needed to trust them (certificates, norms, fingerprints of both sources) is JSON in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lox_merge.checkpoint.checkpoint import Checkpoint
+from lox_merge.checkpoint.safetensors_format import read_header
+from lox_merge.checkpoint.weights import SafetensorsFile
+from lox_merge.errors import CheckpointFormatError, RequestError
+from lox_merge.jobs.atomic import sha256_of
+from lox_merge.jobs.recipe import Recipe
+from lox_merge.maths.subspace import Certificate, Subspace
+
+METADATA_KEY = "lox_merge_factors"
+FORMAT = 1
+# The settings of a recipe that decide which triplets there are; alpha, rounding and dtype come later.
+SELECTION = ("include", "exclude", "linear_only", "fused", "skip_non_finite")
+
+
+@dataclass(frozen=True)
+class MatrixRecord:
+    """What is known of one matrix beside its vectors.
+
+    norm: ||Delta||_F. noise_edge: singular value that rounding of the aligned weights alone would give. complete: whether
+    every direction above working precision is held, so that no higher rank exists.
+    """
+
+    name: str
+    part: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    noise_edge: float
+    complete: bool
+    certificate: dict[str, Any]
+
+
+class Factors:
+    """An open file of factors. Vectors are mapped from disk when asked for.
+
+    rank: the number of triplets that was asked for; a matrix holds fewer where it has no more.
+    """
+
+    def __init__(self, path: Path, document: dict[str, Any], file: SafetensorsFile) -> None:
+        self.path, self.document, self._file = path, document, file
+        self.rank = int(document["job"]["recipe"]["rank"])
+        self.matrices = {(entry["name"], entry["part"]): MatrixRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in document["matrices"]}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Factors:
+        """Maps a file that `lox-merge decompose` wrote. Raises RequestError for anything else."""
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise RequestError(f"there is no file of factors {file}. Make it: lox-merge decompose BASE ALIGNED {file}")
+        try:
+            header = read_header(file, file.name)
+        except CheckpointFormatError as error:
+            raise RequestError(f"factors: {error}") from error
+        document = read_document(header.metadata)
+        if document is None:
+            raise RequestError(f"{file.name} holds no factors of lox-merge. Make them: lox-merge decompose BASE ALIGNED FILE")
+        return cls(file, document, SafetensorsFile(file, header))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings that decide which matrices were decomposed, and into how many triplets."""
+        settings = self.document["job"]["recipe"]
+        return Recipe(rank=self.rank, tolerance=settings["tolerance"], seed=settings["seed"], **{key: settings[key] for key in SELECTION})
+
+    @property
+    def titles(self) -> tuple[str, str]:
+        """Names of base and aligned as they were given."""
+        sources = self.document["sources"]
+        return _title(sources["base"]), _title(sources["aligned"])
+
+    def __contains__(self, matrix: tuple[str, str]) -> bool:
+        return matrix in self.matrices
+
+    def require(self, rank: int) -> None:
+        """Raises RequestError for a rank above what is held."""
+        if rank > self.rank:
+            raise RequestError(
+                f"rank {rank} is asked and {self.path.name} holds {self.rank} triplets per matrix. "
+                f"Ask for at most {self.rank}, or decompose again with --rank {rank}."
+            )
+
+    def subspace(self, name: str, part: str = "", rank: int | None = None) -> Subspace:
+        """The triplets of one matrix: left (d_out, k) and right (d_in, k) float32, mapped (do not write to them).
+
+        part: the label of a matrix inside a stacked tensor, such as '[3].gate'. rank: how many (default: all that are
+        held); a matrix that has fewer directions gives those. Raises RequestError for a rank above what is held, or a
+        matrix that was not decomposed.
+        """
+        if rank is not None:
+            self.require(rank)
+        record = self.matrices.get((name, part))
+        if record is None:
+            raise RequestError(
+                f"{self.path.name} holds no factors of {name}{part}. Decompose again with settings that select it (--include, --exclude)."
+            )
+        found = record.certificate
+        values = self._file.tensor(f"{name}{part}.values")
+        smallest = float(values[-1]) if record.rank else 0.0
+        certificate = Certificate(found["method"], found["residual"], smallest, found["next_singular_value"], found["passes"])
+        left, right = self._file.tensor(f"{name}{part}.left"), self._file.tensor(f"{name}{part}.right")
+        subspace = Subspace(left, values, right, record.norm, certificate)
+        return subspace if rank is None else subspace.truncate(min(rank, subspace.rank))
+
+    def check(self, base: Checkpoint, aligned: Checkpoint) -> None:
+        """Raises RequestError when these factors are of another pair; reads the weight files of local folders to tell."""
+        differences = [text for checkpoint in (base, aligned) if (text := self._difference(checkpoint))]
+        if differences:
+            raise RequestError(
+                f"{self.path.name} holds the factors of another pair: base {self.titles[0]}, aligned {self.titles[1]}; "
+                f"given were base {base.title}, aligned {aligned.title} ({'; '.join(differences)}). "
+                "Give that pair, or decompose this one: lox-merge decompose BASE ALIGNED FACTORS"
+            )
+
+    def _difference(self, checkpoint: Checkpoint) -> str | None:
+        """What shows that `checkpoint` is not the one the factors were made from; None when it is."""
+        source, identity = self.document["sources"][checkpoint.role], checkpoint.source.identity()
+        if identity["kind"] == "hub" and identity.get("commit") == source.get("commit"):
+            return None  # a commit fixes every byte
+        headers = {file: header.file_size for file, header in checkpoint.headers.items()}
+        for file, entry in source["files"].items():
+            if headers.get(file) != entry["size"]:
+                return f"{checkpoint.role} has no {file} of {entry['size']:,} bytes"
+        checkpoint.fetch(list(source["files"]))
+        for file, entry in source["files"].items():
+            if sha256_of(checkpoint.source.path(file)) != entry["sha256"]:
+                return f"{checkpoint.role}: {file} has other contents"
+        return None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Factors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_document(metadata: Any) -> dict[str, Any] | None:
+    """The JSON that decompose wrote into a file's metadata; None where there is none that this version reads."""
+    try:
+        document = json.loads(metadata[METADATA_KEY])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return document if isinstance(document, dict) and document.get("format") == FORMAT else None
+
+
+def _title(source: dict[str, Any]) -> str:
+    return f"{source['name']}@{source['revision']}" if source.get("revision") else str(source["name"])

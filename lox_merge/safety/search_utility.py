@@ -1,0 +1,60 @@
+"""Utility beside attack success: what each rank costs on harmless work, measured on the model that is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lox_merge.errors import RequestError
+from lox_merge.safety.divergence import Reference, kl_divergence, reference_log_probabilities
+from lox_merge.safety.generation import LocalModel
+from lox_merge.safety.prompts import load_prompts
+from lox_merge.safety.types import PromptSet
+from lox_merge.safety.utility import Questions, exact_match, load_questions, perplexity
+
+# Each prompt keeps 4 bytes × positions × vocabulary of the aligned model; the place where a reply begins is what matters most.
+_LAST_POSITIONS = 8
+
+
+class UtilityMeasures:
+    """Exact match on questions, perplexity of texts, and KL from aligned on harmless prompts; what is not given is left out.
+
+    The first call must find the aligned weights in the model: they are the reference of the KL divergence.
+    """
+
+    def __init__(self, questions: Questions | None = None, texts: Sequence[str] = (), harmless: PromptSet | None = None) -> None:
+        self._questions, self._texts, self._harmless = questions, tuple(texts), harmless
+        self._reference: Reference | None = None
+
+    def __bool__(self) -> bool:
+        return self._questions is not None or bool(self._texts) or self._harmless is not None
+
+    def __call__(self, source: LocalModel) -> dict[str, float | None]:
+        """'exact match' (rate), 'perplexity', 'KL' (nats per position)."""
+        found: dict[str, float | None] = {}
+        if self._questions is not None:
+            found["exact match"] = exact_match(source, self._questions).rate
+        if self._texts:
+            found["perplexity"] = perplexity(source.model, source.tokenizer, self._texts).value
+        if self._harmless is not None:
+            if self._reference is None:
+                self._reference = reference_log_probabilities(source.model, source.tokenizer, self._harmless, source.rendering, last=_LAST_POSITIONS)
+            found["KL"] = kl_divergence(self._reference, source.model).value
+        return found
+
+
+def load_measures(questions: Path | None, text: Path | None, harmless: str | None, *, cache_dir: Path | None = None) -> UtilityMeasures:
+    """Measures from files (questions and answers; one plain text; harmless prompts). Raises RequestError."""
+    texts: tuple[str, ...] = ()
+    if text is not None:
+        try:
+            texts = (text.read_text(encoding="utf-8"),)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{text} cannot be read as UTF-8 text: {error}. Give a text file.") from error
+        if not texts[0].strip():
+            raise RequestError(f"{text} is empty, so it has no perplexity. Give a text file with some text.")
+    return UtilityMeasures(
+        load_questions(questions) if questions is not None else None,
+        texts,
+        load_prompts(harmless, cache_dir=cache_dir) if harmless is not None else None,
+    )
