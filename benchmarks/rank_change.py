@@ -1,6 +1,6 @@
 """What changing the rank in memory costs beside the replies of 100 prompts.
 
-    python -m benchmarks.rank_change FOLDER [--size 468M] [--dtype bfloat16] [--prompts 100]
+    python benchmarks/rank_change.py FOLDER [--size 468M] [--dtype bfloat16] [--prompts 100]
 
 The pair is made in FOLDER on first use. Prompts are 16 random tokens each, and every reply has 60 tokens.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from synthetic import SIZES, make_pair
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lox_merge.checkpoint.checkpoint import Checkpoint
@@ -21,8 +22,6 @@ from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.rank_model import RankSwapper
-
-from .synthetic import SIZES, make_pair
 
 
 def seconds(work: Callable[[], object]) -> float:
