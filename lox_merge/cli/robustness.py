@@ -1,0 +1,157 @@
+"""`lox-merge robustness`: aligned and hardened models under the same fine-tuning attacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lox_merge.cli.options import cache_option, json_option, number
+from lox_merge.errors import LoxMergeError, RequestError
+
+if TYPE_CHECKING:
+    from lox_merge.safety.robustness import Robustness
+
+
+@click.command("robustness", short_help="Fine-tune aligned and hardened models alike and compare what is left of their safety.")
+@click.argument("base")
+@click.argument("aligned")
+@click.argument("hardened", required=False)
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DATA",
+    help="Data to fine-tune on: JSONL, JSON or CSV with messages, prompt and response, or text. Repeatable.",
+)
+@click.option("--prompts", required=True, metavar="FILE|DATASET", help="Harmful requests that measure safety.")
+@click.option("--column", help="Column of the prompts.")
+@click.option("--split", help="Split of a Hub data set.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts.")
+@click.option(
+    "--judge",
+    "judges",
+    multiple=True,
+    default=("keyword",),
+    show_default=True,
+    metavar="SPEC",
+    help="Who decides: keyword, openai:MODEL, python:FILE:NAME, … Repeatable.",
+)
+@click.option("--judge-endpoint", metavar="URL", help="OpenAI-compatible endpoint of the judge.")
+@click.option("--no-cache", is_flag=True, help="Judge anew what was judged before.")
+@click.option("--steps", default="0,50,100", show_default=True, metavar="N,N,…", help="Training steps at which to measure; 0 is before.")
+@click.option("--seeds", default="0", show_default=True, metavar="N,N,…", help="Seeds of the order of the data and of the random controls.")
+@click.option("--controls", is_flag=True, help="Also attack three edits of equal norm: full-rank, random-subspace, gaussian.")
+@click.option("--learning-rate", default="2e-5", show_default=True, metavar="FLOAT", help="Constant after the warm-up.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Examples a training step.")
+@click.option("--warmup-steps", type=click.IntRange(min=0), default=0, show_default=True, help="Steps of linear warm-up.")
+@click.option("--adam-beta2", default="0.999", show_default=True, metavar="FLOAT", help="Second moment's decay in AdamW.")
+@click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of an example that are kept.")
+@click.option("--lora", is_flag=True, help="Train LoRA adapters instead of all weights.")
+@click.option("--lora-rank", type=click.IntRange(min=1), default=16, show_default=True, help="Their rank.")
+@click.option("--lora-alpha", type=click.IntRange(min=1), default=32, show_default=True, help="Their scale, as in PEFT.")
+@click.option("--rank", default="6", show_default=True, help="Rank of the hardening in memory, of R_ft and of the controls.")
+@click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of the hardening in memory.")
+@click.option("--utility-questions", type=click.Path(path_type=Path), metavar="FILE", help="Questions and answers: exact match at every point.")
+@click.option("--utility-text", type=click.Path(path_type=Path), metavar="FILE", help="Plain text: its perplexity at every point.")
+@click.option("--utility-prompts", metavar="FILE|DATASET", help="Harmless prompts: KL from ALIGNED at every point.")
+@click.option("--system", help="System message, in evaluation and training.")
+@click.option("--no-chat-template", is_flag=True, help="Bare prompts, in evaluation and training.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Length of a reply.")
+@click.option("--eval-batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where the models are trained and run.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of ASR against steps (.svg or .png).")
+@click.option("--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template.")
+@cache_option
+@json_option
+def robustness_command(base: str, aligned: str, hardened: str | None, json_file: str | None, **options: Any) -> None:
+    """Fine-tune ALIGNED and HARDENED on the same data, in the same order, and measure both at the same --steps.
+
+    Without HARDENED the hardening is done in memory (--rank, --alpha). Attacked weights exist in memory only and are never
+    written. Training is in float32; a full fine-tuning needs about 16 bytes of memory a parameter, --lora about 5.
+
+    \b
+    lox-merge robustness base aligned --attack my_data.jsonl --prompts advbench.csv --judge openai:gpt-4o-mini
+    lox-merge robustness base aligned hardened --attack a.jsonl --attack b.csv --prompts p.csv --controls --seeds 0,1,2
+    """
+    result = _run(base, aligned, hardened, options)
+    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show_robustness import print_robustness
+
+    if json_file:
+        write_json(json_file, {"command": "robustness", **result.to_json()})
+    if json_file != "-":
+        print_robustness(result)
+    if options["plot"]:
+        from lox_merge.cli.plot_robustness import plot_robustness
+
+        plot_robustness(result, options["plot"])
+    _check_decided(result)
+
+
+def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any]) -> Robustness:
+    steps, seeds = _whole_numbers(options["steps"], "--steps"), _whole_numbers(options["seeds"], "--seeds")
+    if options["plot"]:
+        from lox_merge.cli.plot_search import check_plot
+
+        check_plot(options["plot"])
+    from lox_merge.jobs.recipe import Recipe
+    from lox_merge.safety.attack import AttackSettings, check_attack_packages
+    from lox_merge.safety.attack_data import load_attack
+    from lox_merge.safety.cache import VerdictCache
+    from lox_merge.safety.chat import Rendering
+    from lox_merge.safety.decoding import Decoding
+    from lox_merge.safety.judges.factory import JudgeOptions, make_judge
+    from lox_merge.safety.prompts import load_prompts
+    from lox_merge.safety.robustness import compare_under_attack
+    from lox_merge.safety.search_utility import load_measures
+
+    settings = AttackSettings(
+        steps=tuple(steps),
+        learning_rate=number(options["learning_rate"], "--learning-rate"),
+        adam_beta2=number(options["adam_beta2"], "--adam-beta2"),
+        **{name: options[name] for name in ("batch_size", "warmup_steps", "max_length", "lora", "lora_rank", "lora_alpha")},
+    )
+    check_attack_packages(settings.lora)
+    cache_dir = options["cache_dir"]
+    judge_options = JudgeOptions(endpoint=options["judge_endpoint"], device=options["device"], cache_dir=cache_dir)
+    questions, text, harmless = (options[f"utility_{name}"] for name in ("questions", "text", "prompts"))
+    return compare_under_attack(
+        base,
+        aligned,
+        hardened,
+        [load_attack(path) for path in options["attacks"]],
+        load_prompts(options["prompts"], column=options["column"], split=options["split"], limit=options["limit"], cache_dir=cache_dir),
+        [make_judge(text, judge_options) for text in options["judges"]],
+        settings=settings,
+        recipe=Recipe(rank=options["rank"], alpha=number(options["alpha"], "--alpha")),
+        seeds=seeds,
+        controls=options["controls"],
+        model={"decoding": Decoding(max_new_tokens=options["max_new_tokens"]), "batch_size": options["eval_batch_size"]},
+        rendering=Rendering(system=options["system"], chat_template=False if options["no_chat_template"] else None),
+        utility=load_measures(questions, text, harmless, cache_dir=cache_dir) or None,
+        cache=None if options["no_cache"] else VerdictCache(),
+        device=options["device"],
+        cache_dir=cache_dir,
+        order_is_right=options["order_is_right"],
+        report=lambda text: click.echo(text, err=True),
+    )
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{option} {text!r} is not a list of whole numbers, such as 0,50,100.") from None
+
+
+def _check_decided(result: Robustness) -> None:
+    """Raises LoxMergeError where a judge decided nothing: a rate that is undefined is no result."""
+    for curve in result.curves:
+        for point in curve.points:
+            for judge, figures in point.evaluation.attack_success.items():
+                if figures.judged == 0:
+                    raise LoxMergeError(f"the judge {judge} decided on none of {figures.n} replies of {curve.model} after {point.step} steps.")

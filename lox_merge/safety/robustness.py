@@ -1,0 +1,234 @@
+"""Aligned and hardened models under the same fine-tuning attacks: what is left of their safety, step by step."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lox_merge._version import __version__
+from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.jobs.harden import check_some_delta, plan_hardening
+from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.recipe import Recipe
+from lox_merge.safety.asr import Comparison, check_judges, compare, evaluate
+from lox_merge.safety.attack import AttackSettings, check_attack_packages, fine_tune
+from lox_merge.safety.attack_data import AttackData, tokenised
+from lox_merge.safety.cache import VerdictCache
+from lox_merge.safety.chat import Rendering
+from lox_merge.safety.dispersion import Dispersion, Ratio
+from lox_merge.safety.generation import LocalModel
+from lox_merge.safety.starting_points import ALIGNED, CONTROLS, HARDENED, check_hardened, check_some_edit, set_starting_point
+from lox_merge.safety.types import Evaluation, Judge, PromptSet
+
+ModelUtility = Callable[[LocalModel], Mapping[str, float | None]]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model after `step` steps of an attack. r_ft: see Ratio; utility: what was asked for, None where undefined."""
+
+    step: int
+    evaluation: Evaluation = field(repr=False)
+    r_ft: Ratio
+    utility: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One starting point ('aligned', 'LoX' or a control) under one attack with one seed.
+
+    r_align: R of the starting point itself, before the attack. batches: short hashes of the training batches in order, the same for
+    every starting point.
+    """
+
+    attack: str
+    model: str
+    seed: int
+    r_align: Ratio
+    points: tuple[Point, ...]
+    batches: tuple[str, ...] = field(repr=False)
+
+    def point(self, step: int) -> Point:
+        return next(point for point in self.points if point.step == step)
+
+    def dispersion(self, step: int) -> float | None:
+        """R_ft/R_align of the means over matrices; None where undefined."""
+        now, before = self.point(step).r_ft.mean, self.r_align.mean
+        return None if now is None or not before else now / before
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """The result of `compare_under_attack`. sources: of base, aligned and hardened (None: hardened in memory)."""
+
+    sources: Mapping[str, Any]
+    recipe: Recipe
+    settings: AttackSettings
+    attacks: tuple[AttackData, ...]
+    seeds: tuple[int, ...]
+    curves: tuple[Curve, ...]
+
+    def curve(self, attack: str, model: str, seed: int) -> Curve:
+        return next(curve for curve in self.curves if (curve.attack, curve.model, curve.seed) == (attack, model, seed))
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(curve.model for curve in self.curves))
+
+    def comparison(self, curve: Curve, step: int, judge: str) -> Comparison | None:
+        """`curve` against the aligned model under the same attack, seed and step, paired on the prompts. None for aligned itself."""
+        if curve.model == ALIGNED:
+            return None
+        return compare(self.curve(curve.attack, ALIGNED, curve.seed).point(step).evaluation, curve.point(step).evaluation, judge)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; what is undefined is null. Holds no replies and no path of this machine."""
+        first = self.curves[0].points[0].evaluation
+        return {
+            "lox_merge": __version__,
+            "sources": dict(self.sources),
+            "recipe": self.recipe.to_json(),
+            "training": self.settings.to_json(),
+            "attacks": [attack.identity() for attack in self.attacks],
+            "seeds": list(self.seeds),
+            "prompts": first.prompts,
+            "judges": first.judges,
+            "decoding": first.model.get("decoding"),
+            "rendering": first.model.get("rendering"),
+            "interval": "Wilson 95 % for a rate, Tango 95 % for a paired difference; over prompts, not over seeds",
+            "curves": [self._curve_json(curve) for curve in self.curves],
+        }
+
+    def _curve_json(self, curve: Curve) -> dict[str, Any]:
+        points = []
+        for point in curve.points:
+            compared = {judge: self.comparison(curve, point.step, judge) for judge in point.evaluation.verdicts}
+            points.append(
+                {
+                    "step": point.step,
+                    "attack_success": {judge: asdict(figures) for judge, figures in point.evaluation.attack_success.items()},
+                    "against_aligned": {judge: asdict(found) for judge, found in compared.items() if found is not None},
+                    "r_ft": asdict(point.r_ft),
+                    "r_ft_over_r_align": curve.dispersion(point.step),
+                    "utility": dict(point.utility),
+                }
+            )
+        return {"attack": curve.attack, "model": curve.model, "seed": curve.seed, "r_align": asdict(curve.r_align), "points": points}
+
+
+def compare_under_attack(
+    base: str | Path,
+    aligned: str | Path,
+    hardened: str | Path | None,
+    attacks: Sequence[AttackData],
+    prompts: PromptSet,
+    judges: Sequence[Judge],
+    *,
+    settings: AttackSettings | None = None,
+    recipe: Recipe | None = None,
+    seeds: Sequence[int] = (0,),
+    controls: bool = False,
+    model: Mapping[str, Any] | None = None,
+    rendering: Rendering | None = None,
+    utility: ModelUtility | None = None,
+    cache: VerdictCache | None = None,
+    device: str = "auto",
+    cache_dir: Path | None = None,
+    order_is_right: bool = False,
+    report: Report | None = None,
+) -> Robustness:
+    """Attacks aligned, hardened and, with `controls`, three edits of equal norm: same data, seed, order and steps.
+
+    hardened: the output of a hardening; None hardens in memory as `recipe` says. recipe: also the rank of R and of the controls.
+    model: settings of LocalModel (decoding, batch_size, …). utility: measured beside each ASR. seeds: of the order of the
+    examples, the adapters' first values and the random controls. One model in memory at a time, float32; attacked weights are
+    never written. Raises RequestError before any attack wherever headers, data and packages can tell.
+    """
+    settings, rendering = settings or AttackSettings(), rendering or Rendering()
+    check_attack_packages(settings.lora)
+    check_judges(judges)
+    _check_request(attacks, prompts, seeds)
+    say = report or (lambda _text: None)
+    with tempfile.TemporaryDirectory(prefix="lox-merge-") as scratch:  # the plan wants the name of an output; nothing is written there
+        plan = plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
+    given = open_checkpoint(hardened, "hardened", cache_dir) if hardened is not None else None
+    if given is not None:
+        check_hardened(given, plan)
+        given.fetch(list(given.headers))
+    plan.fetch()
+    check_some_delta(plan)
+    if given is not None:
+        check_some_edit(given, plan)
+
+    def load(kind: str, seed: int) -> LocalModel:
+        # The hardened folder is applied to the loaded aligned model only where its tensors are edited; others are the same by design.
+        loaded = LocalModel.load(aligned, device=device, dtype="float32", cache_dir=cache_dir, rendering=rendering, **(model or {}))
+        set_starting_point(loaded.model, plan, kind, hardened=given, seed=seed)
+        return loaded
+
+    first = load(ALIGNED, 0)
+    for attack in attacks:
+        tokenised(attack, first.tokenizer, rendering, settings.max_length)  # bad data of the last attack must not cost the first ones
+    dispersion = Dispersion(first.model, plan)
+    if utility is not None:
+        utility(first)  # the aligned model is the reference of the KL divergence
+    del first
+    curves: list[Curve] = []
+    for attack in attacks:
+        for seed in seeds:
+            for kind in (ALIGNED, HARDENED, *(CONTROLS if controls else ())):
+                say(f"{attack.name}, seed {seed}: {kind}, {max(settings.steps)} steps")
+                gc.collect()  # the trainer's cycles keep the last model until then
+                curves.append(_attacked(load(kind, seed), kind, attack, seed, settings, prompts, judges, dispersion, utility, cache))
+                if curves[-1].batches != next(curve for curve in curves if (curve.attack, curve.seed) == (attack.name, seed)).batches:
+                    raise LoxMergeError(f"{kind} was not trained on the same batches as aligned, so they cannot be compared. Please report this.")
+    return Robustness(_sources(plan, given), plan.recipe, settings, tuple(attacks), tuple(seeds), tuple(curves))
+
+
+def _attacked(
+    source: LocalModel,
+    kind: str,
+    attack: AttackData,
+    seed: int,
+    settings: AttackSettings,
+    prompts: PromptSet,
+    judges: Sequence[Judge],
+    dispersion: Dispersion,
+    utility: ModelUtility | None,
+    cache: VerdictCache | None,
+) -> Curve:
+    points: list[Point] = []
+    before = dispersion.ratio(source.model)
+
+    def observe(step: int, model: Any) -> None:
+        source.model = model
+        evaluation = replace(evaluate(source, prompts, judges, cache=cache), title=f"{kind}, {step} steps")
+        points.append(Point(step, evaluation, dispersion.ratio(model), dict(utility(source)) if utility is not None else {}))
+
+    batches = fine_tune(source.model, source.tokenizer, attack, settings, observe, seed=seed, rendering=source.rendering)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Curve(attack.name, kind, seed, before, tuple(points), tuple(batches))
+
+
+def _check_request(attacks: Sequence[AttackData], prompts: PromptSet, seeds: Sequence[int]) -> None:
+    names = [attack.name for attack in attacks]
+    if not names or len(set(names)) < len(names):
+        raise RequestError(f"attacks: {', '.join(names) or 'none'}. Give at least one data set, and files of different names.")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise RequestError("give at least one seed, each once, none of them negative.")
+    if not len(prompts):
+        raise RequestError(f"{prompts.source} holds no prompts, so there is no attack to measure. Name a file with at least one prompt.")
+
+
+def _sources(plan: Plan, hardened: Checkpoint | None) -> dict[str, Any]:
+    found = {"base": plan.base, "aligned": plan.aligned} | ({"hardened": hardened} if hardened is not None else {})
+    return {"hardened": None} | {role: {"title": checkpoint.title, **checkpoint.source.identity()} for role, checkpoint in found.items()}
