@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ def classifier_judge(reference: str, label: str, *, device: str = "auto", batch_
     raise RequestError(f"the judge {source.title} is neither a sequence classifier nor a causal guard model (architectures: {architectures}).")
 
 
-class _ModelJudge:
+class _ModelJudge(ABC):
     """What both kinds share: files, device, identity. The model is loaded when the first reply is judged."""
 
     def __init__(self, source: FileSource, label: str, device: str) -> None:
@@ -76,8 +77,8 @@ class _ModelJudge:
             self._weights_hash = digest.hexdigest()
         return {"kind": "classifier", "model": self._source.identity(), "files_sha256": self._weights_hash, "label": self._label}
 
-    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        raise NotImplementedError
+    @abstractmethod
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]: ...
 
     def _load(self, automatic: Any) -> Any:
         if self._model is None:
