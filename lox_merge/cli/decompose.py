@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lox_merge.cli.options import cache_option, device_option, json_option, number, seed_option
+from lox_merge.cli.options import cache_option, device_option, fused_option, json_option, number, order_option, seed_option, tolerance_option
 
 
 @click.command("decompose", short_help="Leading singular triplets of every delta as one file, for search to reuse.")
@@ -17,12 +17,10 @@ from lox_merge.cli.options import cache_option, device_option, json_option, numb
 @click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave out tensors whose name matches. Repeatable.")
 @click.option("--linear-only", is_flag=True, help="Leave out embeddings, lm_head and convolutions.")
-@click.option(
-    "--fused", default="split", show_default=True, metavar="split|whole", help="Gate and up fused inside stacked experts: two matrices, or one."
-)
-@click.option("--tolerance", default="1e-3", show_default=True, metavar="FLOAT", help="Relative error wanted of each truncated SVD.")
+@fused_option
+@tolerance_option
 @click.option("--skip-non-finite", is_flag=True, help="Leave out matrices whose delta holds NaN or Inf instead of failing.")
-@click.option("--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template.")
+@order_option
 @device_option
 @seed_option
 @cache_option

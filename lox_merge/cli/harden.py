@@ -6,7 +6,18 @@ from pathlib import Path
 
 import click
 
-from lox_merge.cli.options import cache_option, device_option, dtype_option, json_option, number, pattern_pairs, seed_option
+from lox_merge.cli.options import (
+    cache_option,
+    device_option,
+    dtype_option,
+    fused_option,
+    json_option,
+    number,
+    order_option,
+    pattern_pairs,
+    seed_option,
+    tolerance_option,
+)
 from lox_merge.errors import RequestError
 
 
@@ -30,16 +41,14 @@ from lox_merge.errors import RequestError
 @click.option("--rank-pattern", multiple=True, metavar="REGEX=RANK", help="Another rank where the name matches; the first match wins. Repeatable.")
 @click.option("--alpha-pattern", multiple=True, metavar="REGEX=ALPHA", help="Another alpha where the name matches; the first match wins. Repeatable.")
 @click.option("--linear-only", is_flag=True, help="Leave embeddings, lm_head and convolutions as in ALIGNED.")
-@click.option(
-    "--fused", default="split", show_default=True, metavar="split|whole", help="Gate and up fused inside stacked experts: two matrices, or one."
-)
+@fused_option
 @dtype_option
 @click.option(
     "--rounding", default="nearest", show_default=True, metavar="nearest|feedback|stochastic", help="How edits are rounded to the output dtype."
 )
-@click.option("--tolerance", default="1e-3", show_default=True, metavar="FLOAT", help="Relative error wanted of each truncated SVD.")
+@tolerance_option
 @click.option("--skip-non-finite", is_flag=True, help="Copy tensors whose delta holds NaN or Inf instead of failing.")
-@click.option("--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template.")
+@order_option
 @device_option
 @seed_option
 @cache_option

@@ -25,6 +25,16 @@ dtype_option: Decorator = click.option(
     "--dtype", metavar="|".join(OUTPUT_DTYPES), help="Output dtype of every floating tensor (default: as in ALIGNED)."
 )
 
+fused_option: Decorator = click.option(
+    "--fused", default="split", show_default=True, metavar="split|whole", help="Gate and up fused inside stacked experts: two matrices, or one."
+)
+tolerance_option: Decorator = click.option(
+    "--tolerance", default="1e-3", show_default=True, metavar="FLOAT", help="Relative error wanted of each truncated SVD."
+)
+order_option: Decorator = click.option(
+    "--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template."
+)
+
 
 def pattern_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str], ...]:
     """'REGEX=VALUE' texts as pairs; the last '=' separates, since a regular expression may hold one."""

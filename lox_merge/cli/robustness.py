@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.options import cache_option, json_option, number
+from lox_merge.cli.options import cache_option, json_option, number, order_option
 from lox_merge.errors import LoxMergeError, RequestError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 @click.option("--eval-batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where the models are trained and run.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of ASR against steps (.svg or .png).")
-@click.option("--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template.")
+@order_option
 @cache_option
 @json_option
 def robustness_command(base: str, aligned: str, hardened: str | None, json_file: str | None, **options: Any) -> None:

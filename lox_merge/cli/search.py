@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.options import cache_option, device_option, json_option, number, seed_option
+from lox_merge.cli.options import cache_option, device_option, json_option, number, order_option, seed_option
 from lox_merge.errors import LoxMergeError, RequestError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ DEFAULT_BISECT_LIMIT = 64
 @click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found, to the folder OUT.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg or .png).")
-@click.option("--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template.")
+@order_option
 @device_option
 @seed_option
 @cache_option
