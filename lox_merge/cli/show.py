@@ -61,7 +61,7 @@ def print_plan(plan: Plan, report: dict[str, Any]) -> None:
     rows = [
         ("base", f"{plan.base.title} ({size(plan.base.bytes)})"),
         ("aligned", f"{plan.aligned.title} ({size(plan.aligned.bytes)}, {len(plan.shards)} file(s))"),
-        ("edited", f"{report['edited_tensors']} tensors, {report['edited_matrices']} matrices, rank {plan.recipe.rank}, alpha {plan.recipe.alpha:g}"),
+        ("edited", f"{report['edited_tensors']} tensors, {report['edited_matrices']} matrices, rank {report['recipe']['rank']}, alpha {report['recipe']['alpha']:g}"),
     ]
     rows += [("copied", f"{count} tensors: {reason}") for reason, count in report["copied_tensors"].items()]
     rows += [

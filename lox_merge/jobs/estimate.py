@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lox_merge.jobs.plan import Plan
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores, working_memory
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores
 from lox_merge.maths.edits import lox_edit
 
 # Interpreter, torch and its thread pools, measured (benchmarks/harden.py).
@@ -42,8 +42,9 @@ def estimate(plan: Plan) -> dict[str, Any]:
     """Plain values: counts, bytes, peak_memory (bytes, anonymous), seconds on this CPU."""
     matrices = [(tensor, view) for tensor in plan.edited for view in tensor.views]
     entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
-    total = sum(working_memory(view.shape, tensor.rank) + 4 * view.shape[0] * view.shape[1] for tensor, view in matrices if tensor.rank is not None)
-    largest = max(working_memory(view.shape, tensor.rank) + 4 * tensor.info.size for tensor, view in matrices if tensor.rank is not None)
+    costs = [(plan.edit.working_memory(view.shape, tensor), tensor, view) for tensor, view in matrices]
+    total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
+    largest = max(cost + 4 * tensor.info.size for cost, tensor, _ in costs)
     seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / available_cores() + _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written)
     return {
         "command": "harden --dry-run",

@@ -11,8 +11,8 @@ from torch import Tensor
 from lox_merge.errors import RequestError
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
-from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.settings import Settings
 from lox_merge.maths.precision import rounding_noise_edge
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import truncated_svd
@@ -33,14 +33,15 @@ class TripletSource(Protocol):
 
 @dataclass(frozen=True)
 class TakenNow:
-    """A truncated SVD with the recipe's tolerance and seed."""
+    """A truncated SVD with a recipe's tolerance and seed."""
 
-    recipe: Recipe
+    tolerance: float
+    seed: int
 
     def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, aligned: Tensor) -> Subspace:
         rule = _rule(tensor)
         edge = rounding_noise_edge(aligned) if rule.kind == "noise-floor" else 0.0
-        return truncated_svd(delta, rule, noise_edge=edge, tolerance=self.recipe.tolerance, seed=self.recipe.seed)
+        return truncated_svd(delta, rule, noise_edge=edge, tolerance=self.tolerance, seed=self.seed)
 
     def record(self) -> None:
         return None
@@ -95,10 +96,10 @@ class DecomposedAgain:
         return {"rank": str(self.rank), "tolerance": self.tolerance, "seed": self.seed}
 
 
-def recorded_triplets(record: dict[str, Any] | None, recipe: Recipe) -> TripletSource:
+def recorded_triplets(record: dict[str, Any] | None, recipe: Settings) -> TripletSource:
     """The source that makes the triplets of a manifest again, from the `record` in it."""
     if record is None:
-        return TakenNow(recipe)
+        return TakenNow(recipe.tolerance, recipe.seed)
     return DecomposedAgain(int(record["rank"]), float(record["tolerance"]), int(record["seed"]))
 
 

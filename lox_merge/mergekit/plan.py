@@ -24,6 +24,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.dtypes import EDITABLE
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, PlanError, RequestError
 from lox_merge.jobs.layout import matrix_views
+from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import Plan, make_plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.mergekit.config import Setting, aligned_reference, lox_problems, one_line, settings
@@ -84,7 +85,8 @@ def plan_merge(raw: Mapping[str, Any], config: MergeConfiguration, out: Path, op
     except Exception as error:  # mergekit and peft raise many types for adapters that cannot be merged
         raise RequestError(f"the models cannot be opened: {one_line(error)}.") from error
     dtype = (config.out_dtype or config.dtype or "").removeprefix("torch.") or None
-    files = make_plan(base, aligned, out, Recipe(dtype=dtype), order_confirmed=order_is_right)
+    recipe = Recipe(dtype=dtype)
+    files = make_plan({"base": base, "aligned": aligned}, out, recipe, LoxEdit(recipe), order_confirmed=order_is_right)
     notes = [] if options.copy_tokenizer else ["--no-copy-tokenizer: the output has no tokenizer."]
     safe = _without_tokenizer(config, notes)
     try:
