@@ -68,6 +68,10 @@ class Edit(Protocol):
         """Upper estimate of the bytes that one matrix takes beside mapped files and its place in the output."""
         ...
 
+    def trial(self, tensor: TensorPlan, base: Tensor, aligned: Tensor) -> None:
+        """The work on one matrix of this size with the settings of `tensor`, for an estimate of time."""
+        ...
+
     def tensor_record(self, tensor: TensorPlan) -> dict[str, Any]:
         """What the manifest says of an edited tensor beside its matrices."""
         ...

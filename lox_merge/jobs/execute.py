@@ -75,10 +75,20 @@ def resolve_device(name: str) -> torch.device:
 
 
 def carry_out(
-    plan: Plan, *, device: str, overwrite: bool, progress: Progress | None, check: Callable[[Plan, Journal], None], stacklevel: int = 4
+    plan: Plan,
+    *,
+    device: str,
+    overwrite: bool,
+    progress: Progress | None,
+    check: Callable[[Plan, Journal], None],
+    begin: Callable[[Plan, Journal], None] = lambda plan, journal: None,
+    stacklevel: int = 4,
 ) -> JobResult:
-    """Writes what `plan` says. check: looks at the weights before anything is written, and raises RequestError where they are not
-    what the edit is for. stacklevel: whose call the warnings are about, seen from here."""
+    """Writes what `plan` says. stacklevel: whose call the warnings are about, seen from here.
+
+    check: looks at the weights before anything is written, and raises RequestError where they are not what the edit is for.
+    begin: what the edit has to know of all weights before the first shard; runs once the output is locked.
+    """
     started = time.perf_counter()
     target = resolve_device(device)
     job = job_description(plan, target)
@@ -101,6 +111,7 @@ def carry_out(
             if overwrite:
                 journal.clear()
             journal.begin(job)
+            begin(plan, journal)
             resumed = sum((plan.out / shard.file).is_file() for shard in plan.shards)
             check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
             records = run(plan, journal, target, progress or Silent())

@@ -81,6 +81,10 @@ class LoxEdit:
         assert tensor.rank is not None
         return working_memory(shape, tensor.rank)
 
+    def trial(self, tensor: TensorPlan, base: Tensor, aligned: Tensor) -> None:
+        assert tensor.rank is not None
+        lox_edit(base, aligned, tensor.rank, 1.0)
+
     def tensor_record(self, tensor: TensorPlan) -> dict[str, Any]:
         return {"rank_rule": str(tensor.rank), "alpha": tensor.alpha}
 

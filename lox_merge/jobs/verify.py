@@ -79,7 +79,7 @@ def verify(
     manifest = _read_manifest(output)
     result = Verification(output.title)
     _check_files(output, manifest, result)
-    recipe, edit = recorded_edit(manifest["job"])
+    recipe, edit = recorded_edit(manifest)
     _check_structure(output, manifest, edit, result)
     if offline or result.problems:
         output.close()
