@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import scipy.linalg
 import torch
 from adapters import TARGETS, edit_config, load_adapter, load_model, make_adapter, merge
-from reference import load
+from conftest import RunCli
+from reference import load, lox_tensor
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
+from transformers import AutoTokenizer
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_adapter, open_model
 from lox_merge.checkpoint.checkpoint import open_checkpoint
-from lox_merge.errors import PlanError, RequestError
+from lox_merge.errors import NonFiniteDeltaError, NumericalError, PlanError, RequestError
+from lox_merge.jobs.decompose import decompose
+from lox_merge.jobs.harden import harden
+from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.verify import verify
+from lox_merge.maths.factored import factored_svd
+from lox_merge.maths.rank import parse_rank
 
 
 def _over(base: Path, adapter: Path, **settings: bool) -> AdaptedCheckpoint:
@@ -150,3 +161,104 @@ def test_a_whole_model_is_opened_as_one(tmp_path: Path) -> None:
     assert not isinstance(opened, AdaptedCheckpoint)
     with pytest.raises(RequestError, match="it is no PEFT adapter"):
         _over(base, aligned)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_hardening_over_an_adapter_is_lox_of_the_merged_model(architecture: str, tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, architecture, base_shards=2, aligned_shards=1)
+    adapter = make_adapter(base, tmp_path / "adapter", **TARGETS[architecture])
+    merge(base, adapter, tmp_path / "merged")
+    out = tmp_path / "out"
+    result = harden(base, adapter, out, recipe=Recipe(rank=2, dtype="float32"))
+    assert sorted(file.name for file in out.glob("*.safetensors")) == sorted(file.name for file in base.glob("*.safetensors"))
+    before, after, written = load(base), load(tmp_path / "merged"), load(out)
+    changed = _over(base, adapter).changes
+    for name, tensor in written.items():
+        exact = after[name].double()
+        if name in changed and tensor.ndim > 1:
+            # Merging in float32 rounds; the singular values of that rounding are far below the adapter's.
+            exact = lox_tensor(name, before[name], after[name], 2, gpt_oss=architecture == "gpt_oss")
+        assert torch.allclose(tensor.double(), exact, atol=2e-6), name
+    edited = {tensor["name"]: tensor for tensor in result.manifest["tensors"] if tensor["action"] == "edited"}
+    assert set(edited) == {name for name in changed if written[name].ndim > 1}
+    for tensor in edited.values():
+        for matrix in tensor["matrices"]:
+            assert matrix["certificate"]["method"] == "exact" and matrix["certificate"]["residual"] < 1e-5
+    assert result.manifest["sources"]["aligned"]["form"] == "adapter"
+    assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(adapter).chat_template
+
+
+def test_a_rank_above_the_adapters_gives_its_directions(tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "llama", "float32")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    manifest = harden(base, adapter, tmp_path / "out", recipe=Recipe(rank=20)).manifest
+    matrices = [matrix for tensor in manifest["tensors"] for matrix in tensor.get("matrices", ())]
+    assert len(matrices) == 2
+    for matrix in matrices:
+        assert matrix["rank"] == 4 and matrix["certificate"]["next_singular_value"] is None
+        assert matrix["r_align"] == pytest.approx(1.0)
+
+
+def test_factored_svd_against_scipy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, r in ((40, 9, 4), (9, 40, 4), (3, 50, 7), (1, 6, 2)):
+        left, right = torch.randn(rows, r, generator=generator), torch.randn(columns, r, generator=generator)
+        found = factored_svd(left, right, 2)
+        exact = scipy.linalg.svdvals(left.double().numpy() @ right.double().numpy().T)
+        k = min(2, rows)
+        assert found.singular_values.numpy() == pytest.approx(exact[:k], rel=1e-6) and found.norm == pytest.approx(float((exact**2).sum() ** 0.5))
+        assert torch.allclose(found.left.T @ found.left, torch.eye(k), atol=1e-5)
+        following = found.certificate.next_singular_value
+        assert following is None if k == min(rows, r, columns) else following == pytest.approx(exact[k])
+        assert factored_svd(left, right, parse_rank("energy:0.999999999")).rank == min(rows, columns, r)
+    assert factored_svd(torch.zeros(4, 2), torch.ones(3, 2), 1).rank == 0
+    assert factored_svd(torch.zeros(4, 0), torch.ones(3, 0), 1).rank == 0
+    with pytest.raises(NumericalError, match="NaN"):
+        factored_svd(torch.full((4, 2), float("nan")), torch.ones(3, 2), 1)
+
+
+def test_decompose_and_verify_over_an_adapter(run_cli: RunCli, tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "llama", aligned_shards=1)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    out, factors, recipe = tmp_path / "out", tmp_path / "factors.safetensors", Recipe(rank=3, alpha=0.5)
+    decompose(base, adapter, factors, recipe=Recipe(rank=8))
+    harden(base, adapter, tmp_path / "plain", recipe=recipe)
+    ran = run_cli("harden", base, adapter, out, "--rank", 3, "--alpha", 0.5, "--factors", factors)
+    assert ran.returncode == 0, ran.stderr
+    plain = load(tmp_path / "plain")
+    assert load(out).keys() == plain.keys() and all(torch.equal(tensor, plain[name]) for name, tensor in load(out).items())
+    result = verify(out, base=base, aligned=adapter)
+    assert result.ok and result.tensors_recomputed == 21
+    edit_config(adapter, lora_alpha=8)
+    assert "adapter_config.json of adapter is not the file that was used" in verify(out, base=base, aligned=adapter).problems[0]
+    with pytest.raises(RequestError, match=r"aligned\.config_sha256 was"):
+        harden(base, adapter, out, recipe=recipe)
+
+
+def test_adapters_without_an_update_or_with_nan_are_not_hardened(tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "llama")
+
+    def fill(value: float) -> Callable[[Any], None]:
+        def change(model: Any) -> None:
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.fill_(value)
+
+        return change
+
+    untrained = make_adapter(base, tmp_path / "untrained", target_modules=["q_proj"], change=fill(0.0))
+    with pytest.raises(RequestError, match="all 16 deltas are zero"):
+        harden(base, untrained, tmp_path / "out")
+    damaged = make_adapter(base, tmp_path / "damaged", target_modules=["q_proj"], change=fill(float("nan")))
+    with pytest.raises(NonFiniteDeltaError, match="2 tensor"):
+        harden(base, damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_and_adapter_problems_are_told_together(tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(RequestError, match="adapter over base and was given over elsewhere"):
+        harden(base.rename(tmp_path / "elsewhere"), adapter, tmp_path / "out")
+    with pytest.raises(RequestError, match="lies inside aligned"):
+        harden(tmp_path / "elsewhere", adapter, adapter / "out", base_is_right=True)

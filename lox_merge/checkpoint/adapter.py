@@ -5,8 +5,8 @@ W = W_base + scale · B·A (LoRA, arXiv 2106.09685). The factors stay factors: w
 
 from __future__ import annotations
 
+import hashlib
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from lox_merge.checkpoint.files import FileSource, find_source
 from lox_merge.checkpoint.modules import map_model
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo
 from lox_merge.checkpoint.weights import warn_pickle
-from lox_merge.errors import LoxMergeWarning, PlanError, SourceError
+from lox_merge.errors import PlanError, SourceError
 
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 # What an adapter may bring along for the tokenizer; everything else in its folder belongs to its training.
@@ -156,7 +156,9 @@ class OverBase:
                 source.fetch(wanted)
 
     def identity(self) -> dict[str, Any]:
-        return self.adapter.identity() | {"form": "adapter"}
+        # Ranks and factors of the update are in this file, so it is as much a source as the weights.
+        digest = hashlib.sha256(self.adapter.path(CONFIG).read_bytes()).hexdigest()
+        return self.adapter.identity() | {"form": "adapter", "config_sha256": digest}
 
 
 @dataclass
@@ -264,8 +266,3 @@ class AdaptedCheckpoint(Checkpoint):
         self._last = None
         self.own.close()
         super().close()
-
-
-def warn_notes(checkpoint: Checkpoint) -> None:
-    for text in checkpoint.notes if isinstance(checkpoint, AdaptedCheckpoint) else ():
-        warnings.warn(text, LoxMergeWarning, stacklevel=2)

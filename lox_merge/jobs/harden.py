@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lox_merge.checkpoint.adapter import is_adapter, open_model
 from lox_merge.checkpoint.checkpoint import SINGLE_INDEX, Checkpoint, open_checkpoint
 from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, PlanError, RequestError, SourceError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
@@ -88,18 +89,25 @@ def plan_hardening(
     recipe: Recipe | None = None,
     factors: Factors | None = None,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     cache_dir: Path | None = None,
 ) -> Plan:
     """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError.
 
-    factors: of this pair, to spend no SVD (stays open as long as the plan is used); the weight files of local folders are read to
-    see that they are of this pair. Raises RequestError where they are not, or hold too few triplets.
+    base_is_right: take an adapter although it names another base. factors: of this pair, to spend no SVD (stays open as long as the plan
+    is used); the weight files of local folders are read to see that they are of this pair. Raises RequestError where they are not,
+    or hold too few triplets.
     """
     opened: dict[str, Checkpoint] = {}
     problems: list[str] = []
     for role, source in (("base", base), ("aligned", aligned)):
         try:
-            opened[role] = open_checkpoint(source, role, cache_dir)
+            if role == "base":
+                opened[role] = open_checkpoint(source, role, cache_dir)
+            elif "base" in opened:
+                opened[role] = open_model(source, role, opened["base"], cache_dir, base_is_right=base_is_right)
+            elif not is_adapter(source, role, cache_dir):
+                open_checkpoint(source, role, cache_dir).close()  # for what is wrong with it, too
         except PlanError as error:
             problems += error.problems
         except SourceError as error:
@@ -125,18 +133,21 @@ def harden(
     device: str = "auto",
     overwrite: bool = False,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> HardenResult:
     """Writes W_align + alpha · Proj_k(W_align − W_base) to the folder `out` (LoX, arXiv 2506.15606).
 
-    base, aligned: folders or Hub ids `org/name[@revision]`. The output has aligned's shard files, names, order, dtypes and
+    base, aligned: folders or Hub ids `org/name[@revision]`; aligned may be a PEFT LoRA adapter over base, whose delta is then taken
+    exactly from its factors (the output has base's layout). The output has aligned's shard files, names, order, dtypes and
     side files. factors: file of `decompose` for this pair; no SVD is spent then. Called again after an interruption it goes on
     with the shards that are finished; finished output of the same job is checked and returned. Raises RequestError (exit 2)
     before anything is written, LoxMergeError afterwards.
     """
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
-        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, order_is_right=order_is_right, cache_dir=cache_dir)
+        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, **sources)
         return execute(plan, device=device, overwrite=overwrite, progress=progress)
 
 
@@ -187,7 +198,8 @@ def check_some_delta(plan: Plan) -> None:
     """Raises RequestError when every delta is zero. Reads smallest tensors first and stops at the first difference."""
     for tensor in sorted(plan.edited, key=lambda tensor: tensor.info.size):
         base, aligned = plan.base.tensor(tensor.base_name), plan.aligned.tensor(tensor.name)
-        if base.dtype != aligned.dtype or not torch.equal(base, aligned):
+        wide = torch.promote_types(base.dtype, aligned.dtype)
+        if not torch.equal(base.to(wide), aligned.to(wide)):
             return
     raise RequestError(
         f"all {len(plan.edited)} deltas are zero: base ({plan.base.title}) and aligned ({plan.aligned.title}) hold the same weights. "

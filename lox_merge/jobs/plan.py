@@ -11,13 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint, OverBase
 from lox_merge.checkpoint.checkpoint import PICKLE, SINGLE, SINGLE_INDEX, Checkpoint
 from lox_merge.checkpoint.files import LocalFolder
-from lox_merge.checkpoint.safetensors_format import Header, build_header
+from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
 from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan, quantisation_problems, select_tensors
-from lox_merge.jobs.triplets import TakenNow, TripletSource
+from lox_merge.jobs.triplets import TripletSource, usual_triplets
 
 WORK_FOLDER = ".lox_merge"
 MANIFEST = "lox_merge.json"
@@ -27,16 +28,19 @@ _DISK_MARGIN = 16 * 2**20
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One file to write: `header` is byte for byte aligned's where dtypes are kept; tensors in the order of their data."""
+    """One file to write: `header` is byte for byte aligned's where dtypes are kept; tensors in the order of their data.
+
+    weights: (role, file) of what aligned's tensors are read from.
+    """
 
     file: str
-    source_file: str
+    weights: tuple[tuple[str, str], ...]
     header: Header
     tensors: tuple[TensorPlan, ...]
 
     def sources(self, base: Checkpoint) -> list[tuple[str, str]]:
         """(role, file) of every source file this shard needs, in the order of use."""
-        needed = [("aligned", self.source_file)]
+        needed = list(self.weights)
         needed += [("base", base.home[tensor.base_name]) for tensor in self.tensors if tensor.action == "edit"]
         return list(dict.fromkeys(needed))
 
@@ -117,8 +121,9 @@ def make_plan(base: Checkpoint, aligned: Checkpoint, out: Path, recipe: Recipe, 
     problems += _output_problems(out, base, aligned)
     if problems:
         raise PlanError(problems)
+    warnings = [*(aligned.notes if isinstance(aligned, AdaptedCheckpoint) else ()), *warnings]
     shards = [_plan_shard(file, header, selection.tensors, aligned, recipe) for file, header in aligned.headers.items()]
-    return Plan(base, aligned, out, recipe, shards, aligned.side_files(), TakenNow(recipe), warnings)
+    return Plan(base, aligned, out, recipe, shards, aligned.side_files(), usual_triplets(aligned, recipe), warnings)
 
 
 def check_disk(plan: Plan, already_written: int = 0) -> None:
@@ -151,6 +156,8 @@ def _same_source(base: Checkpoint, aligned: Checkpoint) -> list[str]:
 
 def _swapped(base: Checkpoint, aligned: Checkpoint) -> list[str]:
     """A chat template in the first and none in the second, though it has a tokenizer: most likely the wrong order."""
+    if isinstance(aligned, AdaptedCheckpoint):
+        return []  # an adapter can only be the second one
     if base.has_chat_template and aligned.has_tokenizer and not aligned.has_chat_template:
         return [
             f"base ({base.title}) has a chat template and aligned ({aligned.title}) has none: they look swapped, and hardening the wrong way round "
@@ -170,8 +177,9 @@ def _output_problems(out: Path, base: Checkpoint, aligned: Checkpoint) -> list[s
     problems = []
     target = out.resolve()
     for checkpoint in (base, aligned):
-        if isinstance(checkpoint.source, LocalFolder):
-            root = checkpoint.source.root
+        source = checkpoint.source.adapter if isinstance(checkpoint.source, OverBase) else checkpoint.source
+        if isinstance(source, LocalFolder):
+            root = source.root
             if target == root or target.is_relative_to(root):
                 problems.append(f"the output {out} lies inside {checkpoint.role} ({checkpoint.title}); choose a folder outside it.")
             elif root.is_relative_to(target):
@@ -195,19 +203,19 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output {out} exists and was not written by lox-merge. {hint}Choose another folder, or empty it yourself.")
 
 
-def _out_code(tensor: TensorPlan, recipe: Recipe) -> str:
+def _out_code(stored: TensorInfo, recipe: Recipe) -> str:
     """dtype code that a tensor is written in: every floating tensor follows --dtype, so that the model is of one dtype."""
-    if recipe.dtype and tensor.info.dtype in dtypes.EDITABLE:
+    if recipe.dtype and stored.dtype in dtypes.EDITABLE:
         return dtypes.OUTPUT_CODES[recipe.dtype]
-    return tensor.info.dtype
+    return stored.dtype
 
 
 def _plan_shard(file: str, header: Header, tensors: dict[str, TensorPlan], aligned: Checkpoint, recipe: Recipe) -> ShardPlan:
-    if any(_out_code(tensors[name], recipe) != info.dtype for name, info in header.tensors.items()):
-        entries = [(name, _out_code(tensors[name], recipe), info.shape) for name, info in header.tensors.items()]
+    if any(_out_code(info, recipe) != info.dtype for info in header.tensors.values()):
+        entries = [(name, _out_code(info, recipe), info.shape) for name, info in header.tensors.items()]
         header = build_header(entries, header.metadata)
     ordered = tuple(tensors[info.name] for info in header.by_offset())
-    return ShardPlan(_out_file(file) if aligned.pickled else file, file, header, ordered)
+    return ShardPlan(_out_file(file) if aligned.pickled else file, tuple(aligned.weight_sources(file)), header, ordered)
 
 
 def _out_file(file: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.adapter import open_adapter
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import FileSource
 from lox_merge.checkpoint.weights import tensor_bytes
@@ -82,7 +83,7 @@ def verify(
     if offline or result.problems:
         output.close()
         return result
-    pair = [_open_source(role, given, manifest, cache_dir) for role, given in (("base", base), ("aligned", aligned))]
+    pair = _open_sources(base, aligned, manifest, cache_dir)
     _check_sources(pair, manifest, result)
     if result.ok:
         _recompute(output, pair[0], pair[1], manifest, result, sample, seed, device or torch.device("cpu"), progress)
@@ -139,14 +140,23 @@ def _check_structure(output: Checkpoint, manifest: Mapping[str, Any], result: Ve
         result.problems.append("the manifest was edited: its summary does not follow from its tensors")
 
 
-def _open_source(role: str, given: str | Path | None, manifest: Mapping[str, Any], cache_dir: Path | None) -> Checkpoint:
+def _open_sources(base: str | Path | None, aligned: str | Path | None, manifest: Mapping[str, Any], cache_dir: Path | None) -> list[Checkpoint]:
+    first = open_checkpoint(_place("base", base, manifest), "base", cache_dir)
+    place = _place("aligned", aligned, manifest)
+    if manifest["sources"]["aligned"].get("form") != "adapter":
+        return [first, open_checkpoint(place, "aligned", cache_dir)]
+    # That the adapter fits this base was decided when the output was made; hashes say whether both are still the same.
+    return [first, open_adapter(place, "aligned", first, cache_dir, base_is_right=True)]
+
+
+def _place(role: str, given: str | Path | None, manifest: Mapping[str, Any]) -> str | Path:
     recorded = manifest["sources"][role]
     if given is None and recorded["kind"] != "hub":
         raise SourceError(
             f"{role}: the manifest names the local folder {recorded['name']!r}; say where it is with --{role}, or pass --offline to check "
             "hashes and structure only."
         )
-    return open_checkpoint(given if given is not None else f"{recorded['name']}@{recorded['commit']}", role, cache_dir)
+    return given if given is not None else f"{recorded['name']}@{recorded['commit']}"
 
 
 def _check_sources(pair: list[Checkpoint], manifest: Mapping[str, Any], result: Verification) -> None:
@@ -154,7 +164,10 @@ def _check_sources(pair: list[Checkpoint], manifest: Mapping[str, Any], result: 
         if header_hashes(checkpoint) != manifest["job"][checkpoint.role]["headers"]:
             result.problems.append(f"{checkpoint.role}: {checkpoint.title} is not the checkpoint that was used (its headers differ)")
             continue
-        files = manifest["sources"][checkpoint.role]["files"]
+        recorded = manifest["sources"][checkpoint.role]
+        if checkpoint.source.identity().get("config_sha256") != recorded.get("config_sha256"):
+            result.problems.append(f"{checkpoint.role}: adapter_config.json of {checkpoint.title} is not the file that was used (its sha256 differs)")
+        files = recorded["files"]
         checkpoint.fetch(list(files))
         for file, entry in files.items():
             if sha256_of(checkpoint.source.path(file)) != entry["sha256"]:
@@ -175,7 +188,7 @@ def _recompute(
     recipe = Recipe.from_json(manifest["job"]["recipe"])
     # A place that is never written: the plan wants one.
     plan = make_plan(base, aligned, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, order_confirmed=True)
-    plan.triplets = recorded_triplets(manifest["job"].get("factors"), recipe)
+    plan.triplets = recorded_triplets(manifest["job"].get("factors"), aligned, recipe)
     recorded = {tensor["name"]: tensor for tensor in manifest["tensors"]}
     chosen = plan.tensors
     if sample is not None and sample < len(chosen):
