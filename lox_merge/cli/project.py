@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from lox_merge.cli.options import (
+    base_option,
     cache_option,
     device_option,
     dtype_option,
@@ -56,6 +58,7 @@ from lox_merge.cli.options import (
 @tolerance_option
 @click.option("--skip-non-finite", is_flag=True, help="Copy tensors whose deltas hold NaN or Inf instead of failing.")
 @order_option
+@base_option
 @device_option
 @seed_option
 @cache_option
@@ -87,6 +90,7 @@ def project_command(
     tolerance: str,
     skip_non_finite: bool,
     order_is_right: bool,
+    base_is_right: bool,
     device: str,
     seed: int,
     cache_dir: Path | None,
@@ -97,8 +101,9 @@ def project_command(
     """Write FINETUNED to the folder OUT with its update (FINETUNED − ALIGNED) filtered by the alignment subspace.
 
     The subspace is spanned by the leading singular vectors of ALIGNED − BASE. Orthogonal filtering takes that part of the
-    update out; parallel filtering keeps that part alone. OUT mirrors FINETUNED's files. The paper behind it finds that both harm
-    and usefulness go together: measure before you rely on it, against --basis random.
+    update out; parallel filtering keeps that part alone. FINETUNED may be a PEFT LoRA adapter over ALIGNED. OUT mirrors
+    FINETUNED's files. The paper behind it finds that harm and usefulness go together: measure before you rely on it, against
+    --basis random.
 
     \b
     lox-merge project base aligned finetuned out --fraction 0.25
@@ -135,8 +140,9 @@ def project_command(
         fused=fused,
         skip_non_finite=skip_non_finite,
     )
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
-        plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, order_is_right=order_is_right, cache_dir=cache_dir)
+        plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, **sources)
         if dry_run:
             check_output(out, overwrite=overwrite)
             check_disk(plan)

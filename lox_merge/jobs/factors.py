@@ -131,7 +131,7 @@ class Factors:
         source, identity = self.document["sources"][checkpoint.role], checkpoint.source.identity()
         if identity["kind"] == "hub" and identity.get("commit") == source.get("commit"):
             return None  # a commit fixes every byte
-        headers = {file: header.file_size for file, header in checkpoint.headers.items()}
+        headers = {file: header.file_size for file, header in checkpoint.weight_headers.items()}
         for file, entry in source["files"].items():
             if headers.get(file) != entry["size"]:
                 return f"{checkpoint.role} has no {file} of {entry['size']:,} bytes"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.errors import NonFiniteDeltaError, RequestError
 from lox_merge.jobs.engine import count_non_finite, typical_cost
 from lox_merge.jobs.filter_edit import FilterEdit
+from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.work import Crew, available_cores, form_delta
@@ -34,7 +37,9 @@ class Directedness:
 def measure_direction(plan: Plan) -> Directedness:
     """One pass over the tensors to be edited. Tensors that fine-tuning left alone say nothing about where it went (an adapter on
     some modules that undoes alignment there would hide behind all others), so their Δ_align does not count."""
-    with ThreadPoolExecutor(available_cores()) as pool:
+    # An adapter's tensors are made when they are asked for: one at a time.
+    made = any(isinstance(checkpoint, AdaptedCheckpoint) for checkpoint in plan.checkpoints.values())
+    with ThreadPoolExecutor(1 if made else available_cores()) as pool:
         sums = [entry for entry in pool.map(lambda tensor: _sums(plan, tensor), plan.edited) if entry[2] > 0]
     product, align, finetuned = (math.fsum(entry[position] for entry in sums) for position in range(3))
     if not all(math.isfinite(value) for value in (product, align, finetuned)):
@@ -80,11 +85,8 @@ def find_least_similar(plan: Plan, edit: FilterEdit, device: torch.device) -> fr
     assert edit.recipe.layers is not None
     crew = Crew(device, typical_cost(plan))
 
-    def cosine(tensor: TensorPlan, position: int) -> float | None:
-        view = tensor.views[position]
-        base, aligned, finetuned = (
-            view.select(plan.checkpoints[role].tensor(tensor.name_in(role))).to(crew.device) for role in ("base", "aligned", "finetuned")
-        )
+    def cosine(tensor: TensorPlan, view: MatrixView, stored: list[Tensor]) -> float | None:
+        base, aligned, finetuned = (matrix.to(crew.device) for matrix in stored)
         delta, _, bad = form_delta(base, aligned)
         change, change_norm, bad_change = form_delta(aligned, finetuned, slot=1)
         if bad or bad_change:
@@ -98,11 +100,18 @@ def find_least_similar(plan: Plan, edit: FilterEdit, device: torch.device) -> fr
 
     try:
         with crew.threads():
-            asked = [(tensor, position) for tensor in plan.edited for position in range(len(tensor.views))]
-            waiting = [crew.submit(cosine, tensor, position) for tensor, position in asked]
-            names = [tensor.name + tensor.views[position].label for tensor, position in asked]
-            cosines = [(future.result(), order) for order, future in enumerate(waiting)]
+            waiting: deque[Future[float | None]] = deque()
+            names: list[str] = []
+            cosines: list[float | None] = []
+            for tensor in plan.edited:
+                for view in tensor.views:
+                    stored = [view.select(checkpoint.tensor(tensor.name_in(role))) for role, checkpoint in plan.checkpoints.items()]
+                    waiting.append(crew.submit(cosine, tensor, view, stored))
+                    names.append(tensor.name + view.label)
+                    if len(waiting) > 2 * crew.workers:
+                        cosines.append(waiting.popleft().result())
+            cosines += [future.result() for future in waiting]
     finally:
         crew.close()
-    known = sorted((value, order) for value, order in cosines if value is not None)
-    return frozenset(names[order] for _, order in itertools.islice(known, edit.recipe.layers))
+    known = sorted((value, order) for order, value in enumerate(cosines) if value is not None)
+    return frozenset(names[order] for _, order in known[: edit.recipe.layers])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.engine import Progress
@@ -46,13 +47,24 @@ class HardenResult(JobResult):
         return self.report("harden")
 
 
-def open_checkpoints(sources: Mapping[str, str | Path], cache_dir: Path | None = None) -> dict[str, Checkpoint]:
-    """Checkpoints by role, headers read. Raises PlanError with the problems of all of them."""
+def open_checkpoints(sources: Mapping[str, str | Path], cache_dir: Path | None = None, *, base_is_right: bool = False) -> dict[str, Checkpoint]:
+    """Checkpoints by role, headers read; each but the first may be a PEFT adapter over the one before. Raises PlanError with the
+    problems of all of them. base_is_right: take an adapter although it names another base."""
     opened: dict[str, Checkpoint] = {}
     problems: list[str] = []
-    for role, source in sources.items():
+    roles = list(sources)
+    for position, (role, source) in enumerate(sources.items()):
+        before = opened.get(roles[position - 1]) if position else None
         try:
-            opened[role] = open_checkpoint(source, role, cache_dir)
+            if position == 0:
+                opened[role] = open_checkpoint(source, role, cache_dir)
+            elif before is None:
+                if not is_adapter(source, role, cache_dir):
+                    open_checkpoint(source, role, cache_dir).close()  # for what is wrong with it, too
+            elif isinstance(before, AdaptedCheckpoint) and is_adapter(source, role, cache_dir):
+                problems.append(f"{role} ({source}) and {before.role} ({before.title}) are both adapters. Merge {before.role} with peft first.")
+            else:
+                opened[role] = open_model(source, role, before, cache_dir, base_is_right=base_is_right)
         except PlanError as error:
             problems += error.problems
         except SourceError as error:
@@ -70,15 +82,17 @@ def plan_hardening(
     recipe: Recipe | None = None,
     factors: Factors | None = None,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     cache_dir: Path | None = None,
 ) -> Plan:
     """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError.
 
-    factors: of this pair, to spend no SVD (stays open as long as the plan is used); the weight files of local folders are read to
-    see that they are of this pair. Raises RequestError where they are not, or hold too few triplets.
+    base_is_right: take an adapter although it names another base. factors: of this pair, to spend no SVD (stays open as long as the plan
+    is used); the weight files of local folders are read to see that they are of this pair. Raises RequestError where they are not,
+    or hold too few triplets.
     """
     chosen = recipe or Recipe()
-    opened = open_checkpoints({"base": base, "aligned": aligned}, cache_dir)
+    opened = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, base_is_right=base_is_right)
     plan = make_plan(opened, Path(out), chosen, LoxEdit(chosen), order_confirmed=order_is_right)
     if factors is not None:
         held = FromFactors(factors)
@@ -98,18 +112,21 @@ def harden(
     device: str = "auto",
     overwrite: bool = False,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> HardenResult:
     """Writes W_align + alpha · Proj_k(W_align − W_base) to the folder `out` (LoX, arXiv 2506.15606).
 
-    base, aligned: folders or Hub ids `org/name[@revision]`. The output has aligned's shard files, names, order, dtypes and
+    base, aligned: folders or Hub ids `org/name[@revision]`; aligned may be a PEFT LoRA adapter over base, whose delta is then taken
+    exactly from its factors (the output has base's layout). The output has aligned's shard files, names, order, dtypes and
     side files. factors: file of `decompose` for this pair; no SVD is spent then. Called again after an interruption it goes on
     with the shards that are finished; finished output of the same job is checked and returned. Raises RequestError (exit 2)
     before anything is written, LoxMergeError afterwards.
     """
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
-        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, order_is_right=order_is_right, cache_dir=cache_dir)
+        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, **sources)
         return execute(plan, device=device, overwrite=overwrite, progress=progress)
 
 
@@ -128,7 +145,8 @@ def check_some_delta(plan: Plan) -> None:
     """Raises RequestError when every delta is zero. Reads smallest tensors first and stops at the first difference."""
     for tensor in sorted(plan.edited, key=lambda tensor: tensor.info.size):
         base, aligned = plan.base.tensor(tensor.base_name), plan.aligned.tensor(tensor.name)
-        if base.dtype != aligned.dtype or not torch.equal(base, aligned):
+        wide = torch.promote_types(base.dtype, aligned.dtype)
+        if not torch.equal(base.to(wide), aligned.to(wide)):
             return
     raise RequestError(
         f"all {len(plan.edited)} deltas are zero: base ({plan.base.title}) and aligned ({plan.aligned.title}) hold the same weights. "

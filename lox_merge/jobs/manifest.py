@@ -29,7 +29,7 @@ def job_description(plan: Plan, device: torch.device) -> dict[str, Any]:
 
 def header_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """sha256 of each weight file's header, by file name."""
-    return {file: hashlib.sha256(header.raw).hexdigest() for file, header in checkpoint.headers.items()}
+    return {file: hashlib.sha256(header.raw).hexdigest() for file, header in checkpoint.weight_headers.items()}
 
 
 def build_manifest(plan: Plan, job: dict[str, Any], records: list[dict[str, Any]], files: dict[str, str]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def build_manifest(plan: Plan, job: dict[str, Any], records: list[dict[str, Any]
             hashes[role].update(found)
     sources = {
         role: checkpoint.source.identity()
-        | {"files": {file: {"size": checkpoint.headers[file].file_size, "sha256": digest} for file, digest in hashes[role].items()}}
+        | {"files": {file: {"size": checkpoint.weight_headers[file].file_size, "sha256": digest} for file, digest in hashes[role].items()}}
         for role, checkpoint in plan.checkpoints.items()
     }
     tensors = [tensor for record in records for tensor in record["tensors"]]

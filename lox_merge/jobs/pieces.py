@@ -31,10 +31,9 @@ from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.jobs.settings import Settings
+from lox_merge.jobs.triplets import TripletSource
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, certificate_record, form_delta, working_memory
 from lox_merge.maths.precision import rounding_noise_edge
-from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
 
 
@@ -146,7 +145,7 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew) -> Iterator[tuple[Tensor
                 break
             waiting.popleft()
             base, aligned = view.select(plan.base.tensor(tensor.base_name)), view.select(plan.aligned.tensor(tensor.name))
-            started.append((tensor, view, crew.submit(_decompose, base, aligned, tensor, view, plan.recipe, crew.device), cost))
+            started.append((tensor, view, crew.submit(_decompose, base, aligned, tensor, view, plan.triplets, crew.device), cost))
             in_flight += cost
         tensor, view, future, cost = started.popleft()
         result = future.result()
@@ -154,24 +153,23 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew) -> Iterator[tuple[Tensor
         yield tensor, view, result
 
 
-def _decompose(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, recipe: Settings, device: torch.device) -> _Decomposed:
+def _decompose(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, device: torch.device) -> _Decomposed:
     try:
-        return _triplets(base.to(device), aligned.to(device), tensor, recipe)
+        return _triplets(base.to(device), aligned.to(device), tensor, view, triplets)
     except torch.cuda.OutOfMemoryError:
         warnings.warn(
             f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was decomposed on the CPU", LoxMergeWarning, stacklevel=2
         )
-        return _triplets(base, aligned, tensor, recipe)
+        return _triplets(base, aligned, tensor, view, triplets)
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 
 
-def _triplets(base: Tensor, aligned: Tensor, tensor: TensorPlan, recipe: Settings) -> _Decomposed:
-    assert tensor.rank is not None
+def _triplets(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource) -> _Decomposed:
     delta, _, bad = form_delta(base, aligned)
     if bad:
         return _Decomposed(None, bad=bad)
-    return _Decomposed(truncated_svd(delta, tensor.rank, tolerance=recipe.tolerance, seed=recipe.seed), rounding_noise_edge(aligned))
+    return _Decomposed(triplets.subspace(tensor, view, delta, aligned), rounding_noise_edge(aligned))
 
 
 def assemble(path: Path, records: list[dict[str, Any]], document: dict[str, Any], journal: Journal) -> None:

@@ -13,14 +13,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint, OverBase
 from lox_merge.checkpoint.checkpoint import PICKLE, SINGLE, SINGLE_INDEX, Checkpoint
 from lox_merge.checkpoint.files import LocalFolder
-from lox_merge.checkpoint.safetensors_format import Header, build_header
+from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
 from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.select import TensorPlan, quantisation_problems, select_tensors
 from lox_merge.jobs.settings import Settings
-from lox_merge.jobs.triplets import TakenNow, TripletSource
+from lox_merge.jobs.triplets import TripletSource, usual_triplets
 
 WORK_FOLDER = ".lox_merge"
 MANIFEST = "lox_merge.json"
@@ -30,20 +31,23 @@ _DISK_MARGIN = 16 * 2**20
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One file to write: `header` is byte for byte the mirrored file's where dtypes are kept; tensors in the order of their data."""
+    """One file to write: `header` is byte for byte the mirrored file's where dtypes are kept; tensors in the order of their data.
+
+    weights: (role, file) of what the mirrored tensors are read from.
+    """
 
     file: str
-    source_file: str
+    weights: tuple[tuple[str, str], ...]
     header: Header
     tensors: tuple[TensorPlan, ...]
 
     def sources(self, checkpoints: Mapping[str, Checkpoint]) -> list[tuple[str, str]]:
         """(role, file) of every source file this shard needs, in the order of use."""
-        *others, mirrored = checkpoints.values()
-        needed = [(mirrored.role, self.source_file)]
+        *others, _ = checkpoints.values()
+        needed = list(self.weights)
         for tensor in self.tensors:
             if tensor.action == "edit":
-                needed += [(other.role, other.home[tensor.name_in(other.role)]) for other in others]
+                needed += [source for other in others for source in other.weight_sources(other.home[tensor.name_in(other.role)])]
         return list(dict.fromkeys(needed))
 
 
@@ -152,8 +156,9 @@ def make_plan(checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings
     problems += _output_problems(out, ordered.values())
     if problems:
         raise PlanError(problems)
+    warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
     shards = [_plan_shard(file, header, selection.tensors, mirrored, recipe) for file, header in mirrored.headers.items()]
-    return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), TakenNow(recipe.tolerance, recipe.seed), warnings)
+    return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), usual_triplets(ordered["aligned"], recipe), warnings)
 
 
 def check_disk(plan: Plan, already_written: int = 0) -> None:
@@ -191,6 +196,8 @@ def _same_source(one: Checkpoint, other: Checkpoint) -> list[str]:
 
 def _swapped(one: Checkpoint, other: Checkpoint) -> list[str]:
     """A chat template in the earlier model and none in the later, though it has a tokenizer: most likely the wrong order."""
+    if isinstance(other, AdaptedCheckpoint):
+        return []  # an adapter can only be the later one
     if one.has_chat_template and other.has_tokenizer and not other.has_chat_template:
         if one.role == "base":
             danger = "hardening the wrong way round would remove safety. Give the pre-trained model first"
@@ -214,8 +221,9 @@ def _output_problems(out: Path, checkpoints: Iterable[Checkpoint]) -> list[str]:
     problems = []
     target = out.resolve()
     for checkpoint in checkpoints:
-        if isinstance(checkpoint.source, LocalFolder):
-            root = checkpoint.source.root
+        source = checkpoint.source.adapter if isinstance(checkpoint.source, OverBase) else checkpoint.source
+        if isinstance(source, LocalFolder):
+            root = source.root
             if target == root or target.is_relative_to(root):
                 problems.append(f"the output {out} lies inside {checkpoint.role} ({checkpoint.title}); choose a folder outside it.")
             elif root.is_relative_to(target):
@@ -239,19 +247,19 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output {out} exists and was not written by lox-merge. {hint}Choose another folder, or empty it yourself.")
 
 
-def _out_code(tensor: TensorPlan, recipe: Settings) -> str:
+def _out_code(stored: TensorInfo, recipe: Settings) -> str:
     """dtype code that a tensor is written in: every floating tensor follows --dtype, so that the model is of one dtype."""
-    if recipe.dtype and tensor.info.dtype in dtypes.EDITABLE:
+    if recipe.dtype and stored.dtype in dtypes.EDITABLE:
         return dtypes.OUTPUT_CODES[recipe.dtype]
-    return tensor.info.dtype
+    return stored.dtype
 
 
 def _plan_shard(file: str, header: Header, tensors: dict[str, TensorPlan], mirrored: Checkpoint, recipe: Settings) -> ShardPlan:
-    if any(_out_code(tensors[name], recipe) != info.dtype for name, info in header.tensors.items()):
-        entries = [(name, _out_code(tensors[name], recipe), info.shape) for name, info in header.tensors.items()]
+    if any(_out_code(info, recipe) != info.dtype for info in header.tensors.values()):
+        entries = [(name, _out_code(info, recipe), info.shape) for name, info in header.tensors.items()]
         header = build_header(entries, header.metadata)
     ordered = tuple(tensors[info.name] for info in header.by_offset())
-    return ShardPlan(_out_file(file) if mirrored.pickled else file, file, header, ordered)
+    return ShardPlan(_out_file(file) if mirrored.pickled else file, tuple(mirrored.weight_sources(file)), header, ordered)
 
 
 def _out_file(file: str) -> str:

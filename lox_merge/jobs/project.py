@@ -47,12 +47,13 @@ def plan_projection(
     recipe: FilterRecipe,
     factors: Factors | None = None,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     cache_dir: Path | None = None,
 ) -> Plan:
     """Preflight from headers alone; with `factors` of base and aligned their weight files are read. Raises PlanError or RequestError."""
     if factors is not None and (recipe.basis != "top" or recipe.projector != "subspace"):
         raise RecipeError("factors hold the leading directions of each delta: they go with basis 'top' and projector 'subspace'.")
-    opened = open_checkpoints({"base": base, "aligned": aligned, "finetuned": finetuned}, cache_dir)
+    opened = open_checkpoints({"base": base, "aligned": aligned, "finetuned": finetuned}, cache_dir, base_is_right=base_is_right)
     plan = make_plan(opened, Path(out), recipe, FilterEdit(recipe), order_confirmed=order_is_right)
     if factors is not None:
         held = FromFactors(factors)
@@ -73,18 +74,21 @@ def project(
     device: str = "auto",
     overwrite: bool = False,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> ProjectResult:
     """Writes `finetuned` with its update kept to (parallel) or out of (orthogonal) the alignment subspace to the folder `out`.
 
     "Safety subspaces are not distinct" (Ponkshe et al. 2025), Eqs. 5 and 6, with Safe LoRA and SafeMERGE as settings of the recipe.
-    base, aligned, finetuned: folders or Hub ids `org/name[@revision]`. The output has finetuned's shard files, names, order, dtypes
-    and side files. factors: file of `decompose` for base and aligned. Resumes and refuses as `harden` does; a `finetuned` that points
-    back along the alignment delta is refused. Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
+    base, aligned, finetuned: folders or Hub ids `org/name[@revision]`; finetuned may be a PEFT LoRA adapter over aligned (the output is
+    the whole model, in aligned's layout). The output has finetuned's shard files, names, order, dtypes and side files. factors: file of
+    `decompose` for base and aligned. Resumes and refuses as `harden` does; a `finetuned` that points back along the alignment delta is
+    refused. Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
     """
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
-        plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, order_is_right=order_is_right, cache_dir=cache_dir)
+        plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, **sources)
         return execute_projection(plan, device=device, overwrite=overwrite, progress=progress)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.adapter import open_adapter
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import FileSource
 from lox_merge.checkpoint.weights import tensor_bytes
@@ -85,12 +86,12 @@ def verify(
         output.close()
         return result
     given = {"base": base, "aligned": aligned, "finetuned": finetuned}
-    sources = {role: _open_source(role, given[role], manifest, cache_dir) for role in edit.roles}
+    sources = _open_sources({role: given[role] for role in edit.roles}, manifest, cache_dir)
     _check_sources(sources, manifest, result)
     if result.ok:
         # A place that is never written: the plan wants one.
         plan = make_plan(sources, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, edit, order_confirmed=True)
-        plan.triplets = recorded_triplets(manifest["job"].get("factors"), recipe)
+        plan.triplets = recorded_triplets(manifest["job"].get("factors"), plan.aligned, recipe)
         _recompute(output, plan, manifest, result, sample, seed, device or torch.device("cpu"), progress)
         result.sources_checked = True
     for checkpoint in (output, *sources.values()):
@@ -145,14 +146,26 @@ def _check_structure(output: Checkpoint, manifest: Mapping[str, Any], edit: Edit
         result.problems.append("the manifest was edited: its summary does not follow from its tensors")
 
 
-def _open_source(role: str, given: str | Path | None, manifest: Mapping[str, Any], cache_dir: Path | None) -> Checkpoint:
+def _open_sources(given: Mapping[str, str | Path | None], manifest: Mapping[str, Any], cache_dir: Path | None) -> dict[str, Checkpoint]:
+    opened: dict[str, Checkpoint] = {}
+    for role, where in given.items():
+        place = _place(role, where, manifest)
+        if manifest["sources"][role].get("form") == "adapter":
+            # That the adapter fits this base was decided when the output was made; hashes say whether both are still the same.
+            opened[role] = open_adapter(place, role, list(opened.values())[-1], cache_dir, base_is_right=True)
+        else:
+            opened[role] = open_checkpoint(place, role, cache_dir)
+    return opened
+
+
+def _place(role: str, given: str | Path | None, manifest: Mapping[str, Any]) -> str | Path:
     recorded = manifest["sources"][role]
     if given is None and recorded["kind"] != "hub":
         raise SourceError(
             f"{role}: the manifest names the local folder {recorded['name']!r}; say where it is with --{role}, or pass --offline to check "
             "hashes and structure only."
         )
-    return open_checkpoint(given if given is not None else f"{recorded['name']}@{recorded['commit']}", role, cache_dir)
+    return given if given is not None else f"{recorded['name']}@{recorded['commit']}"
 
 
 def _check_sources(sources: Mapping[str, Checkpoint], manifest: Mapping[str, Any], result: Verification) -> None:
@@ -160,7 +173,10 @@ def _check_sources(sources: Mapping[str, Checkpoint], manifest: Mapping[str, Any
         if header_hashes(checkpoint) != manifest["job"][checkpoint.role]["headers"]:
             result.problems.append(f"{checkpoint.role}: {checkpoint.title} is not the checkpoint that was used (its headers differ)")
             continue
-        files = manifest["sources"][checkpoint.role]["files"]
+        recorded = manifest["sources"][checkpoint.role]
+        if checkpoint.source.identity().get("config_sha256") != recorded.get("config_sha256"):
+            result.problems.append(f"{checkpoint.role}: adapter_config.json of {checkpoint.title} is not the file that was used (its sha256 differs)")
+        files = recorded["files"]
         checkpoint.fetch(list(files))
         for file, entry in files.items():
             if sha256_of(checkpoint.source.path(file)) != entry["sha256"]:
