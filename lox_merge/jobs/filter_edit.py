@@ -96,7 +96,8 @@ class FilterEdit:
             _, realised = write_filtered(aligned, finetuned, projection, recipe.mode, **settings)
         if target is not out:
             out.copy_(target)
-        return FilterOutcome(view.label, view.shape, changed=True, record=filter_figures(norm, decision, directions, projection, realised))
+        figures = filter_figures(norm, decision, directions, projection, realised)
+        return FilterOutcome(view.label, view.shape, changed=True, record=figures, realised=realised)
 
     def project(
         self, delta: Tensor, change: Tensor, aligned: Tensor, view: MatrixView, tensor: TensorPlan, triplets: TripletSource

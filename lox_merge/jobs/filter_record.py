@@ -27,6 +27,7 @@ class FilterOutcome:
     bad: int = 0
     changed: bool = False
     record: dict[str, Any] = field(default_factory=dict)
+    realised: Realised | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's record. Undefined values are null."""
