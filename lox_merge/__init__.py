@@ -12,23 +12,43 @@ from lox_merge._version import __version__
 
 if TYPE_CHECKING:
     from lox_merge.errors import LoxMergeError
+    from lox_merge.jobs.filter_recipe import FilterRecipe
     from lox_merge.jobs.harden import HardenResult, harden
+    from lox_merge.jobs.project import ProjectResult, project
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.maths.edits import lox
+    from lox_merge.maths.filter import filter_matrix
     from lox_merge.maths.spectral import truncated_svd
     from lox_merge.maths.subspace import Subspace
 
 _HOMES = {
+    "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
     "LoxMergeError": "lox_merge.errors",
+    "ProjectResult": "lox_merge.jobs.project",
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
+    "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
     "lox": "lox_merge.maths.edits",
+    "project": "lox_merge.jobs.project",
     "truncated_svd": "lox_merge.maths.spectral",
 }
 
-__all__ = ["HardenResult", "LoxMergeError", "Recipe", "Subspace", "__version__", "harden", "lox", "truncated_svd"]
+__all__ = [
+    "FilterRecipe",
+    "HardenResult",
+    "LoxMergeError",
+    "ProjectResult",
+    "Recipe",
+    "Subspace",
+    "__version__",
+    "filter_matrix",
+    "harden",
+    "lox",
+    "project",
+    "truncated_svd",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from finetuned import finetune
 from mergekit.merge_methods import merge_state_dicts, registered_methods
 from safetensors.torch import load_file, save_file
 from tiny_models import ALIGNED_END, CHAT_TEMPLATE, make_pair, read_tensors
@@ -25,7 +26,9 @@ import lox_merge.mergekit.plugin as plugin
 import lox_merge.mergekit.run as mergekit_run
 from lox_merge.cli.yaml import yaml_command
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, NumericalError, OutputError, PlanError, RecipeError, RequestError
+from lox_merge.jobs.filter_recipe import FilterRecipe
 from lox_merge.jobs.harden import harden
+from lox_merge.jobs.project import project
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.maths.edits import lox_edit
 from lox_merge.maths.rank import parse_rank
@@ -450,7 +453,7 @@ def test_moe_example(tmp_path: Path, mixtral: Pair) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in CONFIGS.glob("*.y*ml")} == {*EXAMPLES, "conservative.yaml", "moe.yaml"}
+    assert {path.name for path in CONFIGS.glob("*.y*ml")} == {*EXAMPLES, "conservative.yaml", "moe.yaml", "projection_filter.yaml"}
 
 
 # --- wrong requests ------------------------------------------------------------------------------------------------------------------
@@ -486,7 +489,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"parameters": {"alpha": [{"filter": "self_atn", "value": 1}, {"value": 0}]}},
         "the filter 'self_atn' is part of no tensor name; a name looks like 'model.layers",
     ),
-    "unknown method": ({"merge_method": "lux"}, "merge_method 'lux' is not known; use 'lox' or one of mergekit's: .*task_arithmetic"),
+    "unknown method": ({"merge_method": "lux"}, "merge_method 'lux' is not known; use 'lox', 'lox_project' or one of mergekit's: .*task_arithmetic"),
     "no models": ({"models": None}, "Exactly one of 'models', 'slices', or 'modules' must be present"),
     "no method": ({"merge_method": None}, "merge_method: Field required"),
     "a missing folder": ({"models": [{"model": "./not-there"}]}, "aligned: .*not-there"),
@@ -653,3 +656,77 @@ def test_models_on_the_hub(tmp_path: Path, qwen3: Pair, loopback_hub: Any, hub_h
     assert (tmp_path / "out/chat_template.jinja").read_text() == CHAT_TEMPLATE
     card = (tmp_path / "out/README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == ["owner/base", "owner/aligned"]
+
+
+# --- lox_project ------------------------------------------------------------------------------------------------------------------------
+
+
+def project_config(path: Path, pair: Pair, finetuned: Path, **settings: Any) -> Path:
+    models = [{"model": str(model), "parameters": {"role": role}} for model, role in ((pair[1], "aligned"), (finetuned, "finetuned"))]
+    config = {"merge_method": "lox_project", "base_model": str(pair[0]), "models": models, "parameters": {"fraction": 0.2}, **settings}
+    path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "settings", [{"fraction": 0.2}, {"rank": 3, "mode": "parallel", "basis": "random", "side": "right", "rounding": "stochastic"}]
+)
+def test_lox_project_equals_the_command_bit_for_bit(tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
+    pair = make_pair(tmp_path, architecture, base_shards=2)
+    finetuned = finetune(pair[1], tmp_path / "finetuned")
+    (finetuned / "chat_template.jinja").write_text("{{ 'the fine-tuned one' }}")
+    project(*pair, finetuned, tmp_path / "ours", recipe=FilterRecipe(**settings))
+    command(project_config(tmp_path / "config.yaml", pair, finetuned, parameters=settings), tmp_path / "out")
+    assert_same(read_tensors(tmp_path / "out"), read_tensors(tmp_path / "ours"))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 'the fine-tuned one' }}"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "finetuned, its change from aligned filtered by the subspace" in card and str(tmp_path) not in card
+
+
+def test_projection_filter_example(tmp_path: Path, llama: Pair) -> None:
+    finetuned = finetune(llama[1], tmp_path / "finetuned")
+    config = yaml.safe_load((CONFIGS / "projection_filter.yaml").read_text())
+    config["base_model"] = str(llama[0])
+    for entry, folder in zip(config["models"], (llama[1], finetuned), strict=True):
+        entry["model"] = str(folder)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command(tmp_path / "config.yaml", tmp_path / "out")
+    project(*llama, finetuned, tmp_path / "ours", recipe=FilterRecipe(fraction=0.25, exclude=("embed_tokens",)))
+    assert_same(read_tensors(tmp_path / "out"), read_tensors(tmp_path / "ours"))
+
+
+def test_lox_project_by_filters(tmp_path: Path, llama: Pair) -> None:
+    finetuned = finetune(llama[1], tmp_path / "finetuned")
+    fraction = [{"filter": "mlp", "value": 0.2}, {"value": 0}]
+    command(project_config(tmp_path / "config.yaml", llama, finetuned, parameters={"fraction": fraction}), tmp_path / "out")
+    found, after = read_tensors(tmp_path / "out"), read_tensors(finetuned)
+    for name, tensor in after.items():
+        assert torch.equal(found[name], tensor) == ("mlp" not in name), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"parameters": {"fraction": 1.5}}, "fraction 1.5 is not a number in [0, 1)"),
+        ({"parameters": {"fraction": 0}}, "every tensor has fraction 0 and rank 0"),
+        ({"parameters": {"fraction": 0.2, "alpha": 1}}, "alpha is no parameter of lox_project"),
+        ({"parameters": {"fraction": 0.2, "mode": "sideways"}}, "mode 'sideways' is not known"),
+        ({"models": []}, "needs exactly two models beside base_model"),
+        ({"models": ["aligned", "finetuned"]}, "which model is which?"),
+        ({"models": ["finetuned:aligned", "aligned:finetuned"], "swap": True}, "points back along the alignment delta"),
+    ],
+)
+def test_lox_project_refuses(tmp_path: Path, llama: Pair, change: dict[str, Any], words: str) -> None:
+    finetuned = finetune(llama[1], tmp_path / "finetuned")
+    folders = {"aligned": llama[1], "finetuned": finetuned}
+    if change.pop("swap", False):
+        base = read_tensors(llama[0])
+        folders = {"finetuned": llama[1], "aligned": finetune(llama[1], tmp_path / "back", lambda name, _: base[name])}
+        models = [{"model": str(folders[name]), "parameters": {"role": role}} for name, role in (("finetuned", "aligned"), ("aligned", "finetuned"))]
+        change = {"models": models}
+    elif "models" in change:
+        change = {"models": [{"model": str(folders[name])} for name in change["models"]] or [{"model": str(llama[1])}]}
+    with pytest.raises(RequestError, match=re.escape(words)):
+        command(project_config(tmp_path / "config.yaml", llama, finetuned, **change), tmp_path / "out")
+    assert_nothing_left(tmp_path)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lox_merge.cli.main import cli
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, RequestError
-from lox_merge.jobs.harden import harden, plan_hardening
+from lox_merge.jobs.harden import harden, plan_hardening, with_recipe
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.lab.attacks import harmful_attack
 from lox_merge.lab.checkpoints import ToyPair
@@ -138,7 +138,8 @@ def test_trials_count_over_interruptions_and_failures(tmp_path: Path) -> None:
 def test_a_plan_follows_another_recipe(toy_pair_seed0: ToyPair, tmp_path: Path) -> None:
     recipe = Recipe(rank=3, alpha=0.7, rank_pattern=(("q_proj", 2),), alpha_pattern=(("mlp", 0.1),), exclude=("lm_head",))
     direct = plan_hardening(toy_pair_seed0.base, toy_pair_seed0.aligned, tmp_path / "out", recipe=recipe)
-    changed = plan_hardening(toy_pair_seed0.base, toy_pair_seed0.aligned, tmp_path / "out", recipe=Recipe(exclude=("lm_head",))).with_recipe(recipe)
+    other = plan_hardening(toy_pair_seed0.base, toy_pair_seed0.aligned, tmp_path / "out", recipe=Recipe(exclude=("lm_head",)))
+    changed = with_recipe(other, recipe)
     assert changed.tensors == direct.tensors and changed.recipe == recipe
 
 

@@ -52,8 +52,17 @@ class Checkpoint:
         return self.headers[self.home[name]].tensors[name]
 
     @property
+    def weight_headers(self) -> Mapping[str, Header]:
+        """Headers of the files of its own that hold weights."""
+        return self.headers
+
+    def weight_sources(self, file: str) -> list[tuple[str, str]]:
+        """(role, file) of everything that is read for the tensors of one of `headers`."""
+        return [(self.role, file)]
+
+    @property
     def bytes(self) -> int:
-        return sum(header.file_size for header in self.headers.values())
+        return sum(header.file_size for header in self.weight_headers.values())
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the checkpoint, None if it is absent. Raises CheckpointFormatError where it is not an object."""
@@ -124,21 +133,21 @@ def open_checkpoint(text: str | Path, role: str, cache_dir: Path | None = None) 
     files = source.names()
     # The order in which transformers itself looks.
     if SINGLE in files:
-        return _assemble(role, source, [SINGLE], None)
+        return assemble(role, source, [SINGLE], None)
     if SINGLE_INDEX in files:
         index = _read_index(role, source, SINGLE_INDEX)
-        return _assemble(role, source, _shards(index), index)
+        return assemble(role, source, _shards(index), index)
     if PICKLE in files or PICKLE_INDEX in files:
         pickle_index = _read_index(role, source, PICKLE_INDEX) if PICKLE not in files else None
         shards = _shards(pickle_index) if pickle_index else [PICKLE]
         warn_pickle(shards, f"{role}: {source.title}")
-        return _assemble(role, source, shards, pickle_index, pickled=True)
+        return assemble(role, source, shards, pickle_index, pickled=True)
     raise SourceError(f"{role}: {source.title} has no {SINGLE}, {SINGLE_INDEX} or {PICKLE}. {_what_else(files)}")
 
 
 def _what_else(files: Mapping[str, int]) -> str:
     if "adapter_config.json" in files:
-        return "It is a PEFT adapter: merge it into its base model first (merge_and_unload of peft), then give that folder."
+        return "It is a PEFT adapter, which is no model by itself: here the whole model is needed (merge_and_unload of peft makes it)."
     if any(name.endswith(".gguf") for name in files):
         return "It holds GGUF weights, which are quantised; give the original safetensors checkpoint."
     others = [name for name in files if name.endswith(".safetensors")]
@@ -166,7 +175,7 @@ def _shards(index: dict[str, Any]) -> list[str]:
     return sorted(set(index["weight_map"].values()))
 
 
-def _assemble(role: str, source: FileSource, shards: list[str], index: dict[str, Any] | None, *, pickled: bool = False) -> Checkpoint:
+def assemble(role: str, source: FileSource, shards: list[str], index: dict[str, Any] | None, *, pickled: bool = False) -> Checkpoint:
     """Reads all headers and reports everything that is wrong with them at once."""
     problems: list[str] = []
     headers: dict[str, Header] = {}

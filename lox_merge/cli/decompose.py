@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from lox_merge.cli.options import cache_option, device_option, fused_option, json_option, number, order_option, seed_option, tolerance_option
+from lox_merge.cli.options import (
+    base_option,
+    cache_option,
+    device_option,
+    fused_option,
+    json_option,
+    number,
+    order_option,
+    seed_option,
+    tolerance_option,
+)
 
 
 @click.command("decompose", short_help="Leading singular triplets of every delta as one file, for search to reuse.")
@@ -21,6 +32,7 @@ from lox_merge.cli.options import cache_option, device_option, fused_option, jso
 @tolerance_option
 @click.option("--skip-non-finite", is_flag=True, help="Leave out matrices whose delta holds NaN or Inf instead of failing.")
 @order_option
+@base_option
 @device_option
 @seed_option
 @cache_option
@@ -39,6 +51,7 @@ def decompose_command(
     tolerance: str,
     skip_non_finite: bool,
     order_is_right: bool,
+    base_is_right: bool,
     device: str,
     seed: int,
     cache_dir: Path | None,
@@ -71,7 +84,8 @@ def decompose_command(
         seed=seed,
         skip_non_finite=skip_non_finite,
     )
-    plan = plan_decomposition(base, aligned, factors, recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
+    plan = plan_decomposition(base, aligned, factors, recipe=recipe, **sources)
     if dry_run:
         report = selection_report(plan)
         if json_file:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lox_merge.cli.options import (
+    base_option,
     cache_option,
     device_option,
     dtype_option,
@@ -50,6 +51,7 @@ from lox_merge.errors import RequestError
 @tolerance_option
 @click.option("--skip-non-finite", is_flag=True, help="Copy tensors whose delta holds NaN or Inf instead of failing.")
 @order_option
+@base_option
 @device_option
 @seed_option
 @cache_option
@@ -76,6 +78,7 @@ def harden_command(
     tolerance: str,
     skip_non_finite: bool,
     order_is_right: bool,
+    base_is_right: bool,
     device: str,
     seed: int,
     cache_dir: Path | None,
@@ -85,8 +88,8 @@ def harden_command(
 ) -> None:
     """Write ALIGNED + alpha · Proj_k(ALIGNED − BASE) to the folder OUT.
 
-    BASE is the pre-trained checkpoint, ALIGNED the safety-tuned one: local folders or Hub ids (org/name or
-    org/name@revision). OUT mirrors ALIGNED's files. Run the same command again after an interruption to go on.
+    BASE is the pre-trained checkpoint, ALIGNED the safety-tuned one, or a PEFT LoRA adapter over BASE: local folders or Hub ids
+    (org/name or org/name@revision). OUT mirrors ALIGNED's files. Run the same command again after an interruption to go on.
 
     \b
     lox-merge harden meta-llama/Llama-2-7b-hf me/llama-2-7b-aligned out
@@ -120,7 +123,7 @@ def harden_command(
         fused=fused,
         skip_non_finite=skip_non_finite,
     )
-    sources: dict[str, Any] = {"order_is_right": order_is_right, "cache_dir": cache_dir}
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
         plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, **sources)
         if searched:

@@ -34,6 +34,9 @@ tolerance_option: Decorator = click.option(
 order_option: Decorator = click.option(
     "--order-is-right", is_flag=True, help="BASE and ALIGNED are not swapped, although only BASE has a chat template."
 )
+base_option: Decorator = click.option(
+    "--base-is-right", is_flag=True, help="BASE holds the weights that an adapter was trained on, although it names another model."
+)
 
 
 def pattern_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str], ...]:

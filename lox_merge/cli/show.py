@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lox_merge.errors import WriteError
+from lox_merge.jobs.execute import JobResult
 from lox_merge.jobs.harden import HardenResult
 from lox_merge.jobs.plan import MANIFEST, Plan
 
@@ -48,7 +49,7 @@ def figure(value: float | None, form: str = ".3f") -> str:
     return "undefined" if value is None else format(value, form)
 
 
-def _pairs(title: str, rows: list[tuple[str, str]]) -> None:
+def print_pairs(title: str, rows: list[tuple[str, str]]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -73,10 +74,16 @@ def print_utility(head: str, rows: Sequence[tuple[str, Mapping[str, float | None
 
 def print_plan(plan: Plan, report: dict[str, Any]) -> None:
     """The dry run's table."""
-    rows = [
-        ("base", f"{plan.base.title} ({size(plan.base.bytes)})"),
-        ("aligned", f"{plan.aligned.title} ({size(plan.aligned.bytes)}, {len(plan.shards)} file(s))"),
-        ("edited", f"{report['edited_tensors']} tensors, {report['edited_matrices']} matrices, rank {plan.recipe.rank}, alpha {plan.recipe.alpha:g}"),
+    recipe = report["recipe"]
+    print_plan_rows(plan, report, f"rank {recipe['rank']}, alpha {recipe['alpha']:g}")
+
+
+def print_plan_rows(plan: Plan, report: dict[str, Any], settings: str) -> None:
+    """A dry run's table. settings: those of the edit in a few words."""
+    rows = [(checkpoint.role, f"{checkpoint.title} ({size(checkpoint.bytes)})") for checkpoint in plan.others]
+    rows += [
+        (plan.mirrored.role, f"{plan.mirrored.title} ({size(plan.mirrored.bytes)}, {len(plan.shards)} file(s))"),
+        ("edited", f"{report['edited_tensors']} tensors, {report['edited_matrices']} matrices, {settings}"),
     ]
     rows += [("copied", f"{count} tensors: {reason}") for reason, count in report["copied_tensors"].items()]
     rows += [
@@ -87,7 +94,16 @@ def print_plan(plan: Plan, report: dict[str, Any]) -> None:
     ]
     for text in plan.warnings:
         click.echo(f"warning: {text}", err=True)
-    _pairs("Plan (nothing was written)", rows)
+    print_pairs("Plan (nothing was written)", rows)
+
+
+def time_rows(result: JobResult) -> list[tuple[str, str]]:
+    """The last lines of a result's table."""
+    if not result.bytes_written:
+        return [("time", "nothing to do: the output was complete, its hashes were checked")]
+    moved = result.bytes_read + result.bytes_written
+    rows = [("time", f"{duration(result.seconds)}, {size(moved / max(result.seconds, 1e-9))}/s read and written")]
+    return rows + ([("resumed", f"{result.resumed_shards} shard(s) were finished before")] if result.resumed_shards else [])
 
 
 def print_result(result: HardenResult) -> None:
@@ -107,12 +123,6 @@ def print_result(result: HardenResult) -> None:
         ("worst certificate", certificate),
         ("ambiguous subspaces", f"{summary.ambiguous_matrices} of {summary.edited_matrices}"),
     ]
-    if result.bytes_written:
-        moved = result.bytes_read + result.bytes_written
-        rows.append(("time", f"{duration(result.seconds)}, {size(moved / max(result.seconds, 1e-9))}/s read and written"))
-        if result.resumed_shards:
-            rows.append(("resumed", f"{result.resumed_shards} shard(s) were finished before"))
-    else:
-        rows.append(("time", "nothing to do: the output was complete, its hashes were checked"))
-    _pairs(f"Hardened model in {result.out}", rows)
+    rows += time_rows(result)
+    print_pairs(f"Hardened model in {result.out}", rows)
     click.echo(f"Every figure per tensor: {result.out / MANIFEST}")

@@ -13,6 +13,7 @@ from lox_merge.cli.options import cache_option, device_option, json_option, seed
 @click.argument("out")
 @click.option("--base", help="Where the base checkpoint is, if the manifest names a local folder.")
 @click.option("--aligned", help="Where the aligned checkpoint is, if the manifest names a local folder.")
+@click.option("--finetuned", help="Where the fine-tuned checkpoint of lox-merge project is, if the manifest names a local folder.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Recompute N tensors drawn at random (see --seed) instead of all.")
 @click.option("--offline", is_flag=True, help="Check hashes and structure only; recompute nothing.")
 @device_option
@@ -23,6 +24,7 @@ def verify_command(
     out: str,
     base: str | None,
     aligned: str | None,
+    finetuned: str | None,
     sample: int | None,
     offline: bool,
     device: str,
@@ -37,6 +39,7 @@ def verify_command(
 
     \b
     lox-merge verify out --base base --aligned aligned
+    lox-merge verify out --base base --aligned aligned --finetuned finetuned
     lox-merge verify org/hardened --sample 20
     """
     from lox_merge.cli.progress import byte_progress
@@ -49,6 +52,7 @@ def verify_command(
             out,
             base=base,
             aligned=aligned,
+            finetuned=finetuned,
             sample=sample,
             seed=seed,
             offline=offline,

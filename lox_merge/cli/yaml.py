@@ -10,11 +10,12 @@ import click
 
 from lox_merge.cli.options import json_option
 
-_HELP = """Merge as mergekit-yaml does, with the merge method `lox` registered.
+_HELP = """Merge as mergekit-yaml does, with the merge methods `lox` and `lox_project` registered.
 
 The configuration names the pre-trained model as base_model and the aligned one under models; merge_configs/ has examples.
-All options of mergekit-yaml hold. With method lox everything is checked first, the folder appears only when it is
-complete, and config, tokenizer, chat template and code are the aligned model's. mergekit's own methods run as they are.
+For lox_project two models are listed, with `role: aligned` and `role: finetuned` among their parameters. All options of
+mergekit-yaml hold. With these methods everything is checked first, the folder appears only when it is complete, and config,
+tokenizer, chat template and code are the aligned (or fine-tuned) model's. mergekit's own methods run as they are.
 
 \b
 lox-merge yaml merge_configs/paper_defaults.yaml out
@@ -41,9 +42,9 @@ class MergekitCommand(click.Command):
         PrettyPrintHelp.format_options(self, ctx, formatter)
 
 
-@click.command("yaml", cls=MergekitCommand, help=_HELP, short_help="Run a mergekit configuration; adds the merge method lox.")
-@click.option("--overwrite", is_flag=True, help="With lox: replace OUT_PATH if mergekit or lox-merge wrote it.")
-@click.option("--order-is-right", is_flag=True, help="With lox: the models are not swapped, although only base_model has a chat template.")
+@click.command("yaml", cls=MergekitCommand, help=_HELP, short_help="Run a mergekit configuration; adds the merge methods lox and lox_project.")
+@click.option("--overwrite", is_flag=True, help="With our methods: replace OUT_PATH if mergekit or lox-merge wrote it.")
+@click.option("--order-is-right", is_flag=True, help="With our methods: the models are not swapped, although only base_model has a chat template.")
 @json_option
 def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, config_file: str, out_path: str, **values: Any) -> None:
     from mergekit.options import MergeOptions
@@ -52,11 +53,11 @@ def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, c
     from lox_merge.cli.show import write_json
     from lox_merge.errors import LoxMergeError
     from lox_merge.mergekit.config import one_line, read_configuration
-    from lox_merge.mergekit.plugin import METHOD
+    from lox_merge.mergekit.plugin import METHOD, OWN_METHODS
     from lox_merge.mergekit.run import merge
 
     _, config = read_configuration(Path(config_file))
-    if config.merge_method == METHOD:
+    if config.merge_method in OWN_METHODS:
         options = MergeOptions(**{name: value for name, value in values.items() if name in MergeOptions.model_fields})
         options.apply_global_options()
         result = merge(Path(config_file), Path(out_path), options, overwrite=overwrite, order_is_right=order_is_right)
@@ -64,7 +65,8 @@ def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, c
             write_json(json_file, result.to_json())
         if json_file != "-" and not options.quiet:
             plan = result.plan
-            click.echo(f"hardened {plan.aligned.title}: {result.edited} of {len(plan.tensors)} tensors edited, written to {out_path}")
+            verb = "hardened" if config.merge_method == METHOD else "filtered"
+            click.echo(f"{verb} {plan.mirrored.title}: {result.edited} of {len(plan.tensors)} tensors edited, written to {out_path}")
         return
     try:
         main.callback(config_file=config_file, out_path=out_path, **values)

@@ -48,6 +48,7 @@ def plan_decomposition(
     *,
     recipe: Recipe | None = None,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     cache_dir: Path | None = None,
 ) -> Plan:
     """Preflight from headers alone. recipe: rank (a number) and which tensors. Raises RequestError or PlanError."""
@@ -59,7 +60,8 @@ def plan_decomposition(
         raise OutputError(f"{path} is a folder. Name a file for the factors, such as {path / 'factors.safetensors'}.")
     if parse_rank(str(chosen.rank)).kind != "fixed" or chosen.rank_pattern:
         raise RequestError(f"rank {chosen.rank} depends on the matrix; factors need one number, such as --rank {DEFAULT_FACTORS_RANK}.")
-    plan = plan_hardening(base, aligned, _work_folder(path), recipe=chosen, order_is_right=order_is_right, cache_dir=cache_dir)
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
+    plan = plan_hardening(base, aligned, _work_folder(path), recipe=chosen, **sources)
     # What is not decomposed is not copied either; only a vocabulary that differs is news here.
     return replace(plan, warnings=[text.replace("is copied, not edited", "is not decomposed") for text in plan.warnings])
 
@@ -73,6 +75,7 @@ def decompose(
     device: str = "auto",
     overwrite: bool = False,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> DecomposeResult:
@@ -81,7 +84,8 @@ def decompose(
     Called again after an interruption it goes on with the pieces that are finished (kept beside the file until it is
     whole) and ends in the same bytes. Raises RequestError before anything is written, LoxMergeError afterwards.
     """
-    plan = plan_decomposition(base, aligned, factors, recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
+    plan = plan_decomposition(base, aligned, factors, recipe=recipe, **sources)
     return execute_decomposition(plan, factors, device=device, overwrite=overwrite, progress=progress)
 
 
@@ -169,7 +173,9 @@ def _build_document(plan: Plan, job: dict[str, Any], records: list[dict[str, Any
             hashes[role].update(found)
     sources = {}
     for checkpoint in (plan.base, plan.aligned):
-        files = {name: {"size": checkpoint.headers[name].file_size, "sha256": digest} for name, digest in sorted(hashes[checkpoint.role].items())}
+        files = {
+            name: {"size": checkpoint.weight_headers[name].file_size, "sha256": digest} for name, digest in sorted(hashes[checkpoint.role].items())
+        }
         sources[checkpoint.role] = checkpoint.source.identity() | {"files": files}
     skipped = [name for record in records for name in record["skipped"]]
     return {"format": FORMAT, "job": job, "sources": sources, "warnings": plan.warnings, "non_finite": skipped}

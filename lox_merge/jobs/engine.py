@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,12 @@ from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError
 from lox_merge.jobs.atomic import write_error
+from lox_merge.jobs.edit import MatrixOutcome
 from lox_merge.jobs.hashing import SourceFile, SourceHasher
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, MatrixResult, edit_matrix, working_memory
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew
 
 
 class Progress(Protocol):
@@ -40,7 +42,7 @@ class _Job:
     bytes: int
     out: Tensor | None = None
     submitted: int = 0
-    futures: deque[tuple[Future[MatrixResult], int]] = field(default_factory=deque)
+    futures: deque[tuple[Future[MatrixOutcome], int]] = field(default_factory=deque)
 
 
 class _Ahead:
@@ -58,13 +60,13 @@ class _Ahead:
         self._in_flight = 0
         self._budget = IN_FLIGHT_BYTES + plan.largest_matrix_bytes
 
-    def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixResult]]:
+    def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixOutcome]]:
         """The edited tensor and the results of its matrices. Its memory counts until `release`."""
         if not self._started:
             self._start_next()
         job = self._started[0]
         assert job.tensor is tensor, "tensors are written in the order in which they were planned"
-        results: list[MatrixResult] = []
+        results: list[MatrixOutcome] = []
         while len(results) < len(tensor.views):
             if not job.futures:
                 self._submit_view(job)
@@ -96,9 +98,7 @@ class _Ahead:
         return self._in_flight + cost <= self._budget
 
     def _cost(self, job: _Job, position: int) -> int:
-        view = job.tensor.views[position]
-        assert job.tensor.rank is not None
-        return working_memory(view.shape, job.tensor.rank)
+        return self._plan.edit.working_memory(job.tensor.views[position].shape, job.tensor)
 
     def _start_next(self) -> None:
         job = self._waiting.popleft()
@@ -112,10 +112,9 @@ class _Ahead:
         view, cost = job.tensor.views[job.submitted], self._cost(job, job.submitted)
         job.submitted += 1
         assert job.out is not None
-        base = view.select(self._plan.base.tensor(job.tensor.base_name))
-        aligned = view.select(self._plan.aligned.tensor(job.tensor.name))
-        out = view.select(job.out)
-        future = self._crew.submit(edit_matrix, base, aligned, out, view, job.tensor, self._plan.recipe, self._crew.device, self._plan.triplets)
+        sources = {role: view.select(checkpoint.tensor(job.tensor.name_in(role))) for role, checkpoint in self._plan.checkpoints.items()}
+        edit = self._plan.edit
+        future = self._crew.submit(edit.matrix, sources, view.select(job.out), view, job.tensor, self._crew.device, self._plan.triplets)
         self._in_flight += cost
         job.futures.append((future, cost))
 
@@ -125,14 +124,14 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) 
 
     Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished shards stay.
     """
-    needed = [shard.sources(plan.base) for shard in plan.shards]
+    needed = [shard.sources(plan.checkpoints) for shard in plan.shards]
     hasher = SourceHasher(needed, lambda file: source_path(plan, file))
     records: list[dict[str, Any] | None] = []
     try:
         for position, shard in enumerate(plan.shards):
             record = journal.finished(shard.file)
             if record is not None:
-                journal.check_sources(record, by_role(hasher.hashes(position)))
+                journal.check_sources(record, by_role(hasher.hashes(position), plan.checkpoints))
                 progress.advance(shard.header.file_size)
             records.append(record)
         todo = [position for position, record in enumerate(records) if record is None]
@@ -147,7 +146,7 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) 
                     file, record = _write_shard(plan, position, journal, ahead, progress)
                     if written:
                         written[-1][1].result()  # at most one finished shard waits for the disk
-                    written.append((position, finisher.submit(_finish_shard, file, plan.shards[position], position, record, journal, hasher)))
+                    written.append((position, finisher.submit(_finish_shard, file, plan, position, record, journal, hasher)))
                 for position, future in written:
                     records[position] = future.result()
         finally:
@@ -155,20 +154,19 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) 
             finisher.shutdown(wait=True)
     finally:
         hasher.close()
-        plan.base.close()
-        plan.aligned.close()
+        plan.close()
     return [record for record in records if record is not None]
 
 
 def source_path(plan: Plan, file: SourceFile) -> Path:
     """Where a source file of the plan is on disk."""
     role, name = file
-    return (plan.aligned if role == "aligned" else plan.base).source.path(name)
+    return plan.checkpoints[role].source.path(name)
 
 
-def by_role(hashes: dict[SourceFile, str]) -> dict[str, dict[str, str]]:
-    """sha256 by file name for 'base' and for 'aligned'."""
-    grouped: dict[str, dict[str, str]] = {"base": {}, "aligned": {}}
+def by_role(hashes: dict[SourceFile, str], roles: Iterable[str]) -> dict[str, dict[str, str]]:
+    """sha256 by file name for each role."""
+    grouped: dict[str, dict[str, str]] = {role: {} for role in roles}
     for (role, name), digest in hashes.items():
         grouped[role][name] = digest
     return grouped
@@ -176,7 +174,7 @@ def by_role(hashes: dict[SourceFile, str]) -> dict[str, dict[str, str]]:
 
 def typical_cost(plan: Plan) -> int:
     """Working memory of the matrix in the middle of the work, by bytes: what the crew's size is chosen for."""
-    costs = sorted(working_memory(view.shape, tensor.rank) for tensor in plan.edited for view in tensor.views if tensor.rank is not None)
+    costs = sorted(plan.edit.working_memory(view.shape, tensor) for tensor in plan.edited for view in tensor.views)
     total, half = 0, sum(costs) / 2
     for cost in costs:
         total += cost
@@ -226,7 +224,7 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead
     target = shard.header.tensors[tensor.name]
     record: dict[str, Any] = {"name": tensor.name, "shape": list(target.shape), "dtype": target.dtype}
     if tensor.action == "copy":
-        stored = plan.aligned.tensor(tensor.name)
+        stored = plan.mirrored.tensor(tensor.name)
         if target.dtype != tensor.info.dtype:
             stored = stored.to(dtypes.torch_dtype(target.dtype))
         yield tensor_bytes(stored), record | {"action": "copied", "reason": tensor.reason}
@@ -235,10 +233,10 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead
     if any(result.bad for result in results) and not plan.recipe.skip_non_finite:
         raise NonFiniteDeltaError(count_non_finite(plan))
     if any(result.changed for result in results):
-        record |= {"action": "edited", "rank_rule": str(tensor.rank), "alpha": tensor.alpha}
+        record |= {"action": "edited", **plan.edit.tensor_record(tensor)}
         record["matrices"] = [result.to_json() for result in results]
     else:
-        reason = "NaN or Inf in the delta" if any(result.bad for result in results) else "the delta is zero"
+        reason = "NaN or Inf in the delta" if any(result.bad for result in results) else plan.edit.unchanged
         record |= {"action": "copied", "reason": reason}
     skipped = [result.label for result in results if result.bad]
     if skipped:
@@ -247,28 +245,29 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead
 
 
 def count_non_finite(plan: Plan) -> dict[str, int]:
-    """Every tensor to be edited whose delta holds NaN or Inf, with the number of such entries: one message names all."""
+    """Every tensor to be edited whose deltas hold NaN or Inf, with the number of such entries: one message names all."""
     counts = {}
+    step = 2**24
     for tensor in plan.edited:
-        base = plan.base.tensor(tensor.base_name).reshape(-1)
-        aligned = plan.aligned.tensor(tensor.name).reshape(-1)
-        step = 2**24
-        bad = sum(
-            int((~torch.isfinite(aligned[start : start + step].float() - base[start : start + step].float())).sum())
-            for start in range(0, aligned.numel(), step)
-        )
+        stored = [checkpoint.tensor(tensor.name_in(role)).reshape(-1) for role, checkpoint in plan.checkpoints.items()]
+        bad = 0
+        for start in range(0, stored[0].numel(), step):
+            values = [part[start : start + step].float() for part in stored]
+            finite = [torch.isfinite(later - earlier) for earlier, later in itertools.pairwise(values)]
+            bad += int((~torch.stack(finite).all(0)).sum())
         if bad:
             counts[tensor.name] = bad
     return counts
 
 
-def _finish_shard(file: IO[bytes], shard: ShardPlan, position: int, record: dict[str, Any], journal: Journal, hasher: SourceHasher) -> dict[str, Any]:
+def _finish_shard(file: IO[bytes], plan: Plan, position: int, record: dict[str, Any], journal: Journal, hasher: SourceHasher) -> dict[str, Any]:
     """Makes a written shard durable under its name, then records it."""
+    shard = plan.shards[position]
     path = journal.out / shard.file
     try:
         with file:
             os.fsync(file.fileno())
-        record["sources"] = by_role(hasher.hashes(position))
+        record["sources"] = by_role(hasher.hashes(position), plan.checkpoints)
         path.parent.mkdir(parents=True, exist_ok=True)
         journal.partial(shard.file).replace(path)
     except OSError as error:

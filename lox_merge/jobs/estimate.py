@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from lox_merge.jobs.plan import Plan
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores, working_memory
-from lox_merge.maths.edits import lox_edit
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores
 
 # Interpreter, torch and its thread pools, measured (benchmarks/harden.py).
 _PROCESS_BYTES = 350 * 2**20
@@ -25,28 +24,28 @@ def _seconds_per_entry(plan: Plan) -> float:
     base = torch.randn(_TRIAL_SIDE, _TRIAL_SIDE, generator=generator)
     low = torch.randn(_TRIAL_SIDE, 32, generator=generator) @ torch.randn(32, _TRIAL_SIDE, generator=generator)
     aligned = base + 0.001 * low + 0.002 * torch.randn(_TRIAL_SIDE, _TRIAL_SIDE, generator=generator)
-    rank = plan.edited[0].rank
-    assert rank is not None
+    tensor = max(plan.edited, key=lambda tensor: tensor.info.size)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        lox_edit(base, aligned, rank, 1.0)
+        plan.edit.trial(tensor, base, aligned)
         started = time.perf_counter()
-        lox_edit(base, aligned, rank, 1.0)
+        plan.edit.trial(tensor, base, aligned)
         return (time.perf_counter() - started) / base.numel()
     finally:
         torch.set_num_threads(before)
 
 
-def estimate(plan: Plan) -> dict[str, Any]:
+def estimate(plan: Plan, command: str = "harden") -> dict[str, Any]:
     """Plain values: counts, bytes, peak_memory (bytes, anonymous), seconds on this CPU."""
     matrices = [(tensor, view) for tensor in plan.edited for view in tensor.views]
     entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
-    total = sum(working_memory(view.shape, tensor.rank) + 4 * view.shape[0] * view.shape[1] for tensor, view in matrices if tensor.rank is not None)
-    largest = max(working_memory(view.shape, tensor.rank) + 4 * tensor.info.size for tensor, view in matrices if tensor.rank is not None)
+    costs = [(plan.edit.working_memory(view.shape, tensor), tensor, view) for tensor, view in matrices]
+    total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
+    largest = max(cost + 4 * tensor.info.size for cost, tensor, _ in costs)
     seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / available_cores() + _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written)
     return {
-        "command": "harden --dry-run",
+        "command": f"{command} --dry-run",
         "edited_tensors": len(plan.edited),
         "edited_matrices": len(matrices),
         "copied_tensors": dict(plan.copied_by_reason()),
@@ -63,7 +62,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
                 "action": tensor.action,
                 "reason": tensor.reason,
                 "rank": str(tensor.rank) if tensor.rank else None,
-                "alpha": tensor.alpha if tensor.action == "edit" else None,
+                "alpha": tensor.alpha if tensor.action == "edit" and plan.edit.method == "lox" else None,
                 "matrices": len(tensor.views),
             }
             for tensor in plan.tensors

@@ -142,7 +142,7 @@ def source_difference(recorded: dict[str, Any], checkpoint: Checkpoint) -> str |
     identity = checkpoint.source.identity()
     if identity["kind"] == "hub" and identity.get("commit") == recorded.get("commit"):
         return None  # a commit fixes every byte
-    headers = {file: header.file_size for file, header in checkpoint.headers.items()}
+    headers = {file: header.file_size for file, header in checkpoint.weight_headers.items()}
     for file, entry in recorded["files"].items():
         if headers.get(file) != entry["size"]:
             return f"{checkpoint.role} has no {file} of {entry['size']:,} bytes"

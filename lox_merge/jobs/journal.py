@@ -67,6 +67,15 @@ class Journal:
         if self._read(self.folder / _JOB) is None:
             write_atomically(self.folder / _JOB, json_bytes(job), self.folder)
 
+    @property
+    def begun(self) -> bool:
+        """Whether a job was begun here and not finished."""
+        return self.read(_JOB) is not None
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON object of the working state; None where there is none."""
+        return self._read(self.folder / name)
+
     def manifest(self) -> dict[str, Any] | None:
         return self._read(self.out / MANIFEST)
 

@@ -22,6 +22,11 @@ _EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "m
 _FUSED_GATE_UP = re.compile(r"gate_up_proj(\.weight)?$")
 # GPT-OSS stores gate and up columns alternately; every other fused layout known to transformers 5 stores halves.
 _INTERLEAVED_MODELS = ("gpt_oss",)
+# Experts stored as (E, d_in, d_out), for x @ W.
+_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
+# transformers' Conv1D stores (d_in, d_out). gpt_bigcode and others have linear layers of the same names.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_NAME = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class MatrixView:
     expert: int | None = None
     axis: int | None = None
     part: tuple[int, int, int] | None = None  # start, stop, step along `axis` of the expert's matrix
+    transposed: bool = False  # stored as (d_in, d_out): rows are inputs
 
     def select(self, tensor: Tensor) -> Tensor:
         """The matrix as a view on a contiguous `tensor`: writing into it writes into the tensor."""
@@ -56,6 +62,10 @@ def _nested(config: Config) -> Iterator[Config]:
             yield from _nested(value)
 
 
+def _is_one_of(config: Config, models: tuple[str, ...]) -> bool:
+    return any(part.get("model_type") in models for part in _nested(config))
+
+
 def _expert_counts(config: Config) -> set[int]:
     return {part[key] for part in _nested(config) for key in _EXPERT_COUNT_KEYS if isinstance(part.get(key), int)}
 
@@ -72,8 +82,7 @@ def _gate_up_axis(shape: tuple[int, ...], config: Config) -> int | None:
     if len(fused) == 1:
         return fused[0]
     # Both sides equal the hidden size, or neither: (E, 2·I, H) is how transformers 5 stores it, except these models.
-    transposed = {"gpt_oss", "llama4", "llama4_text"}
-    if any(part.get("model_type") in transposed for part in _nested(config)):
+    if _is_one_of(config, _TRANSPOSED_EXPERTS):
         return 1
     return 0 if shape[1] % 2 == 0 else None
 
@@ -90,18 +99,20 @@ def matrix_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused
     sides = list(shape)
     while len(sides) > 2 and sides[0] == 1:  # (1, n, d) position tables are one matrix, not one row
         del sides[0]
-    return [MatrixView((sides[0], size // sides[0]))]
+    conv1d = len(shape) == 2 and _is_one_of(config, _CONV1D_MODELS) and _CONV1D_NAME.search(name) is not None
+    return [MatrixView((sides[0], size // sides[0]), transposed=conv1d)]
 
 
 def _expert_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused, expert: int) -> list[MatrixView]:
     rows, columns = shape[1:]
+    transposed = _is_one_of(config, _TRANSPOSED_EXPERTS)
     axis = _gate_up_axis(shape, config) if fused == "split" and _FUSED_GATE_UP.search(name) else None
     if axis is None:
-        return [MatrixView((rows, columns), f"[{expert}]", expert)]
+        return [MatrixView((rows, columns), f"[{expert}]", expert, transposed=transposed)]
     length = shape[1 + axis]
-    if any(part.get("model_type") in _INTERLEAVED_MODELS for part in _nested(config)):
+    if _is_one_of(config, _INTERLEAVED_MODELS):
         parts = {"gate": (0, length, 2), "up": (1, length, 2)}
     else:
         parts = {"gate": (0, length // 2, 1), "up": (length // 2, length, 1)}
     half = (rows // 2, columns) if axis == 0 else (rows, columns // 2)
-    return [MatrixView(half, f"[{expert}].{part}", expert, axis, span) for part, span in parts.items()]
+    return [MatrixView(half, f"[{expert}].{part}", expert, axis, span, transposed) for part, span in parts.items()]

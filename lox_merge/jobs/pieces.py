@@ -30,11 +30,10 @@ from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan, ShardPlan
-from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.triplets import TripletSource
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, certificate_record, form_delta, working_memory
 from lox_merge.maths.precision import rounding_noise_edge
-from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
 
 
@@ -53,7 +52,7 @@ def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: P
     Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished pieces stay.
     """
     shards = [shard for shard in plan.shards if _edited(shard)]
-    hasher = SourceHasher([shard.sources(plan.base) for shard in shards], lambda file: source_path(plan, file))
+    hasher = SourceHasher([shard.sources(plan.checkpoints) for shard in shards], lambda file: source_path(plan, file))
     records: list[dict[str, Any]] = []
     crew = Crew(device, typical_cost(plan))
     try:
@@ -63,18 +62,17 @@ def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: P
                 if record is None:
                     hasher.start_shard(position)
                     record = _write_piece(plan, shard, journal, crew, progress)
-                    record["sources"] = by_role(hasher.hashes(position))
+                    record["sources"] = by_role(hasher.hashes(position), plan.checkpoints)
                     journal.partial(piece_name(shard)).replace(journal.out / piece_name(shard))
                     journal.record(piece_name(shard), record)
                 else:
-                    journal.check_sources(record, by_role(hasher.hashes(position)))
+                    journal.check_sources(record, by_role(hasher.hashes(position), plan.checkpoints))
                     progress.advance(_bytes(shard))
                 records.append(record)
     finally:
         crew.close()
         hasher.close()
-        plan.base.close()
-        plan.aligned.close()
+        plan.close()
     return records
 
 
@@ -147,7 +145,7 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew) -> Iterator[tuple[Tensor
                 break
             waiting.popleft()
             base, aligned = view.select(plan.base.tensor(tensor.base_name)), view.select(plan.aligned.tensor(tensor.name))
-            started.append((tensor, view, crew.submit(_decompose, base, aligned, tensor, view, plan.recipe, crew.device), cost))
+            started.append((tensor, view, crew.submit(_decompose, base, aligned, tensor, view, plan.triplets, crew.device), cost))
             in_flight += cost
         tensor, view, future, cost = started.popleft()
         result = future.result()
@@ -155,24 +153,23 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew) -> Iterator[tuple[Tensor
         yield tensor, view, result
 
 
-def _decompose(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, recipe: Recipe, device: torch.device) -> _Decomposed:
+def _decompose(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, device: torch.device) -> _Decomposed:
     try:
-        return _triplets(base.to(device), aligned.to(device), tensor, recipe)
+        return _triplets(base.to(device), aligned.to(device), tensor, view, triplets)
     except torch.cuda.OutOfMemoryError:
         warnings.warn(
             f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was decomposed on the CPU", LoxMergeWarning, stacklevel=2
         )
-        return _triplets(base, aligned, tensor, recipe)
+        return _triplets(base, aligned, tensor, view, triplets)
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 
 
-def _triplets(base: Tensor, aligned: Tensor, tensor: TensorPlan, recipe: Recipe) -> _Decomposed:
-    assert tensor.rank is not None
+def _triplets(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource) -> _Decomposed:
     delta, _, bad = form_delta(base, aligned)
     if bad:
         return _Decomposed(None, bad=bad)
-    return _Decomposed(truncated_svd(delta, tensor.rank, tolerance=recipe.tolerance, seed=recipe.seed), rounding_noise_edge(aligned))
+    return _Decomposed(triplets.subspace(tensor, view, delta, aligned), rounding_noise_edge(aligned))
 
 
 def assemble(path: Path, records: list[dict[str, Any]], document: dict[str, Any], journal: Journal) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint, OverBase
 from lox_merge.checkpoint.checkpoint import PICKLE, SINGLE, SINGLE_INDEX, Checkpoint
 from lox_merge.checkpoint.files import LocalFolder
-from lox_merge.checkpoint.safetensors_format import Header, build_header
+from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
 from lox_merge.errors import OutputError, PlanError
-from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.select import TensorPlan, quantisation_problems, select_tensors
-from lox_merge.jobs.triplets import TakenNow, TripletSource
+from lox_merge.jobs.settings import Settings
+from lox_merge.jobs.triplets import TripletSource, usual_triplets
 
 WORK_FOLDER = ".lox_merge"
 MANIFEST = "lox_merge.json"
@@ -27,32 +31,59 @@ _DISK_MARGIN = 16 * 2**20
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One file to write: `header` is byte for byte aligned's where dtypes are kept; tensors in the order of their data."""
+    """One file to write: `header` is byte for byte the mirrored file's where dtypes are kept; tensors in the order of their data.
+
+    weights: (role, file) of what the mirrored tensors are read from.
+    """
 
     file: str
-    source_file: str
+    weights: tuple[tuple[str, str], ...]
     header: Header
     tensors: tuple[TensorPlan, ...]
 
-    def sources(self, base: Checkpoint) -> list[tuple[str, str]]:
+    def sources(self, checkpoints: Mapping[str, Checkpoint]) -> list[tuple[str, str]]:
         """(role, file) of every source file this shard needs, in the order of use."""
-        needed = [("aligned", self.source_file)]
-        needed += [("base", base.home[tensor.base_name]) for tensor in self.tensors if tensor.action == "edit"]
+        *others, _ = checkpoints.values()
+        needed = list(self.weights)
+        for tensor in self.tensors:
+            if tensor.action == "edit":
+                needed += [source for other in others for source in other.weight_sources(other.home[tensor.name_in(other.role)])]
         return list(dict.fromkeys(needed))
 
 
 @dataclass
 class Plan:
-    """What a run will do. Nothing in it has been written. triplets: where those of each delta come from."""
+    """What a run will do. Nothing in it has been written.
 
-    base: Checkpoint
-    aligned: Checkpoint
+    checkpoints: by role, in the order of training; the output mirrors the last. triplets: where those of each delta come from.
+    """
+
+    checkpoints: Mapping[str, Checkpoint]
     out: Path
-    recipe: Recipe
+    recipe: Settings
+    edit: Edit
     shards: list[ShardPlan]
     side_files: list[str]
     triplets: TripletSource
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.checkpoints["base"]
+
+    @property
+    def aligned(self) -> Checkpoint:
+        return self.checkpoints["aligned"]
+
+    @property
+    def mirrored(self) -> Checkpoint:
+        """The checkpoint whose files, names, dtypes and side files the output has."""
+        return self.checkpoints[self.edit.roles[-1]]
+
+    @property
+    def others(self) -> list[Checkpoint]:
+        """The checkpoints that are only read."""
+        return [checkpoint for role, checkpoint in self.checkpoints.items() if role != self.edit.roles[-1]]
 
     @property
     def tensors(self) -> list[TensorPlan]:
@@ -67,7 +98,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return self.aligned.bytes + sum(self.base.info(tensor.base_name).bytes for tensor in self.edited)
+        return self.mirrored.bytes + sum(other.info(tensor.name_in(other.role)).bytes for tensor in self.edited for other in self.others)
 
     @property
     def bytes_written(self) -> int:
@@ -84,57 +115,55 @@ class Plan:
         return max((4 * tensor.info.size for tensor in self.tensors), default=0)
 
     def index(self) -> dict[str, Any] | None:
-        """The index to write, None for a single file. aligned's own where files and dtypes are kept."""
+        """The index to write, None for a single file. The mirrored one where files and dtypes are kept."""
         if len(self.shards) == 1 and self.shards[0].file == SINGLE:
             return None
-        metadata = dict((self.aligned.index or {}).get("metadata") or {})
+        metadata = dict((self.mirrored.index or {}).get("metadata") or {})
         metadata["total_size"] = sum(info.bytes for shard in self.shards for info in shard.header.tensors.values())
         names = sorted((name, shard.file) for shard in self.shards for name in shard.header.tensors)
         return {"metadata": metadata, "weight_map": dict(names)}
 
     @property
     def keeps_index(self) -> bool:
-        return self.recipe.dtype is None and not self.aligned.pickled and self.aligned.index is not None
-
-    def with_recipe(self, recipe: Recipe) -> Plan:
-        """The same selection of tensors with the ranks and alphas of another recipe; what selects tensors has to be equal."""
-
-        def changed(tensor: TensorPlan) -> TensorPlan:
-            if tensor.action != "edit":
-                return tensor
-            return replace(tensor, rank=recipe.rank_for(tensor.name), alpha=recipe.alpha_for(tensor.name))
-
-        shards = [replace(shard, tensors=tuple(map(changed, shard.tensors))) for shard in self.shards]
-        return replace(self, recipe=recipe, shards=shards)
+        return self.recipe.dtype is None and not self.mirrored.pickled and self.mirrored.index is not None
 
     def fetch(self) -> None:
         """Makes every file that the run reads available on disk."""
-        needed = [pair for shard in self.shards for pair in shard.sources(self.base)]
-        self.base.fetch(list(dict.fromkeys(file for role, file in needed if role == "base")))
-        index = [SINGLE_INDEX] if self.keeps_index else []
-        self.aligned.fetch([*dict.fromkeys(file for role, file in needed if role == "aligned"), *self.side_files, *index])
+        needed = [pair for shard in self.shards for pair in shard.sources(self.checkpoints)]
+        own = [*self.side_files, *([SINGLE_INDEX] if self.keeps_index else [])]
+        for role, checkpoint in self.checkpoints.items():
+            files = dict.fromkeys(file for needed_role, file in needed if needed_role == role)
+            checkpoint.fetch([*files, *(own if checkpoint is self.mirrored else [])])
+
+    def close(self) -> None:
+        for checkpoint in self.checkpoints.values():
+            checkpoint.close()
 
 
-def make_plan(base: Checkpoint, aligned: Checkpoint, out: Path, recipe: Recipe, *, order_confirmed: bool = False) -> Plan:
-    """Checks the whole job from headers. Raises PlanError with every problem found, or OutputError."""
-    problems = _same_source(base, aligned)
-    problems += quantisation_problems(base) + quantisation_problems(aligned)
+def make_plan(checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings, edit: Edit, *, order_confirmed: bool = False) -> Plan:
+    """Checks the whole job from headers. checkpoints: by role, those of `edit.roles` in that order. Raises PlanError with every
+    problem found, or OutputError."""
+    ordered = {role: checkpoints[role] for role in edit.roles}
+    mirrored = ordered[edit.roles[-1]]
+    problems = [problem for one, other in itertools.combinations(ordered.values(), 2) for problem in _same_source(one, other)]
+    problems += [problem for checkpoint in ordered.values() for problem in quantisation_problems(checkpoint)]
     warnings: list[str] = []
     if not order_confirmed:
-        problems += _swapped(base, aligned)
+        problems += [problem for one, other in itertools.pairwise(ordered.values()) for problem in _swapped(one, other)]
     if not problems:
-        selection = select_tensors(base, aligned, recipe)
+        selection = select_tensors(ordered, recipe, edit)
         problems, warnings = selection.problems, selection.warnings
-    problems += _output_problems(out, base, aligned)
+    problems += _output_problems(out, ordered.values())
     if problems:
         raise PlanError(problems)
-    shards = [_plan_shard(file, header, selection.tensors, aligned, recipe) for file, header in aligned.headers.items()]
-    return Plan(base, aligned, out, recipe, shards, aligned.side_files(), TakenNow(recipe), warnings)
+    warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
+    shards = [_plan_shard(file, header, selection.tensors, mirrored, recipe) for file, header in mirrored.headers.items()]
+    return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), usual_triplets(ordered["aligned"], recipe), warnings)
 
 
 def check_disk(plan: Plan, already_written: int = 0) -> None:
     """Raises OutputError when the file system of the output lacks room for what is still to be written."""
-    side = sum(plan.aligned.source.names()[name] for name in plan.side_files)
+    side = sum(plan.mirrored.source.names()[name] for name in plan.side_files)
     check_room(plan.out, plan.bytes_written + side - already_written)
 
 
@@ -148,24 +177,35 @@ def check_room(out: Path, count: int) -> None:
         )
 
 
-def _same_source(base: Checkpoint, aligned: Checkpoint) -> list[str]:
-    one, other = base.source, aligned.source
-    same_folder = isinstance(one, LocalFolder) and isinstance(other, LocalFolder) and one.root == other.root
-    same_commit = one.identity().get("commit") is not None and one.identity().get("commit") == other.identity().get("commit")
+# What it means that a checkpoint was given twice, and what to give instead.
+_SAME = {
+    ("base", "aligned"): "there is no alignment to extrapolate. Give the model that it was trained from as base.",
+    ("aligned", "finetuned"): "there is no fine-tuning to filter. Give the model that was trained from aligned as finetuned.",
+    ("base", "finetuned"): "filtering it would write a model with its alignment removed. Give the model that was trained from aligned as finetuned.",
+}
+
+
+def _same_source(one: Checkpoint, other: Checkpoint) -> list[str]:
+    first, second = one.source, other.source
+    same_folder = isinstance(first, LocalFolder) and isinstance(second, LocalFolder) and first.root == second.root
+    same_commit = first.identity().get("commit") is not None and first.identity().get("commit") == second.identity().get("commit")
     if same_folder or same_commit:
-        return [
-            f"base and aligned are the same checkpoint ({aligned.title}): there is no alignment to extrapolate. "
-            "Give the model that it was trained from as base."
-        ]
+        return [f"{one.role} and {other.role} are the same checkpoint ({other.title}): {_SAME[one.role, other.role]}"]
     return []
 
 
-def _swapped(base: Checkpoint, aligned: Checkpoint) -> list[str]:
-    """A chat template in the first and none in the second, though it has a tokenizer: most likely the wrong order."""
-    if base.has_chat_template and aligned.has_tokenizer and not aligned.has_chat_template:
+def _swapped(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """A chat template in the earlier model and none in the later, though it has a tokenizer: most likely the wrong order."""
+    if isinstance(other, AdaptedCheckpoint):
+        return []  # an adapter can only be the later one
+    if one.has_chat_template and other.has_tokenizer and not other.has_chat_template:
+        if one.role == "base":
+            danger = "hardening the wrong way round would remove safety. Give the pre-trained model first"
+        else:
+            danger = "filtering the wrong way round would remove safety. Give the pre-trained, the aligned and the fine-tuned model in this order"
         return [
-            f"base ({base.title}) has a chat template and aligned ({aligned.title}) has none: they look swapped, and hardening the wrong way round "
-            "would remove safety. Give the pre-trained model first; if the order is right, add --order-is-right."
+            f"{one.role} ({one.title}) has a chat template and {other.role} ({other.title}) has none: they look swapped, and {danger}; "
+            "if the order is right, add --order-is-right."
         ]
     return []
 
@@ -177,12 +217,13 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _output_problems(out: Path, base: Checkpoint, aligned: Checkpoint) -> list[str]:
+def _output_problems(out: Path, checkpoints: Iterable[Checkpoint]) -> list[str]:
     problems = []
     target = out.resolve()
-    for checkpoint in (base, aligned):
-        if isinstance(checkpoint.source, LocalFolder):
-            root = checkpoint.source.root
+    for checkpoint in checkpoints:
+        source = checkpoint.source.adapter if isinstance(checkpoint.source, OverBase) else checkpoint.source
+        if isinstance(source, LocalFolder):
+            root = source.root
             if target == root or target.is_relative_to(root):
                 problems.append(f"the output {out} lies inside {checkpoint.role} ({checkpoint.title}); choose a folder outside it.")
             elif root.is_relative_to(target):
@@ -206,19 +247,19 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output {out} exists and was not written by lox-merge. {hint}Choose another folder, or empty it yourself.")
 
 
-def _out_code(tensor: TensorPlan, recipe: Recipe) -> str:
+def _out_code(stored: TensorInfo, recipe: Settings) -> str:
     """dtype code that a tensor is written in: every floating tensor follows --dtype, so that the model is of one dtype."""
-    if recipe.dtype and tensor.info.dtype in dtypes.EDITABLE:
+    if recipe.dtype and stored.dtype in dtypes.EDITABLE:
         return dtypes.OUTPUT_CODES[recipe.dtype]
-    return tensor.info.dtype
+    return stored.dtype
 
 
-def _plan_shard(file: str, header: Header, tensors: dict[str, TensorPlan], aligned: Checkpoint, recipe: Recipe) -> ShardPlan:
-    if any(_out_code(tensors[name], recipe) != info.dtype for name, info in header.tensors.items()):
-        entries = [(name, _out_code(tensors[name], recipe), info.shape) for name, info in header.tensors.items()]
+def _plan_shard(file: str, header: Header, tensors: dict[str, TensorPlan], mirrored: Checkpoint, recipe: Settings) -> ShardPlan:
+    if any(_out_code(info, recipe) != info.dtype for info in header.tensors.values()):
+        entries = [(name, _out_code(info, recipe), info.shape) for name, info in header.tensors.items()]
         header = build_header(entries, header.metadata)
     ordered = tuple(tensors[info.name] for info in header.by_offset())
-    return ShardPlan(_out_file(file) if aligned.pickled else file, file, header, ordered)
+    return ShardPlan(_out_file(file) if mirrored.pickled else file, tuple(mirrored.weight_sources(file)), header, ordered)
 
 
 def _out_file(file: str) -> str:
@@ -227,7 +268,7 @@ def _out_file(file: str) -> str:
 
 
 def output_config(plan: Plan) -> bytes | None:
-    """config.json for another dtype; None where aligned's own bytes are kept."""
+    """config.json for another dtype; None where the mirrored bytes are kept."""
     if plan.recipe.dtype is None or "config.json" not in plan.side_files:
         return None
 
@@ -235,7 +276,7 @@ def output_config(plan: Plan) -> bytes | None:
         values = {key: changed(value) if isinstance(value, dict) else value for key, value in part.items()}
         return {key: plan.recipe.dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else value for key, value in values.items()}
 
-    config = changed(plan.aligned.config)
+    config = changed(plan.mirrored.config)
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = plan.recipe.dtype
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

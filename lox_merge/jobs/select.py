@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.checkpoint.safetensors_format import TensorInfo
 from lox_merge.jobs.layout import MatrixView, is_expert_stack, matrix_views
-from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.settings import Settings
 from lox_merge.maths.rank import RankRule
+
+if TYPE_CHECKING:
+    from lox_merge.jobs.edit import Edit
 
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|\w*embeddings?|shared)(\.|$)")
 _OUTPUT_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)(\.|$)|^output\.weight$")
@@ -25,20 +30,28 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one tensor of the aligned checkpoint.
+    """What happens to one tensor of the checkpoint that the output mirrors.
 
-    action: 'edit' or 'copy'; reason: why it is copied ('' for edits). base_name: the tensor of the base checkpoint that
-    the delta is taken against. views: its matrices; rank and alpha hold for each of them.
+    action: 'edit' or 'copy'; reason: why it is copied ('' for edits). counterparts: role to the name of the tensor there
+    that it is compared with. views: its matrices; rank and alpha hold for each of them.
     """
 
     name: str
     info: TensorInfo
     action: str
     reason: str = ""
-    base_name: str = ""
+    counterparts: Mapping[str, str] = field(default_factory=dict)
     rank: RankRule | None = None
     alpha: float = 0.0
     views: tuple[MatrixView, ...] = ()
+
+    @property
+    def base_name(self) -> str:
+        """The tensor of the base checkpoint that the delta is taken against."""
+        return self.counterparts.get("base", "")
+
+    def name_in(self, role: str) -> str:
+        return self.counterparts.get(role, self.name)
 
 
 @dataclass
@@ -93,93 +106,124 @@ def _packed(info: TensorInfo) -> bool:
     return info.dtype in ("U8", "I8", "I32", "U32") and len(info.shape) >= 2 and info.name.endswith("weight")
 
 
-def select_tensors(base: Checkpoint, aligned: Checkpoint, recipe: Recipe) -> Selection:
-    """Decides for every tensor of `aligned`, comparing headers only. Problems and warnings name tensor and both shapes."""
+def select_tensors(checkpoints: Mapping[str, Checkpoint], settings: Settings, edit: Edit) -> Selection:
+    """Decides for every tensor of the last checkpoint, comparing headers only. Problems and warnings name tensor and both shapes."""
     selection = Selection()
-    missing: list[str] = []
-    for name in aligned.names:
-        selection.tensors[name] = _plan_tensor(name, base, aligned, recipe, selection, missing)
-    _report_missing(missing, base, aligned, selection)
-    _report_unused_patterns(recipe, aligned, selection)
+    *others, mirrored = checkpoints.values()
+    missing: dict[str, list[str]] = {other.role: [] for other in others}
+    for name in mirrored.names:
+        selection.tensors[name] = _plan_tensor(name, others, mirrored, settings, edit, selection, missing)
+    for other in others:
+        _report_missing(missing[other.role], other, mirrored, selection)
+    _report_unused_patterns(settings, mirrored, selection)
     if not selection.problems and not any(plan.action == "edit" for plan in selection.tensors.values()):
         selection.problems.append("the recipe edits no tensor at all: every one is left out by --include, --exclude, --linear-only or alpha 0.")
     return selection
 
 
-def _plan_tensor(name: str, base: Checkpoint, aligned: Checkpoint, recipe: Recipe, selection: Selection, missing: list[str]) -> TensorPlan:
-    info = aligned.info(name)
+def _plan_tensor(
+    name: str,
+    others: list[Checkpoint],
+    mirrored: Checkpoint,
+    settings: Settings,
+    edit: Edit,
+    selection: Selection,
+    missing: dict[str, list[str]],
+) -> TensorPlan:
+    info = mirrored.info(name)
 
     def copy(reason: str) -> TensorPlan:
         return TensorPlan(name, info, "copy", reason)
 
-    base_name = _counterpart(name, base)
-    if base_name is None and _is_legacy_buffer(info):
+    found = {other.role: _counterpart(name, other) for other in others}
+    if _is_legacy_buffer(info) and None in found.values():
         return copy("constant buffer")
-    if len(info.shape) < 2 or info.size == 0:
-        if base_name is None:
-            missing.append(name)
-        elif base.info(base_name).shape != info.shape and not is_vocabulary(name):
-            selection.problems.append(_shapes_differ(name, base, base_name, aligned))
-        return copy("fewer than two dimensions")
+    for other in others:
+        if found[other.role] is None and (len(info.shape) < 2 or info.size == 0 or info.dtype in dtypes.EDITABLE):
+            missing[other.role].append(name)
+    vector = len(info.shape) == 1 and edit.edits_vectors
+    if (len(info.shape) < 2 and not vector) or info.size == 0:
+        for other in others:
+            counterpart = found[other.role]
+            if counterpart is not None and other.info(counterpart).shape != info.shape and not is_vocabulary(name):
+                selection.problems.append(_shapes_differ(name, other, counterpart, mirrored))
+        return copy("fewer than two dimensions" if not edit.edits_vectors else "no entries, or no dimensions")
     if info.dtype not in dtypes.EDITABLE:
         return copy(f"dtype {info.dtype} holds no weights")
-    if base_name is None:
-        missing.append(name)
-        return copy("not in base")
-    other = base.info(base_name)
-    if other.shape != info.shape:
+    for other in reversed(others):
+        counterpart = found[other.role]
+        if counterpart is None:
+            return copy(f"not in {other.role}")
+        reason = _difference(name, other, counterpart, mirrored, selection)
+        if reason:
+            return copy(reason)
+    if settings.include and not any(settings.matches(pattern, name) for pattern in settings.include):
+        return copy("not included")
+    if any(settings.matches(pattern, name) for pattern in settings.exclude):
+        return copy("excluded")
+    if settings.linear_only and not _is_linear(name, info, mirrored):
+        return copy("not a linear layer")
+    if vector:
+        views: tuple[MatrixView, ...] = (MatrixView((info.size, 1)),)
+    else:
+        views = tuple(matrix_views(name, info.shape, mirrored.config, settings.fused))  # type: ignore[arg-type]
+    counterparts = {role: counterpart for role, counterpart in found.items() if counterpart is not None}
+    return edit.choose(TensorPlan(name, info, "edit", "", counterparts, views=views), selection.problems)
+
+
+def _difference(name: str, other: Checkpoint, counterpart: str, mirrored: Checkpoint, selection: Selection) -> str:
+    """Why a tensor cannot be compared with the one of `other`, '' if it can. Adds a problem or a warning."""
+    info, there = mirrored.info(name), other.info(counterpart)
+    if there.shape != info.shape:
         if not is_vocabulary(name):
-            selection.problems.append(_shapes_differ(name, base, base_name, aligned))
-        else:
+            selection.problems.append(_shapes_differ(name, other, counterpart, mirrored))
+        elif other.role == "base":
             selection.warnings.append(
-                f"{name} is copied, not edited: base has {list(other.shape)} and aligned {list(info.shape)} "
+                f"{name} is copied, not edited: base has {list(there.shape)} and {mirrored.role} {list(info.shape)} "
                 "(the vocabularies differ, so their rows can't be assumed to be the same tokens)."
             )
-        return copy("vocabularies differ")
-    if other.dtype not in dtypes.EDITABLE:
-        selection.problems.append(f"tensor {name}: base stores {other.describe()}, aligned {info.describe()}; one of them holds no weights.")
-        return copy("dtype")
-    if recipe.include and not any(recipe.matches(pattern, name) for pattern in recipe.include):
-        return copy("not included")
-    if any(recipe.matches(pattern, name) for pattern in recipe.exclude):
-        return copy("excluded")
-    if recipe.linear_only and not _is_linear(name, info, aligned):
-        return copy("not a linear layer")
-    alpha = recipe.alpha_for(name)
-    if alpha == 0:
-        return copy("alpha 0")
-    views = tuple(matrix_views(name, info.shape, aligned.config, recipe.fused))  # type: ignore[arg-type]
-    return TensorPlan(name, info, "edit", "", base_name, recipe.rank_for(name), alpha, views)
+        else:
+            selection.problems.append(
+                f"tensor {name}: {other.role} has {list(there.shape)} ({other.title}), {mirrored.role} has {list(info.shape)} ({mirrored.title}): "
+                f"the vocabularies differ. Give the {mirrored.role} model before its vocabulary was changed."
+            )
+        return "vocabularies differ"
+    if there.dtype not in dtypes.EDITABLE:
+        selection.problems.append(
+            f"tensor {name}: {other.role} stores {there.describe()}, {mirrored.role} {info.describe()}; one of them holds no weights."
+        )
+        return "dtype"
+    return ""
 
 
-def _is_linear(name: str, info: TensorInfo, aligned: Checkpoint) -> bool:
-    return not is_vocabulary(name) and (len(info.shape) == 2 or is_expert_stack(name, info.shape, aligned.config))
+def _is_linear(name: str, info: TensorInfo, mirrored: Checkpoint) -> bool:
+    return not is_vocabulary(name) and (len(info.shape) == 2 or is_expert_stack(name, info.shape, mirrored.config))
 
 
-def _counterpart(name: str, base: Checkpoint) -> str | None:
-    """The base tensor of the same name; for an untied output head over a tied base, the base's embedding is its head."""
-    if name in base:
+def _counterpart(name: str, other: Checkpoint) -> str | None:
+    """The other checkpoint's tensor of the same name; for an untied output head over a tied model, its embedding is its head."""
+    if name in other:
         return name
-    if base.ties_embeddings and _OUTPUT_HEAD.search(name):
-        embeddings = [other for other in base.names if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)\.weight$", other)]
+    if other.ties_embeddings and _OUTPUT_HEAD.search(name):
+        embeddings = [known for known in other.names if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)\.weight$", known)]
         if len(embeddings) == 1:
             return embeddings[0]
     return None
 
 
-def _shapes_differ(name: str, base: Checkpoint, base_name: str, aligned: Checkpoint) -> str:
+def _shapes_differ(name: str, other: Checkpoint, counterpart: str, mirrored: Checkpoint) -> str:
     return (
-        f"tensor {name}: base has {list(base.info(base_name).shape)} ({base.title}/{base.home[base_name]}), "
-        f"aligned has {list(aligned.info(name).shape)} ({aligned.title}/{aligned.home[name]}). The two are not of one architecture: "
-        "give the checkpoint that aligned was trained from."
+        f"tensor {name}: {other.role} has {list(other.info(counterpart).shape)} ({other.title}/{other.home[counterpart]}), "
+        f"{mirrored.role} has {list(mirrored.info(name).shape)} ({mirrored.title}/{mirrored.home[name]}). The two are not of one architecture: "
+        f"give the checkpoint that {mirrored.role} was trained from."
     )
 
 
-def _report_missing(missing: list[str], base: Checkpoint, aligned: Checkpoint, selection: Selection) -> None:
-    extra = [name for name in base.names if name not in aligned and not _is_legacy_buffer(base.info(name))]
-    if aligned.ties_embeddings:
+def _report_missing(missing: list[str], other: Checkpoint, mirrored: Checkpoint, selection: Selection) -> None:
+    extra = [name for name in other.names if name not in mirrored and not _is_legacy_buffer(other.info(name))]
+    if mirrored.ties_embeddings:
         extra = [name for name in extra if not _OUTPUT_HEAD.search(name)]
-    for names, there, lacking in ((missing, aligned, base), (extra, base, aligned)):
+    for names, there, lacking in ((missing, mirrored, other), (extra, other, mirrored)):
         if names:
             shown = ", ".join(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")
             example = there.info(names[0])
@@ -190,8 +234,8 @@ def _report_missing(missing: list[str], base: Checkpoint, aligned: Checkpoint, s
             )
 
 
-def _report_unused_patterns(recipe: Recipe, aligned: Checkpoint, selection: Selection) -> None:
-    for option, patterns in recipe.patterns().items():
+def _report_unused_patterns(settings: Settings, mirrored: Checkpoint, selection: Selection) -> None:
+    for option, patterns in settings.patterns().items():
         for pattern in patterns:
-            if not any(recipe.matches(pattern, name) for name in aligned.names):
-                selection.problems.append(f"{option} {pattern!r} matches no tensor of {aligned.title}; a name looks like {aligned.names[0]!r}.")
+            if not any(settings.matches(pattern, name) for name in mirrored.names):
+                selection.problems.append(f"{option} {pattern!r} matches no tensor of {mirrored.title}; a name looks like {mirrored.names[0]!r}.")

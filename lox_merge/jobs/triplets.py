@@ -1,4 +1,4 @@
-"""Where the leading singular triplets of a delta come from: an SVD taken now, a file of factors, or that file's SVD again."""
+"""Where the leading singular triplets of a delta come from: an SVD taken now, an adapter, a file of factors, or that file's SVD again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint
+from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.errors import RequestError
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
-from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.settings import Settings
+from lox_merge.maths.factored import factored_svd
 from lox_merge.maths.precision import rounding_noise_edge
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import truncated_svd
@@ -33,17 +36,45 @@ class TripletSource(Protocol):
 
 @dataclass(frozen=True)
 class TakenNow:
-    """A truncated SVD with the recipe's tolerance and seed."""
+    """A truncated SVD with a recipe's tolerance and seed."""
 
-    recipe: Recipe
+    tolerance: float
+    seed: int
 
     def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, aligned: Tensor) -> Subspace:
         rule = _rule(tensor)
         edge = rounding_noise_edge(aligned) if rule.kind == "noise-floor" else 0.0
-        return truncated_svd(delta, rule, noise_edge=edge, tolerance=self.recipe.tolerance, seed=self.recipe.seed)
+        return truncated_svd(delta, rule, noise_edge=edge, tolerance=self.tolerance, seed=self.seed)
 
     def record(self) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class FromAdapter:
+    """Exact triplets of an adapter's own factors: the delta is of low rank by construction, no SVD of a weight is spent."""
+
+    adapted: AdaptedCheckpoint
+    otherwise: TakenNow
+
+    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, aligned: Tensor) -> Subspace:
+        factors = self.adapted.factors(tensor.name_in(self.adapted.role), view.expert)
+        if factors is None:  # a tensor that the adapter holds whole (modules_to_save)
+            return self.otherwise.subspace(tensor, view, delta, aligned)
+        left, right = factors
+        if view.part is not None:
+            piece = slice(*view.part)
+            left, right = (left[piece], right) if view.axis == 0 else (left, right[piece])
+        return factored_svd(left.to(delta.device), right.to(delta.device), _rule(tensor))
+
+    def record(self) -> None:
+        return None
+
+
+def usual_triplets(aligned: Checkpoint, recipe: Settings) -> TripletSource:
+    """Where triplets come from unless a file of factors is given."""
+    taken = TakenNow(recipe.tolerance, recipe.seed)
+    return FromAdapter(aligned, taken) if isinstance(aligned, AdaptedCheckpoint) else taken
 
 
 @dataclass(frozen=True)
@@ -95,10 +126,10 @@ class DecomposedAgain:
         return {"rank": str(self.rank), "tolerance": self.tolerance, "seed": self.seed}
 
 
-def recorded_triplets(record: dict[str, Any] | None, recipe: Recipe) -> TripletSource:
+def recorded_triplets(record: dict[str, Any] | None, aligned: Checkpoint, recipe: Settings) -> TripletSource:
     """The source that makes the triplets of a manifest again, from the `record` in it."""
-    if record is None:
-        return TakenNow(recipe)
+    if record is None or isinstance(aligned, AdaptedCheckpoint):  # an adapter's triplets are exact, from a file or not
+        return usual_triplets(aligned, recipe)
     return DecomposedAgain(int(record["rank"]), float(record["tolerance"]), int(record["seed"]))
 
 

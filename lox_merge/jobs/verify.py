@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.adapter import open_adapter
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import FileSource
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import LoxMergeError, RequestError, SourceError
 from lox_merge.jobs.atomic import sha256_of
+from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.engine import Progress
-from lox_merge.jobs.manifest import FORMAT, header_hashes, summarise
+from lox_merge.jobs.manifest import FORMAT, header_hashes
+from lox_merge.jobs.methods import recorded_edit
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, make_plan
-from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import recorded_triplets
-from lox_merge.jobs.work import edit_matrix
 
 # Another CPU or torch version adds in another order: a value at the midpoint of two neighbours may then round the other way.
 _LARGEST_SHARE_OF_NEIGHBOURS = 0.02
@@ -61,6 +62,7 @@ def verify(
     *,
     base: str | Path | None = None,
     aligned: str | Path | None = None,
+    finetuned: str | Path | None = None,
     sample: int | None = None,
     seed: int = 0,
     offline: bool = False,
@@ -68,9 +70,9 @@ def verify(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Compares an output (folder or Hub id) with its manifest and, unless `offline`, with base + aligned + recipe.
+    """Compares an output (folder or Hub id) with its manifest and, unless `offline`, with its sources and recipe.
 
-    base, aligned: where the sources are; Hub sources are found by the commits in the manifest, local ones must be given.
+    base, aligned, finetuned: where the sources are; Hub sources are found by the commits in the manifest, local ones must be given.
     sample: recompute this many tensors, drawn with `seed`, instead of all. Raises RequestError or SourceError where there is
     nothing to verify or a source is not to be had; what differs is in the result's problems.
     """
@@ -78,16 +80,21 @@ def verify(
     manifest = _read_manifest(output)
     result = Verification(output.title)
     _check_files(output, manifest, result)
-    _check_structure(output, manifest, result)
+    recipe, edit = recorded_edit(manifest)
+    _check_structure(output, manifest, edit, result)
     if offline or result.problems:
         output.close()
         return result
-    pair = [_open_source(role, given, manifest, cache_dir) for role, given in (("base", base), ("aligned", aligned))]
-    _check_sources(pair, manifest, result)
+    given = {"base": base, "aligned": aligned, "finetuned": finetuned}
+    sources = _open_sources({role: given[role] for role in edit.roles}, manifest, cache_dir)
+    _check_sources(sources, manifest, result)
     if result.ok:
-        _recompute(output, pair[0], pair[1], manifest, result, sample, seed, device or torch.device("cpu"), progress)
+        # A place that is never written: the plan wants one.
+        plan = make_plan(sources, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, edit, order_confirmed=True)
+        plan.triplets = recorded_triplets(manifest["job"].get("factors"), plan.aligned, recipe)
+        _recompute(output, plan, manifest, result, sample, seed, device or torch.device("cpu"), progress)
         result.sources_checked = True
-    for checkpoint in (output, *pair):
+    for checkpoint in (output, *sources.values()):
         checkpoint.close()
     return result
 
@@ -124,7 +131,7 @@ def _check_files(output: Checkpoint, manifest: Mapping[str, Any], result: Verifi
         result.problems.append(f"{WORK_FOLDER} is there: the output is being written, or was interrupted")
 
 
-def _check_structure(output: Checkpoint, manifest: Mapping[str, Any], result: Verification) -> None:
+def _check_structure(output: Checkpoint, manifest: Mapping[str, Any], edit: Edit, result: Verification) -> None:
     """Tensor names, shapes and dtypes of the files are the manifest's, and its summary follows from its own entries."""
     recorded = {tensor["name"]: tensor for tensor in manifest["tensors"]}
     result.tensors = len(recorded)
@@ -135,26 +142,41 @@ def _check_structure(output: Checkpoint, manifest: Mapping[str, Any], result: Ve
         elif [record["dtype"], record["shape"]] != [info.dtype, list(info.shape)]:
             result.problems.append(f"tensor {name} is {info.describe()}, the manifest says {record['dtype']} {record['shape']}")
     result.problems += [f"tensor {name} of the manifest is in no file" for name in recorded if name not in output]
-    if asdict(summarise(dict(manifest))) != manifest["summary"]:
+    if edit.summary(manifest["tensors"]) != manifest["summary"]:
         result.problems.append("the manifest was edited: its summary does not follow from its tensors")
 
 
-def _open_source(role: str, given: str | Path | None, manifest: Mapping[str, Any], cache_dir: Path | None) -> Checkpoint:
+def _open_sources(given: Mapping[str, str | Path | None], manifest: Mapping[str, Any], cache_dir: Path | None) -> dict[str, Checkpoint]:
+    opened: dict[str, Checkpoint] = {}
+    for role, where in given.items():
+        place = _place(role, where, manifest)
+        if manifest["sources"][role].get("form") == "adapter":
+            # That the adapter fits this base was decided when the output was made; hashes say whether both are still the same.
+            opened[role] = open_adapter(place, role, list(opened.values())[-1], cache_dir, base_is_right=True)
+        else:
+            opened[role] = open_checkpoint(place, role, cache_dir)
+    return opened
+
+
+def _place(role: str, given: str | Path | None, manifest: Mapping[str, Any]) -> str | Path:
     recorded = manifest["sources"][role]
     if given is None and recorded["kind"] != "hub":
         raise SourceError(
             f"{role}: the manifest names the local folder {recorded['name']!r}; say where it is with --{role}, or pass --offline to check "
             "hashes and structure only."
         )
-    return open_checkpoint(given if given is not None else f"{recorded['name']}@{recorded['commit']}", role, cache_dir)
+    return given if given is not None else f"{recorded['name']}@{recorded['commit']}"
 
 
-def _check_sources(pair: list[Checkpoint], manifest: Mapping[str, Any], result: Verification) -> None:
-    for checkpoint in pair:
+def _check_sources(sources: Mapping[str, Checkpoint], manifest: Mapping[str, Any], result: Verification) -> None:
+    for checkpoint in sources.values():
         if header_hashes(checkpoint) != manifest["job"][checkpoint.role]["headers"]:
             result.problems.append(f"{checkpoint.role}: {checkpoint.title} is not the checkpoint that was used (its headers differ)")
             continue
-        files = manifest["sources"][checkpoint.role]["files"]
+        recorded = manifest["sources"][checkpoint.role]
+        if checkpoint.source.identity().get("config_sha256") != recorded.get("config_sha256"):
+            result.problems.append(f"{checkpoint.role}: adapter_config.json of {checkpoint.title} is not the file that was used (its sha256 differs)")
+        files = recorded["files"]
         checkpoint.fetch(list(files))
         for file, entry in files.items():
             if sha256_of(checkpoint.source.path(file)) != entry["sha256"]:
@@ -163,8 +185,7 @@ def _check_sources(pair: list[Checkpoint], manifest: Mapping[str, Any], result: 
 
 def _recompute(
     output: Checkpoint,
-    base: Checkpoint,
-    aligned: Checkpoint,
+    plan: Plan,
     manifest: Mapping[str, Any],
     result: Verification,
     sample: int | None,
@@ -172,17 +193,13 @@ def _recompute(
     device: torch.device,
     progress: Progress | None,
 ) -> None:
-    recipe = Recipe.from_json(manifest["job"]["recipe"])
-    # A place that is never written: the plan wants one.
-    plan = make_plan(base, aligned, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, order_confirmed=True)
-    plan.triplets = recorded_triplets(manifest["job"].get("factors"), recipe)
     recorded = {tensor["name"]: tensor for tensor in manifest["tensors"]}
     chosen = plan.tensors
     if sample is not None and sample < len(chosen):
         chosen = random.Random(seed).sample(chosen, sample)
     for tensor in chosen:
         if tensor.name not in output:
-            result.problems.append(f"tensor {tensor.name} of aligned is not in the output")
+            result.problems.append(f"tensor {tensor.name} of {plan.mirrored.role} is not in the output")
             continue
         _compare(plan, tensor, output, recorded[tensor.name], result, device)
         result.tensors_recomputed += 1
@@ -193,12 +210,15 @@ def _recompute(
 def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping[str, Any], result: Verification, device: torch.device) -> None:
     """One tensor made again from the sources, against the output's bytes and the manifest's figures."""
     written = output.tensor(tensor.name)
-    expected = plan.aligned.tensor(tensor.name).to(dtypes.torch_dtype(output.info(tensor.name).dtype), copy=True).contiguous()
+    expected = plan.mirrored.tensor(tensor.name).to(dtypes.torch_dtype(output.info(tensor.name).dtype), copy=True).contiguous()
     figures: list[dict[str, Any]] = []
+    edited = False
     if tensor.action == "edit":
-        base, aligned = plan.base.tensor(tensor.base_name), plan.aligned.tensor(tensor.name)
+        stored = {role: checkpoint.tensor(tensor.name_in(role)) for role, checkpoint in plan.checkpoints.items()}
         for view in tensor.views:
-            one = edit_matrix(view.select(base), view.select(aligned), view.select(expected), view, tensor, plan.recipe, device, plan.triplets)
+            sources = {role: view.select(values) for role, values in stored.items()}
+            one = plan.edit.matrix(sources, view.select(expected), view, tensor, device, plan.triplets)
+            edited = edited or one.changed
             figures.append(one.to_json())
     if tensor_bytes(written) != tensor_bytes(expected):
         difference = _difference(written, expected)
@@ -206,7 +226,6 @@ def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping
             result.problems.append(f"tensor {tensor.name} ({output.home[tensor.name]}) is not what the recipe gives: {difference}")
         else:
             result.rounded_apart.append(tensor.name)
-    edited = any(figure["realised"] is not None for figure in figures)
     if edited != (record["action"] == "edited"):
         result.problems.append(f"the manifest calls tensor {tensor.name} {record['action']}, which it is not")
     elif edited and not _same_figures(record.get("matrices", []), figures):

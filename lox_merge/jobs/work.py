@@ -1,70 +1,27 @@
-"""The work on one matrix, and a bounded crew of threads that does it ahead of the writer."""
+"""What the work on every matrix needs: deltas, memory estimates, and a bounded crew of threads ahead of the writer."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lox_merge.errors import LoxMergeWarning, NumericalError
-from lox_merge.jobs.layout import MatrixView
-from lox_merge.jobs.recipe import Recipe
-from lox_merge.jobs.select import TensorPlan
-from lox_merge.jobs.triplets import TakenNow, TripletSource
-from lox_merge.maths.edits import Realised, lox_edit
 from lox_merge.maths.lanczos import BASIS, BLOCK
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE
-from lox_merge.maths.subspace import Certificate, Subspace
+from lox_merge.maths.subspace import Certificate
 
 # Matrices in flight may take this much memory together, beside the largest one: work goes on while that one is in the way.
 IN_FLIGHT_BYTES = 512 * 2**20
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class MatrixResult:
-    """What was done to one matrix. bad: number of NaN and Inf in its delta (then nothing else holds)."""
-
-    label: str
-    shape: tuple[int, int]
-    bad: int = 0
-    changed: bool = False
-    subspace: Subspace | None = None
-    delta_norm: float = 0.0
-    realised: Realised | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest's record. Undefined values are null."""
-        record: dict[str, Any] = {"part": self.label, "shape": list(self.shape), "delta_norm": self.delta_norm}
-        if not self.changed:
-            return record | {"rank": 0, "singular_values": [], "r_align": None, "certificate": None, "realised": None}
-        subspace, realised = self.subspace, self.realised
-        record["rank"] = "full" if subspace is None else subspace.rank
-        record["singular_values"] = None if subspace is None else subspace.singular_values.tolist()
-        record["r_align"] = 1.0 if subspace is None else subspace.alignment_ratio
-        if subspace is None:
-            record["certificate"] = None
-        else:
-            record["certificate"] = certificate_record(subspace.certificate)
-        assert realised is not None
-        record["realised"] = {
-            "gain": realised.gain,
-            "cosine": realised.cosine,
-            "intended_norm": realised.intended_norm,
-            "realised_norm": realised.realised_norm,
-        }
-        return record
 
 
 def certificate_record(certificate: Certificate) -> dict[str, Any]:
@@ -80,78 +37,17 @@ def certificate_record(certificate: Certificate) -> dict[str, Any]:
     }
 
 
-def edit_matrix(
-    base: Tensor,
-    aligned: Tensor,
-    out: Tensor,
-    view: MatrixView,
-    tensor: TensorPlan,
-    recipe: Recipe,
-    device: torch.device,
-    triplets: TripletSource | None = None,
-) -> MatrixResult:
-    """Writes the hardened matrix into `out` (a view of the output tensor); aligned's values for a zero or non-finite delta.
-
-    triplets: where the delta's leading triplets come from; None takes an SVD of it.
-    """
-    source = triplets or TakenNow(recipe)
-    try:
-        return _edit(base, aligned, out, view, tensor, recipe, device, source)
-    except torch.cuda.OutOfMemoryError:
-        warnings.warn(
-            f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was edited on the CPU", LoxMergeWarning, stacklevel=2
-        )
-        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"), source)
-    except NumericalError as error:
-        raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
+def matrix_seed(seed: int, matrix: str) -> int:
+    """A seed of its own for every matrix of a job, by its name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{matrix}".encode()).digest()[:7], "big")
 
 
-def _edit(
-    base: Tensor,
-    aligned: Tensor,
-    out: Tensor,
-    view: MatrixView,
-    tensor: TensorPlan,
-    recipe: Recipe,
-    device: torch.device,
-    triplets: TripletSource,
-) -> MatrixResult:
-    base, aligned = base.to(device), aligned.to(device)
-    delta, norm, bad = form_delta(base, aligned)
-    if bad:
-        out.copy_(aligned)
-        return MatrixResult(view.label, view.shape, bad=bad)
-    if norm == 0:
-        out.copy_(aligned)
-        return MatrixResult(view.label, view.shape)
-    assert tensor.rank is not None
-    # Every matrix starts its SVD from the same seed, but draws its own rounding noise.
-    digest = hashlib.sha256(f"{recipe.seed}:{tensor.name}{view.label}".encode()).digest()
-    # On a GPU the result is made there and copied back whole.
-    target = out if device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, device=device)
-    _, subspace, realised = lox_edit(
-        base,
-        aligned,
-        tensor.rank,
-        tensor.alpha,
-        rounding=recipe.rounding,
-        seed=recipe.seed,
-        rounding_seed=int.from_bytes(digest[:7], "big"),
-        delta=delta,
-        subspace=None if tensor.rank.kind == "full" else triplets.subspace(tensor, view, delta, aligned),
-        out=target,
-    )
-    if target is not out:
-        out.copy_(target)
-    return MatrixResult(view.label, view.shape, changed=True, subspace=subspace, delta_norm=norm, realised=realised)
-
-
-def form_delta(base: Tensor, aligned: Tensor) -> tuple[Tensor, float, int]:
+def form_delta(base: Tensor, aligned: Tensor, slot: int = 0) -> tuple[Tensor, float, int]:
     """W_align - W_base in float32, its Frobenius norm, and how many of its entries are NaN or Inf (then the norm is none).
 
-    base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call.
+    base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call with this `slot`.
     """
-    delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device)
+    delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device, slot)
     if torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype)) == torch.float64:
         torch.sub(aligned.double(), base.double(), out=delta)
     else:
@@ -167,23 +63,24 @@ def available_cores() -> int:
 
 
 class _Scratch(threading.local):
-    """A thread's buffer for deltas. Fresh memory costs a page fault every 4 kB: a third of the time to form a delta."""
+    """A thread's buffers for deltas. Fresh memory costs a page fault every 4 kB: a third of the time to form a delta."""
 
-    buffer: Tensor | None = None
+    def __init__(self) -> None:
+        self.buffers: dict[int, Tensor] = {}
 
 
 _SCRATCH = _Scratch()
 
 
-def _scratch(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """A float32 matrix on `device`; on the CPU its memory is this thread's until the next call."""
+def _scratch(shape: tuple[int, int], device: torch.device, slot: int) -> Tensor:
+    """A float32 matrix on `device`; on the CPU its memory is this thread's until the next call with this `slot`."""
     size = shape[0] * shape[1]
     if device.type != "cpu":
         return torch.empty(shape, device=device)
-    if _SCRATCH.buffer is None or _SCRATCH.buffer.numel() < size:
-        _SCRATCH.buffer = None  # let go of the old one before asking for the larger
-        _SCRATCH.buffer = torch.empty(size)
-    return _SCRATCH.buffer[:size].view(shape)
+    if slot not in _SCRATCH.buffers or _SCRATCH.buffers[slot].numel() < size:
+        _SCRATCH.buffers.pop(slot, None)  # let go of the old one before asking for the larger
+        _SCRATCH.buffers[slot] = torch.empty(size)
+    return _SCRATCH.buffers[slot][:size].view(shape)
 
 
 def working_memory(shape: tuple[int, int], rank: RankRule) -> int:

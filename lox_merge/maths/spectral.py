@@ -101,26 +101,44 @@ def _gram(matrix: Tensor, rule: RankRule, norm: float, noise_edge: float) -> Tri
     """Eigenvectors of the float64 Gram matrix of the short side. Squares the condition number: s_i below 1e-8 s_1 are lost,
     which float32 input does not define anyway."""
     wide = matrix.shape[0] <= matrix.shape[1]
-    short, long = min(matrix.shape), max(matrix.shape)
-    gram = torch.zeros(short, short, dtype=torch.float64, device=matrix.device)
-    step = max(1, 2**24 // short)  # 128 MiB of float64 at a time, whatever the long side
-    for start in range(0, long, step):
-        part = (matrix[:, start : start + step] if wide else matrix[start : start + step].T).double()
-        gram.addmm_(part, part.T)
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = torch.linalg.eigh(gram_matrix(matrix))
     values = squares.flip(0).clamp_min(0).sqrt().cpu()
     k = _pick(rule, values, norm, noise_edge)
     inner = vectors.flip(1)[:, :k]
-    outer = torch.empty(long, k, dtype=torch.float64, device=matrix.device)
-    for start in range(0, long, step):
-        part = (matrix[:, start : start + step].T if wide else matrix[start : start + step]).double()
-        outer[start : start + step] = part @ inner
-    # The norms of A^T u are better than the square roots of eigenvalues for small values.
-    values_k = outer.norm(dim=0)
-    outer = (outer / values_k).float()
+    outer, values_k = outer_vectors(matrix, inner)
     following = float(values[k]) if k < values.numel() else None
     left, right = (inner.float(), outer) if wide else (outer, inner.float())
     return Triplets(left, values_k.cpu(), right, following, passes=2)
+
+
+def gram_matrix(matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "short short"]:
+    """A A^T or A^T A, whichever is smaller, in float64."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    short, long = min(matrix.shape), max(matrix.shape)
+    gram = torch.zeros(short, short, dtype=torch.float64, device=matrix.device)
+    for start in range(0, long, _step(short)):
+        columns = slice(start, start + _step(short))
+        part = (matrix[:, columns] if wide else matrix[columns].T).double()
+        gram.addmm_(part, part.T)
+    return gram
+
+
+def outer_vectors(matrix: Float[Tensor, "d_out d_in"], inner: Float[Tensor, "short k"]) -> tuple[Float[Tensor, "long k"], Float[Tensor, " k"]]:
+    """Singular vectors of the long side in float32 from those of the short one (float64), and the singular values."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    short, long = min(matrix.shape), max(matrix.shape)
+    outer = torch.empty(long, inner.shape[1], dtype=torch.float64, device=matrix.device)
+    for start in range(0, long, _step(short)):
+        rows = slice(start, start + _step(short))
+        part = (matrix[:, rows].T if wide else matrix[rows]).double()
+        outer[rows] = part @ inner
+    # The norms of A^T u are better than the square roots of eigenvalues for small values.
+    values = outer.norm(dim=0)
+    return (outer / values).float(), values
+
+
+def _step(short: int) -> int:
+    return max(1, 2**24 // short)  # 128 MiB of float64 at a time, whatever the long side
 
 
 def _certify(matrix: Tensor, triplets: Triplets, method: str, norm: float) -> Subspace:

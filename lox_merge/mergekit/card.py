@@ -17,12 +17,11 @@ library_name: transformers
 {base_model}tags:
 - mergekit
 - merge
-- lox
+- {tag}
 ---
 # {name}
 
-{aligned}, hardened by low-rank extrapolation (LoX, [arXiv 2506.15606](https://arxiv.org/abs/2506.15606)) away from its
-pre-trained model {base}, with lox-merge {version} and mergekit {mergekit}. {edited} of {total} tensors were edited.
+{what}, with lox-merge {version} and mergekit {mergekit}. {edited} of {total} tensors were edited.
 
 ```yaml
 {configuration}```
@@ -46,17 +45,30 @@ def _is_local(text: str) -> bool:
 
 def merge_card(plan: MergePlan, configuration: str, name: str) -> str:
     """README.md of the output folder `name`; configuration: the YAML as published."""
-    checkpoints = (plan.files.base, plan.aligned)
+    checkpoints = plan.files.checkpoints.values()
     # The Hub accepts its own ids only, so local folders are named in the text alone.
     ids = [identity["name"] for identity in (checkpoint.source.identity() for checkpoint in checkpoints) if identity["kind"] == "hub"]
     return _CARD.format(
         base_model="".join(["base_model:\n", *(f"- {hub_id}\n" for hub_id in ids)]) if ids else "",
         name=name,
-        base=plan.files.base.title,
-        aligned=plan.aligned.title,
+        tag="lox" if plan.files.edit.method == "lox" else "projection-filter",
+        what=_what(plan),
         version=__version__,
         mergekit=importlib.metadata.version("mergekit"),
         edited=sum(tensor.edited for tensor in plan.tensors),
         total=len(plan.tensors),
         configuration=configuration,
+    )
+
+
+def _what(plan: MergePlan) -> str:
+    base, aligned, mirrored = plan.files.base.title, plan.files.aligned.title, plan.mirrored.title
+    if plan.files.edit.method == "lox":
+        return (
+            f"{aligned}, hardened by low-rank extrapolation (LoX, [arXiv 2506.15606](https://arxiv.org/abs/2506.15606)) away from its\n"
+            f"pre-trained model {base}"
+        )
+    return (
+        f"{mirrored}, its change from {aligned} filtered by the subspace in which {aligned} differs from its pre-trained\nmodel {base} "
+        "([arXiv 2505.14185](https://arxiv.org/abs/2505.14185), which finds that this costs usefulness as much as harm)"
     )

@@ -25,7 +25,8 @@ from mergekit.merge_methods import registered_methods
 from pydantic import ValidationError
 
 from lox_merge.errors import RecipeError, RequestError
-from lox_merge.mergekit.plugin import LOX, METHOD
+from lox_merge.mergekit.plugin import METHOD, OWN_METHODS
+from lox_merge.mergekit.projection import ROLES
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def read_configuration(path: Path) -> tuple[dict[str, Any], MergeConfiguration]:
         raise RequestError(f"the configuration {path.name} is not valid: {one_line(error)}.") from error
     known = sorted(method.spec.name for method in registered_methods())
     if config.merge_method not in known:
-        raise RequestError(f"merge_method {config.merge_method!r} is not known; use {METHOD!r} or one of mergekit's: {', '.join(known)}.")
+        raise RequestError(
+            f"merge_method {config.merge_method!r} is not known; use {', '.join(map(repr, OWN_METHODS))} or one of mergekit's: {', '.join(known)}."
+        )
     return raw, config
 
 
@@ -75,16 +78,24 @@ def one_line(error: Exception) -> str:
 
 
 def lox_problems(raw: Mapping[str, Any], config: MergeConfiguration) -> list[str]:
-    """Everything in the configuration that `lox` cannot do or that would have no effect, one line each."""
+    """Everything in the configuration that our methods cannot do or that would have no effect, one line each."""
     problems = _unknown_keys(raw)
+    wanted = roles_of(config)
     if config.base_model is None:
-        return [*problems, "base_model is missing: name the pre-trained model there, and the aligned model under models."]
+        return [*problems, f"base_model is missing: name the pre-trained model there, and the {' and the '.join(wanted)} model under models."]
     for where, sources, complete in _inputs(config):
         models = [source.model for source in sources]
         others = [model for model in models if model != config.base_model]
-        if len(others) != 1:
+        if len(others) != len(wanted):
             named = ", ".join(str(model) for model in others) or "none"
-            problems.append(f"{where} needs exactly one model beside base_model, the aligned one; it has {len(others)} ({named}).")
+            count = {1: "one model", 2: "two models"}[len(wanted)]
+            ones = " and the ".join(f"{role} one" for role in wanted)
+            problems.append(f"{where} needs exactly {count} beside base_model, the {ones}; it has {len(others)} ({named}).")
+        elif len(wanted) > 1 and sorted(str(_role(source)) for source in sources if source.model != config.base_model) != sorted(wanted):
+            problems.append(
+                f"{where}: which model is which? Give `parameters: {{role: aligned}}` to the safety-tuned model and "
+                "`parameters: {role: finetuned}` to the one that was fine-tuned from it."
+            )
         if not complete and len(models) - len(others) != 1:
             problems.append(f"{where} must list base_model ({config.base_model}) once, with the same layer_range as the aligned model.")
         problems += [
@@ -94,7 +105,7 @@ def lox_problems(raw: Mapping[str, Any], config: MergeConfiguration) -> list[str
         ]
     problems += _slice_problems(config)
     for setting in settings(config):
-        problems += _setting_problems(setting)
+        problems += _setting_problems(setting, config.merge_method)
     return problems
 
 
@@ -112,9 +123,23 @@ def settings(config: MergeConfiguration) -> Iterator[Setting]:
             yield Setting(where, name, value)
 
 
-def aligned_reference(config: MergeConfiguration) -> Any:
-    """mergekit's reference to the one model beside base_model (after lox_problems found nothing)."""
-    return next(source.model for _, sources, _ in _inputs(config) for source in sources if source.model != config.base_model)
+def roles_of(config: MergeConfiguration) -> tuple[str, ...]:
+    """The models that a method takes beside base_model, in the order of training."""
+    return ("aligned",) if config.merge_method == METHOD else ROLES
+
+
+def references(config: MergeConfiguration) -> dict[str, Any]:
+    """mergekit's references to the models beside base_model, by role (after lox_problems found nothing)."""
+    sources = next(sources for _, sources, _ in _inputs(config))
+    others = [source for source in sources if source.model != config.base_model]
+    if config.merge_method == METHOD:
+        return {"aligned": others[0].model}
+    found = {str(_role(source)): source.model for source in others}
+    return {role: found[role] for role in ROLES}
+
+
+def _role(source: Any) -> Any:
+    return (source.parameters or {}).get("role")
 
 
 def _output_slices(config: MergeConfiguration) -> list[tuple[str, OutputSliceDefinition]]:
@@ -137,19 +162,20 @@ def _slice_problems(config: MergeConfiguration) -> list[str]:
         ranges = {source.layer_range for source in part.sources}
         if len(ranges) != 1 or next(iter(ranges))[0] != following.get(stack, 0):
             problems.append(
-                f"{where}: lox compares layer i with layer i, so the slices must cover all layers in order, with one layer_range for both models."
+                f"{where}: layer i is compared with layer i, so the slices must cover all layers in order, with one layer_range for all models."
             )
         following[stack] = max(stop for _, stop in ranges)
         if part.base_model not in (None, config.base_model):
-            problems.append(f"{where}.base_model differs from base_model; lox takes one pre-trained model for the whole merge.")
+            problems.append(f"{where}.base_model differs from base_model; the method takes one pre-trained model for the whole merge.")
     return problems
 
 
-def _setting_problems(setting: Setting) -> list[str]:
-    parameter = next((parameter for parameter in LOX.spec.parameters if parameter.name == setting.name), None)
+def _setting_problems(setting: Setting, method: str) -> list[str]:
+    parameters = OWN_METHODS[method].spec.parameters
+    parameter = next((parameter for parameter in parameters if parameter.name == setting.name), None)
     if parameter is None:
-        known = ", ".join(parameter.name for parameter in LOX.spec.parameters)
-        return [f"{setting.where}.{setting.name} is no parameter of lox; it has {known}."]
+        known = ", ".join(parameter.name for parameter in parameters)
+        return [f"{setting.where}.{setting.name} is no parameter of {method}; it has {known}."]
     problems = []
     for condition in setting.conditions():
         place = f"{setting.where}.{setting.name}" + (f" (filter {condition.filter!r})" if condition.filter else "")

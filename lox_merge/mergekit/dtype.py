@@ -1,4 +1,4 @@
-"""The dtype of a `lox` merge: mergekit promotes both models to a common one and keeps it; the output is to have aligned's."""
+"""The dtype of a merge: mergekit promotes all models to a common one and keeps it; the output is to have the mirrored model's."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
 
 
 def settle_dtype(config: MergeConfiguration, files: Plan, tensors: Sequence[PlannedTensor]) -> tuple[MergeConfiguration, bool, list[str]]:
-    """The configuration with out_dtype set where the two models differ in dtype; whether mergekit rounds the edits itself;
+    """The configuration with out_dtype set where the models differ in dtype; whether mergekit rounds the edits itself;
     and what cannot be done, one line each."""
     problems = []
     pairs = [
-        (tensor, torch_dtype(files.base.info(source).dtype), torch_dtype(files.aligned.info(source).dtype))
+        (tensor, torch_dtype(other.info(source).dtype), torch_dtype(files.mirrored.info(source).dtype))
         for tensor in tensors
         for source in tensor.sources
-        if source in files.base and files.aligned.info(source).dtype in EDITABLE and files.base.info(source).dtype in EDITABLE
+        for other in files.others
+        if source in other and files.mirrored.info(source).dtype in EDITABLE and other.info(source).dtype in EDITABLE
     ]
     promoted = any(torch.promote_types(base, aligned) != aligned for _, base, aligned in pairs)
     if promoted and not (config.dtype or config.out_dtype):
         kinds = sorted({str(aligned).removeprefix("torch.") for _, _, aligned in pairs})
         if len(kinds) > 1:
             problems.append(
-                f"base and aligned have other dtypes, and aligned itself has {' and '.join(kinds)}, which mergekit cannot keep apart. "
+                f"{files.others[0].role} and {files.mirrored.role} have other dtypes, and {files.mirrored.role} itself has "
+                f"{' and '.join(kinds)}, which mergekit cannot keep apart. "
                 f"Set out_dtype to one of {', '.join(OUTPUT_DTYPES)}, or use lox-merge harden."
             )
         else:
@@ -41,13 +43,13 @@ def settle_dtype(config: MergeConfiguration, files: Plan, tensors: Sequence[Plan
     for tensor, base, aligned in pairs:
         kernel = loaded or torch.promote_types(base, aligned)
         rounded |= tensor.edited and written not in (None, kernel)
-        if tensor.edited and tensor.rounding != "nearest" and written not in (None, kernel):
+        if tensor.edited and tensor.settings["rounding"] != "nearest" and written not in (None, kernel):
             problems.append(
-                f"rounding {tensor.rounding!r} has no effect where mergekit computes in {kernel} and rounds to {written} itself. "
+                f"rounding {tensor.settings['rounding']!r} has no effect where mergekit computes in {kernel} and rounds to {written} itself. "
                 "Leave dtype and out_dtype out, with both models in one dtype, or use lox-merge harden."
             )
             break
-        if tensor.edited and tensor.rank == "noise-floor" and kernel != aligned:
+        if tensor.edited and tensor.settings["rank"] == "noise-floor" and kernel != aligned:
             problems.append(
                 f"rank 'noise-floor' is judged by the dtype that aligned is stored in ({aligned}), but mergekit computes in {kernel}. "
                 "Leave dtype out, with both models in one dtype, or use lox-merge harden."

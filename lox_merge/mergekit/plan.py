@@ -1,4 +1,4 @@
-"""Preflight of a `lox` merge: mergekit's own plan, made without writing, held against what the checkpoints really contain.
+"""Preflight of a merge by one of our methods: mergekit's own plan, made without writing, held against what the checkpoints really contain.
 
 mergekit writes the tensors that its architecture template names and drops all others without a word; it meets a missing
 tensor, other shapes or a differing vocabulary in the middle of writing. Both plans are compared here first.
@@ -23,37 +23,38 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.dtypes import EDITABLE
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, PlanError, RequestError
+from lox_merge.jobs.edit import Edit
+from lox_merge.jobs.filter_checks import check_direction
+from lox_merge.jobs.filter_edit import FilterEdit
+from lox_merge.jobs.filter_recipe import FilterRecipe
 from lox_merge.jobs.layout import matrix_views
+from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import Plan, make_plan
 from lox_merge.jobs.recipe import Recipe
-from lox_merge.mergekit.config import Setting, aligned_reference, lox_problems, one_line, settings
+from lox_merge.jobs.settings import Settings
+from lox_merge.mergekit.config import Setting, lox_problems, one_line, references, settings
 from lox_merge.mergekit.dtype import settle_dtype
+from lox_merge.mergekit.plugin import METHOD, OWN_METHODS
 
 _MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor of mergekit's plan with its resolved parameters. sources: aligned's tensors that it is made of.
+    """One output tensor of mergekit's plan with its resolved parameters. sources: tensors of the mirrored model that it is made of.
 
-    is_matrix: whether it holds a matrix at all; vectors stay as in aligned whatever the parameters say.
+    edited: whether the method changes it, by its shape and its parameters.
     """
 
     name: str
-    rank: int | str
-    alpha: float
-    rounding: str
+    settings: Mapping[str, Any]
     sources: tuple[str, ...]
-    is_matrix: bool
-
-    @property
-    def edited(self) -> bool:
-        return self.is_matrix and self.rank != 0 and self.alpha != 0
+    edited: bool
 
 
 @dataclass
 class MergePlan:
-    """What a `lox` merge will do. config: what mergekit is given (made safe); files: base, aligned and side files.
+    """What a merge will do. config: what mergekit is given (made safe); files: the checkpoints by role and the side files.
 
     rounded_by_mergekit: whether mergekit casts the method's result to another dtype on writing.
     """
@@ -65,8 +66,9 @@ class MergePlan:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def aligned(self) -> Checkpoint:
-        return self.files.aligned
+    def mirrored(self) -> Checkpoint:
+        """The model whose layout, tokenizer and other files the output has."""
+        return self.files.mirrored
 
 
 def plan_merge(raw: Mapping[str, Any], config: MergeConfiguration, out: Path, options: MergeOptions, *, order_is_right: bool = False) -> MergePlan:
@@ -74,34 +76,54 @@ def plan_merge(raw: Mapping[str, Any], config: MergeConfiguration, out: Path, op
     problems = lox_problems(raw, config)
     if problems:
         raise PlanError(problems)
-    reference = aligned_reference(config)
+    others = references(config)
+    reference = list(others.values())[-1]
     LoaderCache().setup(options=options)
     try:
-        base = _open(config.base_model, "base", options)
-        aligned = _open(reference, "aligned", options)
+        opened = {role: _open(model, role, options) for role, model in {"base": config.base_model, **others}.items()}
     except LoxMergeError:
         raise
     except Exception as error:  # mergekit and peft raise many types for adapters that cannot be merged
         raise RequestError(f"the models cannot be opened: {one_line(error)}.") from error
     dtype = (config.out_dtype or config.dtype or "").removeprefix("torch.") or None
-    files = make_plan(base, aligned, out, Recipe(dtype=dtype), order_confirmed=order_is_right)
+    recipe, edit = _widest(config.merge_method, dtype)
+    files = make_plan(opened, out, recipe, edit, order_confirmed=order_is_right)
+    mirrored = files.mirrored
     notes = [] if options.copy_tokenizer else ["--no-copy-tokenizer: the output has no tokenizer."]
     safe = _without_tokenizer(config, notes)
     try:
-        tensors, weights = _mergekit_plan(safe, reference, options, aligned)
+        tensors, weights = _mergekit_plan(safe, reference, options, mirrored)
     except LoxMergeError:
         raise
     except Exception as error:
         raise RequestError(f"mergekit cannot plan this merge: {one_line(error)}.") from error
     problems = _coverage_problems(files, tensors, weights)
-    problems += _setting_problems(list(settings(config)), tensors, aligned, notes)
+    problems += _setting_problems(list(settings(config)), tensors, mirrored, notes)
     safe, rounded, dtype_problems = settle_dtype(safe, files, tensors)
     problems += dtype_problems
     if not any(tensor.edited for tensor in tensors):
-        problems.append("every tensor has alpha 0 or rank 0: the output would be the aligned model unchanged. Check filters and gradients.")
+        none = "alpha 0 or rank 0" if config.merge_method == METHOD else "fraction 0 and rank 0"
+        problems.append(f"every tensor has {none}: the output would be the {mirrored.role} model unchanged. Check filters and gradients.")
     if problems:
         raise PlanError(problems)
+    if config.merge_method != METHOD:
+        check_direction(files)
     return MergePlan(safe, files, tensors, rounded, notes)
+
+
+def _widest(method: str, dtype: str | None) -> tuple[Settings, Edit]:
+    """The recipe under which every tensor is looked at that the configuration may edit."""
+    if method == METHOD:
+        recipe = Recipe(dtype=dtype)
+        return recipe, LoxEdit(recipe)
+    whole = FilterRecipe(rank=1, dtype=dtype)
+    return whole, FilterEdit(whole)
+
+
+def _is_edited(method: str, values: Mapping[str, Any], matrices: bool, vectors: bool) -> bool:
+    if method == METHOD:
+        return matrices and values["rank"] != 0 and values["alpha"] != 0
+    return (matrices or vectors) and (values["rank"] != 0 or values["fraction"] != 0)
 
 
 def warn(plan: MergePlan) -> None:
@@ -129,7 +151,7 @@ def _without_tokenizer(config: MergeConfiguration, notes: list[str]) -> MergeCon
     return config.model_copy(update={"tokenizer_source": None, "tokenizer": None, "chat_template": None}, deep=True)
 
 
-def _mergekit_plan(config: MergeConfiguration, reference: Any, options: MergeOptions, aligned: Checkpoint) -> tuple[list[PlannedTensor], list[Any]]:
+def _mergekit_plan(config: MergeConfiguration, reference: Any, options: MergeOptions, mirrored: Checkpoint) -> tuple[list[PlannedTensor], list[Any]]:
     """mergekit's plan (on a copy, since planning rewrites the configuration), and its weight descriptions."""
     architecture = get_architecture_info(config, options)
     out_config = config.base_model.config(trust_remote_code=options.trust_remote_code)
@@ -141,15 +163,17 @@ def _mergekit_plan(config: MergeConfiguration, reference: Any, options: MergeOpt
     weights = [task.output_weight for task in tasks]
     alias = {other: weight.name for weight in weights for other in weight.aliases or ()}
     planned = {weight.name for weight in weights}
-    for name, target in model_layout(aligned.config.get("model_type"), aligned.names).items():
+    for name, target in model_layout(mirrored.config.get("model_type"), mirrored.names).items():
         written = name if name in planned else alias.get(name) or alias.get(target) or target
         made_of.setdefault(written, []).append(name)
     tensors = []
     for task in tasks:
-        name, values = task.output_weight.name, task.input_parameters[reference]
+        name, values = task.output_weight.name, {**task.parameters, **task.input_parameters[reference]}
         sources = tuple(made_of.get(name, ()))
-        is_matrix = any(matrix_views(source, aligned.info(source).shape, aligned.config) for source in sources)
-        tensors.append(PlannedTensor(name, values["rank"], values["alpha"], values["rounding"], sources, is_matrix))
+        matrices = any(matrix_views(source, mirrored.info(source).shape, mirrored.config) for source in sources)
+        vectors = any(len(mirrored.info(source).shape) == 1 for source in sources)
+        kept = {parameter.name: values[parameter.name] for parameter in OWN_METHODS[config.merge_method].spec.parameters if parameter.name != "role"}
+        tensors.append(PlannedTensor(name, kept, sources, _is_edited(config.merge_method, values, matrices, vectors)))
     return tensors, weights
 
 
@@ -175,40 +199,48 @@ def _coverage_problems(files: Plan, tensors: list[PlannedTensor], weights: list[
     dropped = [tensor.name for tensor in files.tensors if tensor.name not in written and tensor.reason != "constant buffer"]
     if dropped:
         problems.append(
-            f"mergekit's architecture template leaves out {len(dropped)} tensor(s) of {files.aligned.title}, and the output would lack them: "
-            f"{_shown(dropped)}. Use lox-merge harden, which keeps every tensor."
+            f"mergekit's architecture template leaves out {len(dropped)} tensor(s) of {files.mirrored.title}, and the output would lack them: "
+            f"{_shown(dropped)}. Use lox-merge {_command(files)}, which keeps every tensor."
         )
     tied = {weight.name for weight in weights if weight.tied_names or weight.optional}
     unknown = [tensor.name for tensor in tensors if not tensor.sources and tensor.name not in tied]
     if unknown:
-        problems.append(f"mergekit wants {len(unknown)} tensor(s) that {files.aligned.title} does not have: {_shown(unknown)}. Use lox-merge harden.")
+        problems.append(
+            f"mergekit wants {len(unknown)} tensor(s) that {files.mirrored.title} does not have: {_shown(unknown)}. Use lox-merge {_command(files)}."
+        )
     vocabulary = [tensor.name for tensor in files.tensors if tensor.reason == "vocabularies differ"]
     if vocabulary:
-        shapes = "; ".join(f"{name}: base {list(files.base.info(name).shape)}, aligned {list(files.aligned.info(name).shape)}" for name in vocabulary)
+        shapes = "; ".join(
+            f"{name}: base {list(files.base.info(name).shape)}, {files.mirrored.role} {list(files.mirrored.info(name).shape)}" for name in vocabulary
+        )
         problems.append(
             f"the vocabularies differ ({shapes}), which mergekit cannot merge without rebuilding them. "
-            "Use lox-merge harden, which copies these tensors from the aligned model."
+            f"Use lox-merge {_command(files)}, which copies these tensors from the {files.mirrored.role} model."
         )
     for name, source in ((tensor.name, source) for tensor in tensors for source in tensor.sources):
-        if files.aligned.info(source).dtype not in EDITABLE:
+        if files.mirrored.info(source).dtype not in EDITABLE:
             problems += _buffer_problems(files, name, source)
     return problems
 
 
 def _buffer_problems(files: Plan, name: str, source: str) -> list[str]:
     """mergekit copies whole-number buffers only where all models agree."""
-    if source in files.base and torch.equal(files.base.tensor(source), files.aligned.tensor(source)):
+    if all(source in other and torch.equal(other.tensor(source), files.mirrored.tensor(source)) for other in files.others):
         return []
-    dtype = files.aligned.info(source).dtype
-    return [f"{name} holds {dtype} values that differ from base's; mergekit cannot choose between them. Use lox-merge harden."]
+    dtype = files.mirrored.info(source).dtype
+    return [f"{name} holds {dtype} values that differ from base's; mergekit cannot choose between them. Use lox-merge {_command(files)}."]
 
 
-def _setting_problems(given: list[Setting], tensors: list[PlannedTensor], aligned: Checkpoint, notes: list[str]) -> list[str]:
+def _command(files: Plan) -> str:
+    return "harden" if files.edit.method == "lox" else "project"
+
+
+def _setting_problems(given: list[Setting], tensors: list[PlannedTensor], mirrored: Checkpoint, notes: list[str]) -> list[str]:
     """Filters that match nothing; and, as a warning, filtered lists that end without a value for all other tensors."""
     problems = []
     names = [tensor.name for tensor in tensors]
     # One configuration may serve tied and untied models: a tied one has no output head of its own.
-    known = [*names, "lm_head.weight"] if aligned.ties_embeddings else names
+    known = [*names, "lm_head.weight"] if mirrored.ties_embeddings else names
     for setting in given:
         conditions = setting.conditions()
         for condition in conditions:

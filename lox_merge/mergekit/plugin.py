@@ -13,15 +13,9 @@ rounding  'nearest' (default), 'feedback' or 'stochastic': how the edit is writt
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Union
 
-from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import (
     BasePolicy,
     InputContract,
@@ -40,17 +34,18 @@ from lox_merge.checkpoint.dtypes import code_of
 from lox_merge.checkpoint.safetensors_format import TensorInfo
 from lox_merge.errors import LoxMergeError, NonFiniteDeltaError, RecipeError
 from lox_merge.jobs.layout import matrix_views
+from lox_merge.jobs.lox_edit import edit_matrix
 from lox_merge.jobs.recipe import DEFAULT_ALPHA, DEFAULT_RANK, Recipe, check_alpha
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.jobs.work import edit_matrix
-from lox_merge.maths.edits import Realised
 from lox_merge.maths.rank import parse_rank
 from lox_merge.maths.rounding import ROUNDINGS
+from lox_merge.mergekit.projection import PROJECT
+from lox_merge.mergekit.realised import model_config, realised_updates, report_realised
+
+__all__ = ["LOX", "METHOD", "OWN_METHODS", "lox_kernel", "realised_updates", "register_methods"]
 
 METHOD = "lox"
 REFERENCE = "https://arxiv.org/abs/2506.15606"
-# mergekit takes a tensor from a method and nothing else; figures leave by this way, from whatever thread it runs in.
-_LISTENERS: list[list[tuple[str, Realised]]] = []
 
 
 # These raise RecipeError, which is no ValueError: pydantic hands it on as it is instead of folding it into its own report.
@@ -108,7 +103,7 @@ def lox_kernel(
     base: Tensor = group.base.tensor.contiguous()
     aligned: Tensor = entry.tensor.contiguous()
     name, shape = group.metadata.name or "tensor", tuple(aligned.shape)
-    views = matrix_views(name, shape, _config(entry.id) if aligned.ndim > 2 else {})
+    views = matrix_views(name, shape, model_config(entry.id) if aligned.ndim > 2 else {})
     if not views or rank[entry.id] == 0 or alpha[entry.id] == 0:
         return aligned
     info = TensorInfo(name, code_of(aligned.dtype), shape, 0, 0)
@@ -118,29 +113,8 @@ def lox_kernel(
     results = [edit_matrix(view.select(base), view.select(aligned), view.select(out), view, job, recipe, aligned.device) for view in views]
     if any(result.bad for result in results):
         raise NonFiniteDeltaError({name: sum(result.bad for result in results)})
-    for records in _LISTENERS:
-        records.extend((name, result.realised) for result in results if result.realised is not None)
+    report_realised([(name, result.realised) for result in results if result.realised is not None])
     return out
-
-
-@contextmanager
-def realised_updates() -> Iterator[list[tuple[str, Realised]]]:
-    """Collects (tensor name, what of the edit survived rounding) of every matrix that is edited inside the `with` block."""
-    records: list[tuple[str, Realised]] = []
-    _LISTENERS.append(records)
-    try:
-        yield records
-    finally:
-        _LISTENERS.remove(records)
-
-
-def _config(model: Hashable) -> dict[str, Any]:
-    """config.json of the model that a tensor came from: the layout of stacked experts follows from it. Empty in memory."""
-    if not isinstance(model, ModelReference):
-        return {}
-    folder = Path(LoaderCache().get(model).index.base_path)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
 
 
 LOX: MergeMethod = merge_method(
@@ -154,17 +128,20 @@ LOX: MergeMethod = merge_method(
 )
 
 
-def register_methods() -> None:
-    """Makes `lox` known to mergekit. Any number of calls and imports register it once.
+OWN_METHODS: dict[str, MergeMethod] = {method.spec.name: method for method in (LOX, PROJECT)}
 
-    Raises LoxMergeError when something else has taken the name.
+
+def register_methods() -> None:
+    """Makes `lox` and `lox_project` known to mergekit. Any number of calls and imports register them once.
+
+    Raises LoxMergeError when something else has taken a name.
     """
-    for method in registered_methods():
-        if method.spec.name == METHOD:
-            if method.spec.reference_url == REFERENCE and {p.name for p in method.spec.parameters} >= {"rank", "alpha"}:
-                return
-            raise LoxMergeError(f"mergekit already has another merge method named {METHOD!r}; use lox-merge harden instead.")
-    register(LOX)
+    known = {method.spec.name: method.spec for method in registered_methods()}
+    for name, method in OWN_METHODS.items():
+        if name not in known:
+            register(method)
+        elif known[name].reference_url != method.spec.reference_url or {p.name for p in known[name].parameters} < {"rank"}:
+            raise LoxMergeError(f"mergekit already has another merge method named {name!r}; use lox-merge harden or project instead.")
 
 
 register_methods()

@@ -1,4 +1,4 @@
-"""A `lox` merge from configuration to finished folder: plan, merge beside the target, check, complete, rename.
+"""A merge by one of our methods, from configuration to finished folder: plan, merge beside the target, check, complete, rename.
 
 mergekit writes straight into the output folder, and takes config, tokenizer and chat template from `base_model`, which is
 the pre-trained model here. So it writes into a folder of its own, which becomes the output only when it is a whole model.
@@ -27,7 +27,7 @@ from lox_merge.jobs.harden import WANTED_GAIN
 from lox_merge.jobs.plan import MANIFEST, check_disk, output_config
 from lox_merge.maths.edits import Realised
 from lox_merge.mergekit.card import merge_card, without_paths
-from lox_merge.mergekit.config import aligned_reference, one_line, read_configuration
+from lox_merge.mergekit.config import one_line, read_configuration, references
 from lox_merge.mergekit.plan import MergePlan, plan_merge, warn
 from lox_merge.mergekit.plugin import realised_updates
 
@@ -51,15 +51,12 @@ class MergeResult:
 
     def to_json(self) -> dict[str, Any]:
         """For --json."""
-        tensors = [
-            {"name": tensor.name, "edited": tensor.edited, "rank": tensor.rank, "alpha": tensor.alpha, "rounding": tensor.rounding}
-            for tensor in self.plan.tensors
-        ]
+        tensors = [{"name": tensor.name, "edited": tensor.edited, **tensor.settings} for tensor in self.plan.tensors]
         return {
             "command": "yaml",
-            "method": "lox",
+            "method": self.plan.config.merge_method,
             "output": self.out.name,
-            "sources": {"base": self.plan.files.base.source.identity(), "aligned": self.plan.aligned.source.identity()},
+            "sources": {role: checkpoint.source.identity() for role, checkpoint in self.plan.files.checkpoints.items()},
             "realised_gain": self.realised_gain,
             "warnings": self.plan.warnings,
             "tensors": tensors,
@@ -67,7 +64,7 @@ class MergeResult:
 
 
 def merge(config_file: Path, out: Path, options: MergeOptions, *, overwrite: bool = False, order_is_right: bool = False) -> MergeResult:
-    """Carries out a configuration whose method is `lox`. Raises RequestError or PlanError before anything is written,
+    """Carries out a configuration whose method is one of ours. Raises RequestError or PlanError before anything is written,
     LoxMergeError afterwards; in both cases there is no folder `out` that was not there before."""
     raw, config = read_configuration(config_file)
     out = out.resolve()
@@ -148,7 +145,7 @@ def _check_tensors(plan: MergePlan, partial: Path) -> None:
         written = open_checkpoint(partial, "output")
     problems = []
     for tensor in plan.tensors:
-        infos = [plan.aligned.info(source) for source in tensor.sources]
+        infos = [plan.mirrored.info(source) for source in tensor.sources]
         if infos and tensor.name not in written:
             problems.append(f"{tensor.name} is missing")
         elif len(infos) == 1 and written.info(tensor.name).shape != infos[0].shape:
@@ -183,10 +180,10 @@ def _side_files(plan: MergePlan, options: MergeOptions) -> dict[str, Path]:
     """Name to file. A merged adapter's folder has weights and config only: tokenizer and code come from the model under
     it, and what training added to the tokenizer from the adapter itself."""
     found: dict[str, Path] = {}
-    reference, cache = aligned_reference(plan.config), Path(options.transformers_cache) if options.transformers_cache else None
+    reference, cache = list(references(plan.config).values())[-1], Path(options.transformers_cache) if options.transformers_cache else None
     if reference.lora is not None:
-        _add(found, open_checkpoint(str(reference.model), "aligned", cache))
-    _add(found, plan.aligned)
+        _add(found, open_checkpoint(str(reference.model), plan.mirrored.role, cache))
+    _add(found, plan.mirrored)
     if reference.lora is not None:
         adapter = find_source(str(reference.lora), "adapter", cache)
         found |= {file: adapter.path(file) for file in adapter.names() if file.startswith(_TOKENIZER_PREFIXES)}

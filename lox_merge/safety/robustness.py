@@ -188,7 +188,7 @@ def compare_under_attack(
             del observer
             if curves[-1].batches != next(curve for curve in curves if (curve.attack, curve.seed) == (attack.name, seed)).batches:
                 raise LoxMergeError(f"{kind} was not trained on the same batches as aligned, so they cannot be compared. Please report this.")
-    return Robustness(_sources(plan, given), plan.recipe, settings, tuple(attacks), tuple(seeds), tuple(curves))
+    return Robustness(_sources(plan, given), recipe or Recipe(), settings, tuple(attacks), tuple(seeds), tuple(curves))
 
 
 def _opened(

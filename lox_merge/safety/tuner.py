@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, RequestError
+from lox_merge.jobs.harden import with_recipe
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.asr import evaluate
@@ -50,7 +51,7 @@ class Tuner:
         gc.collect()  # the trainer's cycles keep the last model until then
         source = self._load()
         if recipe is not None:
-            set_starting_point(source.model, self._plan.with_recipe(recipe), HARDENED)
+            set_starting_point(source.model, with_recipe(self._plan, recipe), HARDENED)
         divergence = kl_divergence(self._reference, source.model).value
         found: list[AttackSuccess] = []
 

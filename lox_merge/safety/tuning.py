@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lox_merge.errors import RequestError
-from lox_merge.jobs.recipe import Recipe, compile_pattern
+from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.settings import compile_pattern
 from lox_merge.safety.types import AttackSuccess
 
 # Figures of an alpha beyond these are noise of the attack, and a command line with them would be hard to read.

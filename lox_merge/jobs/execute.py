@@ -1,0 +1,170 @@
+"""Carrying out a plan: lock, resume, write shards, complete, finish. The same for every edit."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lox_merge.checkpoint.checkpoint import SINGLE_INDEX
+from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError
+from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
+from lox_merge.jobs.engine import Progress, run
+from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.manifest import build_manifest, job_description
+from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, check_disk, check_output, output_config
+
+# Below this share of the intended update the written weights are not what was asked for (bf16 can keep under half).
+WANTED_GAIN = 0.95
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A finished job. seconds: wall time of this call. resumed_shards: taken over from an earlier call."""
+
+    out: Path
+    manifest: dict[str, Any]
+    seconds: float
+    resumed_shards: int
+    bytes_read: int
+    bytes_written: int
+
+    def report(self, command: str) -> dict[str, Any]:
+        """For --json: the manifest's summary, recipe and sources, and this call's times."""
+        return {
+            "command": command,
+            "output": self.out.name,
+            "seconds": self.seconds,
+            "resumed_shards": self.resumed_shards,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "summary": self.manifest["summary"],
+            "job": self.manifest["job"],
+            "sources": self.manifest["sources"],
+            "warnings": self.manifest["warnings"],
+            "tensors": self.manifest["tensors"],
+        }
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def advance(self, count: int) -> None:
+        pass
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto', 'cpu', 'cuda' or 'cuda:n' as a torch device. Raises RequestError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RequestError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise RequestError(f"device {name} is not there ({torch.cuda.device_count()} CUDA device(s) found); use --device cpu or auto.")
+    return device
+
+
+def carry_out(
+    plan: Plan,
+    *,
+    device: str,
+    overwrite: bool,
+    progress: Progress | None,
+    check: Callable[[Plan, Journal], None],
+    begin: Callable[[Plan, Journal], None] = lambda plan, journal: None,
+    stacklevel: int = 4,
+) -> JobResult:
+    """Writes what `plan` says. stacklevel: whose call the warnings are about, seen from here.
+
+    check: looks at the weights before anything is written, and raises RequestError where they are not what the edit is for.
+    begin: what the edit has to know of all weights before the first shard; runs once the output is locked.
+    """
+    started = time.perf_counter()
+    target = resolve_device(device)
+    job = job_description(plan, target)
+    journal = Journal(plan.out)
+    check_output(plan.out, overwrite=overwrite)
+    if not overwrite:
+        journal.check(job)
+        done = _already_done(plan, journal)
+        if done is not None:
+            return JobResult(plan.out, done, time.perf_counter() - started, len(plan.shards), 0, 0)
+    fresh = not (plan.out / WORK_FOLDER).exists()
+    if fresh:
+        check_disk(plan)
+    plan.fetch()
+    check(plan, journal)
+    for text in plan.warnings:
+        warnings.warn(text, LoxMergeWarning, stacklevel=stacklevel)
+    try:
+        with journal.locked():
+            if overwrite:
+                journal.clear()
+            journal.begin(job)
+            begin(plan, journal)
+            resumed = sum((plan.out / shard.file).is_file() for shard in plan.shards)
+            check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
+            records = run(plan, journal, target, progress or Silent())
+            manifest = build_manifest(plan, job, records, _write_side_files(plan, journal))
+            write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
+            sync_folder(plan.out)
+            journal.end()
+    except NonFiniteDeltaError:
+        journal.abandon()
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted. Finished shards are kept in {plan.out}; run the same command again to go on, or pass --overwrite to start anew."
+        ) from None
+    return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written)
+
+
+def _already_done(plan: Plan, journal: Journal) -> dict[str, Any] | None:
+    """The manifest of a finished output of this very job, after checking its files. None when there is work to do."""
+    manifest = journal.manifest()
+    if manifest is None:
+        return None
+    entries = {entry["file"]: entry["sha256"] for entry in manifest["output"]["shards"]} | manifest["output"]["files"]
+    damaged = [file for file, digest in entries.items() if not (plan.out / file).is_file() or sha256_of(plan.out / file) != digest]
+    if damaged:
+        raise OutputError(
+            f"{plan.out} is a finished output, but {', '.join(damaged[:4])} is missing or not what was written. Pass --overwrite to make it again."
+        )
+    if journal.folder.exists():  # stopped between manifest and clean-up
+        shutil.rmtree(journal.folder, ignore_errors=True)
+    return manifest
+
+
+def _write_side_files(plan: Plan, journal: Journal) -> dict[str, str]:
+    """Everything beside the shards and the manifest, the index last. Returns sha256 by name."""
+    config = output_config(plan)
+    hashes = {}
+    for name in sorted(plan.side_files, key=lambda name: name == "config.json"):
+        data = config if name == "config.json" and config is not None else plan.mirrored.source.path(name).read_bytes()
+        hashes[name] = write_atomically(plan.out / name, data, journal.folder)
+    index = plan.index()
+    if index is not None:
+        data = plan.mirrored.source.path(SINGLE_INDEX).read_bytes() if plan.keeps_index else json_bytes(index)
+        hashes[SINGLE_INDEX] = write_atomically(plan.out / SINGLE_INDEX, data, journal.folder)
+    return dict(sorted(hashes.items()))
+
+
+def warn_about_gain(gain: float | None, worst: float | None, worst_name: str | None, remedy: str, stacklevel: int = 4) -> None:
+    """Warns where rounding lost much of the edit. remedy: what can be done beside another rounding or dtype."""
+    if gain is not None and gain < WANTED_GAIN:
+        warnings.warn(
+            f"rounding to the output dtype kept only {gain:.2f} of the edit (gain, 1 is all; the worst is "
+            f"{worst_name} with {worst:.2f}). Remedies: --rounding feedback, --dtype float32{remedy}.",
+            LoxMergeWarning,
+            stacklevel=stacklevel,
+        )

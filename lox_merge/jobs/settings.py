@@ -1,0 +1,79 @@
+"""The settings that every edit of a checkpoint shares: which tensors, which dtype, how values are rounded."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
+from lox_merge.errors import RecipeError
+from lox_merge.maths.rounding import ROUNDINGS, Rounding
+
+DEFAULT_TOLERANCE = 1e-3
+
+
+def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
+    """A user's regular expression. Raises RecipeError with the option and the reason."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"{option} {pattern!r} is not a regular expression: {error}.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a recipe of any edit says beside the edit itself.
+
+    include, exclude: regular expressions searched in tensor names; a tensor is edited if some `include` (or none is
+    given) and no `exclude` matches. linear_only: leave embeddings, lm_head and convolutions alone. dtype: output dtype,
+    None keeps each tensor's. tolerance: relative Frobenius error wanted of Proj_k(Δ). fused: 'split' takes gate and up
+    fused inside stacked experts as two matrices. skip_non_finite: copy tensors whose delta holds NaN or Inf instead of
+    failing. Raises RecipeError for anything else.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    linear_only: bool = False
+    dtype: str | None = None
+    rounding: Rounding = "nearest"
+    tolerance: float = DEFAULT_TOLERANCE
+    seed: int = 0
+    fused: str = "split"
+    skip_non_finite: bool = False
+    _compiled: dict[str, re.Pattern[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", tuple(self.include))  # frozen: normalised once, here
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        if self.dtype is not None and self.dtype not in OUTPUT_DTYPES:
+            raise RecipeError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(OUTPUT_DTYPES)}, or leave it out to keep aligned's.")
+        if self.rounding not in ROUNDINGS:
+            raise RecipeError(f"rounding {self.rounding!r} is not known; use one of {', '.join(ROUNDINGS)}.")
+        if self.fused not in ("split", "whole"):
+            raise RecipeError(f"fused {self.fused!r} is not known; use 'split' or 'whole'.")
+        if not (math.isfinite(self.tolerance) and 0 < self.tolerance < 1):
+            raise RecipeError(f"tolerance is {self.tolerance:g}; use a number in (0, 1), such as 1e-3.")
+        for option, patterns in self.patterns().items():
+            for pattern in patterns:
+                self._compiled[pattern] = compile_pattern(pattern, option)
+
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """Every regular expression of the recipe by the option that gave it."""
+        return {"--include": self.include, "--exclude": self.exclude}
+
+    def matches(self, pattern: str, name: str) -> bool:
+        return self._compiled[pattern].search(name) is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the manifest and for comparing two requests."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_known(cls, values: dict[str, Any]) -> None:
+        """Raises RecipeError where `values`, a recipe of a manifest, has settings that this version does not know."""
+        known = {name for name, part in cls.__dataclass_fields__.items() if part.init}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise RecipeError(f"the recipe has settings that this version does not know: {', '.join(unknown)}; use the version that wrote it.")
