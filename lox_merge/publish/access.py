@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
+from lox_merge.checkpoint.hub_failures import status_of
 from lox_merge.checkpoint.hub_reference import parse_hub_reference
 from lox_merge.errors import LoxMergeWarning, RequestError
 from lox_merge.jobs.plan import MANIFEST
@@ -122,11 +125,30 @@ def _check_namespace(account: Mapping[str, Any], repo: str) -> None:
 
 def _check_write(repo: str) -> None:
     """What the Hub says itself, resource groups and the like included. Raises the library's error for a refusal."""
+    insistently(lambda: _ask(f"/api/models/{repo}/auth-check/write"))
+
+
+def check_xet(repo: str, revision: str) -> None:
+    """Asks for the token that Xet uploads need. hf_xet would repeat a refused request for minutes and then call it a broken
+    connection. Raises the library's error for a refusal.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
+        return
+    try:
+        insistently(lambda: _ask(f"/api/models/{repo}/xet-write-token/{quote(revision, safe='')}"))
+    except HfHubHTTPError as error:
+        if status_of(error) != 404:  # a server without Xet: what then is left to the library
+            raise
+
+
+def _ask(path: str) -> None:
     from huggingface_hub import constants, get_session, get_token, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers
 
-    url, headers = f"{constants.ENDPOINT}/api/models/{repo}/auth-check/write", build_hf_headers(token=get_token())
-    insistently(lambda: hf_raise_for_status(get_session().get(url, headers=headers)))
+    hf_raise_for_status(get_session().get(constants.ENDPOINT + path, headers=build_hf_headers(token=get_token())))
 
 
 def _information(api: Any, repo: str, revision: str | None) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 from lox_merge.publish.results import HARDENED, ROLES, AttackPoint, Measured, Rate
 
-_MODELS = {"base": "base (pre-trained)", "aligned": "aligned (before)", "hardened": "**this model** (after)", HARDENED: "**this model**"}
+_MODELS = {"base": "base (pre-trained)", "aligned": "aligned (before)", "hardened": "**this model** (after)"}
+_UNDER_ATTACK = {"aligned": "aligned", HARDENED: "**this model**"}
 _MOST_ROWS = 24
 
 
@@ -65,7 +66,7 @@ def attack_table(measured: Measured) -> list[list[str]]:
     return [
         [
             point.attack,
-            _MODELS.get(point.model, point.model if point.model == "aligned" else f"control: {point.model}"),
+            _UNDER_ATTACK.get(point.model, f"control: {point.model}"),
             str(point.step),
             point.judge + (" (smoke test)" if point.smoke_test else ""),
             percent(_middle(point)),

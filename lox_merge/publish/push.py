@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,7 +165,15 @@ def _validate(card: Card) -> None:
     try:
         insistently(lambda: ModelCard(card.content).validate())
     except ValueError as error:
-        raise RequestError(f"the Hub does not accept the metadata of the card: {error}. Correct README.md, or --license.") from error
+        raise RequestError(f"the Hub does not accept the metadata of the card: {_reasons(str(error))}. Correct README.md, or --license.") from error
+
+
+def _reasons(answer: str) -> str:
+    """The messages in the Hub's JSON, or the answer as it is."""
+    try:
+        return "; ".join(str(problem["message"]) for problem in json.loads(answer)["errors"])
+    except (ValueError, KeyError, TypeError):
+        return answer.splitlines()[0] if answer else "it does not say why"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from lox_merge.errors import PublishError
 from lox_merge.jobs.plan import MANIFEST
-from lox_merge.publish.access import WEIGHTS, hub_api
+from lox_merge.publish.access import WEIGHTS, check_xet, hub_api
 from lox_merge.publish.failures import insistently
 from lox_merge.publish.output import FinishedOutput, OutputFile, changed
 from lox_merge.publish.picture import PICTURE
@@ -128,6 +128,7 @@ def upload(
         for item in missing
         if item.data is not None or item.file
     ]
+    check_xet(repo, revision)
     for start in range(0, len(missing), _TOGETHER):
         _send(repo, revision, missing[start : start + _TOGETHER], additions[start : start + _TOGETHER])
         progress(sum(item.size for item in missing[start : start + _TOGETHER]))
@@ -157,7 +158,8 @@ def _send(repo: str, revision: str, items: Sequence[Item], additions: Sequence[A
     """Uploads the large ones among these files without a commit, and makes sure that what was sent is what was verified."""
     for item in items:
         item.check_unchanged()
-    insistently(lambda: hub_api().preupload_lfs_files(repo, additions, revision=revision, num_threads=_TOGETHER))
+    # The library and hf_xet try every request of this for a while themselves.
+    hub_api().preupload_lfs_files(repo, additions, revision=revision, num_threads=_TOGETHER)
     for item, addition in zip(items, additions, strict=True):
         if addition._should_ignore:
             raise PublishError(f"{repo}: its .gitignore keeps {item.name} out, so the model would be incomplete. Remove that line there.")
