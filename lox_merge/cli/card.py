@@ -41,7 +41,7 @@ def card_command(out: str, repo: str | None, print_only: bool, overwrite: bool, 
     else:
         write_card(output, card, overwrite=overwrite)
     if json_file:
-        metadata = card.data.to_dict()
+        metadata = card.data.to_dict()  # type: ignore[no-untyped-call]
         write_json(json_file, {"command": "card", "output": output.name, "metadata": metadata, "files": list(card.files), "written": not print_only})
     if json_file != "-" and not print_only:
         evaluated = "with results" if options["results"] else 'it says "not evaluated": give --results'

@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lox_merge._version import __version__
+from lox_merge.publish.metadata import PAPER, base_models, card_data
 
 if TYPE_CHECKING:
     from lox_merge.mergekit.plan import MergePlan
 
 _CARD = """---
-library_name: transformers
-{base_model}tags:
-- mergekit
-- merge
-- lox
+{metadata}
 ---
 # {name}
 
-{aligned}, hardened by low-rank extrapolation (LoX, [arXiv 2506.15606](https://arxiv.org/abs/2506.15606)) away from its
+{aligned}, hardened by low-rank extrapolation (LoX, [arXiv 2506.15606]({paper})) away from its
 pre-trained model {base}, with lox-merge {version} and mergekit {mergekit}. {edited} of {total} tensors were edited.
 
 ```yaml
@@ -46,11 +43,11 @@ def _is_local(text: str) -> bool:
 
 def merge_card(plan: MergePlan, configuration: str, name: str) -> str:
     """README.md of the output folder `name`; configuration: the YAML as published."""
-    checkpoints = (plan.files.base, plan.aligned)
-    # The Hub accepts its own ids only, so local folders are named in the text alone.
-    ids = [identity["name"] for identity in (checkpoint.source.identity() for checkpoint in checkpoints) if identity["kind"] == "hub"]
+    sources = [checkpoint.source.identity() for checkpoint in (plan.files.base, plan.aligned)]
+    metadata = card_data(base_model=base_models(sources), relation="merge", library="transformers", tags=("mergekit", "merge", "lox"))
     return _CARD.format(
-        base_model="".join(["base_model:\n", *(f"- {hub_id}\n" for hub_id in ids)]) if ids else "",
+        metadata=metadata.to_yaml(),
+        paper=PAPER,
         name=name,
         base=plan.files.base.title,
         aligned=plan.aligned.title,

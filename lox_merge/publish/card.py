@@ -51,7 +51,7 @@ class Card:
     def data(self) -> ModelCardData:
         from huggingface_hub import ModelCard
 
-        return ModelCard(self.content).data  # type: ignore[no-any-return]
+        return ModelCard(self.content).data  # type: ignore[return-value]
 
 
 def build_card(output: FinishedOutput, repo: str | None, settings: CardSettings) -> Card:

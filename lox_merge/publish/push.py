@@ -114,9 +114,7 @@ def plan_push(
     raise_for_problems(verified)
     card, card_from = card_to_publish(output, repo, settings)
     items = items_of(output, card.files)
-    check_files(
-        {item.name: item.data if item.data is not None else item.file.path for item in items if item.data is not None or item.file}, output.folder
-    )
+    check_files({item.name: item.content for item in items}, output.folder)
     with explained_push(repo):
         _validate(card)
         there = look(repo, target.branch) if target.exists and target.branch_exists else Remote("", {})
@@ -184,7 +182,7 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if bars and not sys.stderr.isatty():
         disable_progress_bars()
     try:

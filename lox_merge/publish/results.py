@@ -93,8 +93,8 @@ class Measured:
 
     @property
     def smoke_tests_only(self) -> bool:
-        rows = [*self.asr, *self.attacks]
-        return bool(rows) and all(row.smoke_test for row in rows)
+        smoke = [row.smoke_test for row in self.asr] + [point.smoke_test for point in self.attacks]
+        return bool(smoke) and all(smoke)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class SourceCard:
 
     @property
     def on_hub(self) -> bool:
-        return self.identity["kind"] == "hub"
+        return bool(self.identity["kind"] == "hub")
 
     @property
     def commit(self) -> str | None:

@@ -29,13 +29,20 @@ _KEPT = {".gitattributes", ".gitignore"}
 
 @dataclass(frozen=True)
 class Item:
-    """One file to publish. data: its bytes, for small files and the card; None: read from `file` when it is sent."""
+    """One file to publish. data: its bytes, for small files and the card; None: read from `file` when it is sent (one of both is there)."""
 
     name: str
     size: int
     sha256: str
     data: bytes | None = field(repr=False)
     file: OutputFile | None = field(default=None, repr=False)
+
+    @property
+    def content(self) -> bytes | Path:
+        if self.data is not None:
+            return self.data
+        assert self.file is not None
+        return self.file.path
 
     def check_unchanged(self) -> None:
         if self.file is not None:
@@ -123,11 +130,7 @@ def upload(
     progress(sum(item.size for item in items) - sum(item.size for item in missing))
     if not missing and not obsolete:
         return Uploaded(before.head, (), ())
-    additions = [
-        CommitOperationAdd(item.name, item.data if item.data is not None else str(item.file.path))
-        for item in missing
-        if item.data is not None or item.file
-    ]
+    additions = [CommitOperationAdd(item.name, item.content) for item in missing]
     check_xet(repo, revision)
     for start in range(0, len(missing), _TOGETHER):
         _send(repo, revision, missing[start : start + _TOGETHER], additions[start : start + _TOGETHER])
