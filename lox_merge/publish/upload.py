@@ -161,8 +161,13 @@ def _send(repo: str, revision: str, items: Sequence[Item], additions: Sequence[A
     """Uploads the large ones among these files without a commit, and makes sure that what was sent is what was verified."""
     for item in items:
         item.check_unchanged()
-    # The library and hf_xet try every request of this for a while themselves.
-    hub_api().preupload_lfs_files(repo, additions, revision=revision, num_threads=_TOGETHER)
+    try:
+        # The library and hf_xet try every request of this for a while themselves.
+        hub_api().preupload_lfs_files(repo, additions, revision=revision, num_threads=_TOGETHER)
+    except Exception:
+        for item in items:  # a file that shrinks under way ends in any error whatever
+            item.check_unchanged()
+        raise
     for item, addition in zip(items, additions, strict=True):
         if addition._should_ignore:
             raise PublishError(f"{repo}: its .gitignore keeps {item.name} out, so the model would be incomplete. Remove that line there.")
