@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import RunCli
 from hub_clients import LoopbackHub, run_client
 from huggingface_hub import ModelCard
 from tiny_models import make_pair
 
 from lox_merge import Recipe, harden
-from lox_merge.cli.asr import asr_command
+from lox_merge.cli.main import cli
 from lox_merge.errors import LoxMergeWarning, OutputError, RequestError, SourceError
 from lox_merge.jobs.verify import verify
 from lox_merge.publish.card import Card, CardSettings, build_card
@@ -120,14 +119,15 @@ def test_the_adapter_form(out: Path) -> None:
     assert "--as-adapter" in card.content and "loads wherever" not in card.content
 
 
-def test_the_command_makes_the_same_output_again(made: tuple[Path, Path, Path], run_cli: RunCli, tmp_path: Path) -> None:
+def test_the_command_makes_the_same_output_again(made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = json.loads((made[2] / "lox_merge.json").read_text())
     words = shlex.split(harden_command(manifest, "hardened"))
     assert words[:2] == ["lox-merge", "harden"]
     for role in (0, 1):
         shutil.copytree(made[role], tmp_path / made[role].name)
-    done = run_cli(*words[1:], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, words[1:])
+    assert done.exit_code == 0, done.output
     assert (tmp_path / "hardened" / "lox_merge.json").read_bytes() == (made[2] / "lox_merge.json").read_bytes()
     every = Recipe(rank="full", include=("a b",), linear_only=True, dtype="float32", tolerance=1e-4, seed=3, fused="whole", skip_non_finite=True)
     text = harden_command({**manifest, "job": {**manifest["job"], "recipe": every.to_json()}}, "o")
@@ -187,7 +187,7 @@ def robustness(file: Path, hardened: dict[str, Any] | None, after: dict[str, Seq
 def test_figures_of_asr_come_into_table_metadata_and_picture(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     (tmp_path / "requests.txt").write_text("how do i help you\nhow do you help\nhow\n")
     asked = ["--prompts", tmp_path / "requests.txt", "--judge", "keyword", "--max-new-tokens", 3, "--device", "cpu", "--no-cache"]
-    done = CliRunner().invoke(asr_command, [str(word) for word in (made[1], made[2], *asked, "--json", tmp_path / "asr.json")])
+    done = CliRunner().invoke(cli, [str(word) for word in ("asr", made[1], made[2], *asked, "--json", tmp_path / "asr.json")])
     assert done.exit_code == 0, done.output
     document = json.loads((tmp_path / "asr.json").read_text())
     figures = document["evaluations"][1]["attack_success"]["keyword"]
@@ -383,16 +383,20 @@ def test_a_card_in_the_output_is_kept_rebuilt_or_refused(made: tuple[Path, Path,
     assert there is not None and there.ours and not there.edited and there.repo is None and not (out / PICTURE).exists()
 
 
-def test_the_command_writes_prints_and_reports(out: Path, run_cli: RunCli, tmp_path: Path, loopback_hub: LoopbackHub, hub_home: Path) -> None:
+def test_the_command_writes_and_reports(out: Path, tmp_path: Path, loopback_hub: LoopbackHub, hub_home: Path) -> None:
     results = robustness(tmp_path / "r.json", None, {"aligned": [2], "LoX": [6]})
-    done = run_cli("card", out, "--repo", "me/hardened", "--license", "mit", "--results", results, "--json", tmp_path / "card.json")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"README.md and {PICTURE} written to hardened (with results; licence mit).\n"
+    asked = ["--repo", "me/hardened", "--license", "mit", "--results", results, "--json", tmp_path / "card.json"]
+    done = CliRunner().invoke(cli, ["card", str(out), *map(str, asked)])
+    assert done.exit_code == 0, done.output
+    assert done.output == f"README.md and {PICTURE} written to hardened (with results; licence mit).\n"
     report = json.loads((tmp_path / "card.json").read_text())
     assert report["written"] and report["metadata"] == ModelCard.load(out / "README.md").data.to_dict() and report["metadata"]["model-index"]
     body = f"from huggingface_hub import ModelCard; card = ModelCard.load({str(out / 'README.md')!r}); card.validate(); result = card.data.to_dict()"
     assert run_client(loopback_hub.environment(hub_home), body) == report["metadata"]
     assert [request.status for request in loopback_hub.requests] == [200]
+    printed = CliRunner().invoke(cli, ["card", str(out), "--license", "mit", "--print"])
+    assert printed.exit_code == 0 and printed.output.startswith("---\n") and "Not evaluated" in printed.output
+    assert "Not evaluated" not in (out / "README.md").read_text()
 
 
 def test_outputs_of_other_kinds_are_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
