@@ -291,6 +291,13 @@ def test_who_may_not_publish_is_told_before_anything_is_computed(case: str, hub:
     assert repo not in hub.repositories
 
 
+def test_the_token_of_hf_auth_login_counts(hub: LoopbackHub, publisher: Publisher, out: Path, repo: str) -> None:
+    (publisher.home / "token").write_text("owner-token")
+    done = publisher.push(out, repo, "--dry-run", token=None)
+    (publisher.home / "token").unlink()
+    assert done.returncode == 0, done.stderr
+
+
 def test_fine_grained_tokens_are_read(hub: LoopbackHub, publisher: Publisher, out: Path) -> None:
     hub.fine_grained["fine-token"] = {"global": [], "scoped": [{"entity": {"name": "org", "type": "org"}, "permissions": ["repo.write"]}]}
     refused(publisher.push(out, "owner/x", token="fine-token"), "fine-grained", "write access to owner or owner/x")
@@ -391,6 +398,9 @@ def test_private_things_in_the_files_stop_it(hub: LoopbackHub, publisher: Publis
     (aligned / "training_settings.json").write_text('{"key": "hf_' + "a" * 34 + '"}')
     harden(base, aligned, tmp_path / "out2")
     refused(publisher.push(tmp_path / "out2", "owner/leaky"), "training_settings.json, line 1, holds an access token")
+    ahead = publisher.run("harden", base, aligned, tmp_path / "out3", "--push", "owner/leaky", "--license", "mit")
+    refused(ahead, "training_settings.json, line 1, holds an access token")
+    assert not (tmp_path / "out3").exists()
     assert "owner/leaky" not in hub.repositories
 
 
@@ -580,6 +590,7 @@ HARDEN_REFUSALS: dict[str, tuple[str | None, list[str], str]] = {
     "no token": (None, ["--license", "mit"], "needs an access token"),
     "read-only token": ("read-token", ["--license", "mit"], "may only read"),
     "unknown licence": ("owner-token", [], "licence of the output is unknown"),
+    "a licence that the Hub does not know": ("owner-token", ["--license", "my-own"], '"license" must be one of'),
     "a name that is taken": ("owner-token", ["--license", "mit", "--push", "owner/base"], "holds another model"),
 }
 
@@ -601,6 +612,16 @@ def test_a_gated_source_is_refused_before_anything_is_computed(
     done = publisher.run("harden", made[0], "stranger/gated", tmp_path / "out", "--push", "owner/x", "--license", "mit")
     assert done.returncode == 2 and done.stderr.startswith("error: aligned: stranger/gated is gated") and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+    commit = hub.repositories["stranger/gated"].branches["main"]
+    out = shutil.copytree(made[2], tmp_path / "made")
+    manifest = json.loads((out / "lox_merge.json").read_text())
+    manifest["sources"]["aligned"] |= {"kind": "hub", "name": "stranger/gated", "commit": commit, "revision": None}
+    (out / "lox_merge.json").write_text(json.dumps(manifest))
+    unread = publisher.run("push", out, "owner/of-gated")
+    assert unread.returncode == 2 and "Traceback" not in unread.stderr
+    assert "the card of a source cannot be read" in unread.stderr and "is gated" in unread.stderr and "--license" in unread.stderr
+    stated = publisher.push(out, "owner/of-gated")
+    assert stated.returncode == 0 and "warning: the card of aligned was not read" in stated.stderr
     missing = publisher.run("harden", made[0], "stranger/gated@v9", tmp_path / "out", "--push", "owner/x", "--license", "mit")
     refused(missing, "not this revision")
 

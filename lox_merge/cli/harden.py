@@ -128,9 +128,8 @@ def harden_command(
     plan = plan_hardening(base, aligned, out, recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
     pushing = None
     if push_to is not None:
-        identities = {"base": plan.base.source.identity(), "aligned": plan.aligned.source.identity()}
-        sources = {"base": base, "aligned": aligned, "cache_dir": cache_dir}
-        pushing = PushWhenDone(push_to, public=public, license=license, sources=sources, plan_sources=identities)
+        where = {"base": base, "aligned": aligned, "cache_dir": cache_dir}
+        pushing = PushWhenDone(plan, push_to, public=public, license=license, **where)
     if searched:
         from lox_merge.cli.search import effective_rank
 
@@ -156,7 +155,7 @@ def harden_command(
     report = result.to_json()
     try:
         if pushing:
-            report["push"] = pushing.publish(out, show=json_file != "-")
+            report["push"] = pushing.publish(show=json_file != "-")
     finally:
         if json_file:
             write_json(json_file, report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,7 @@ from lox_merge.cli.options import cache_option, device_option, json_option
 from lox_merge.cli.publishing import card_options, card_settings, license_option
 
 if TYPE_CHECKING:
-    from lox_merge.publish.card import CardSettings
-    from lox_merge.publish.push import PushPlan, PushResult
+    from lox_merge.jobs.plan import Plan
 
 public_option = click.option("--public", is_flag=True, help="Make a new repository public (default: private). Existing ones are never changed.")
 
@@ -58,7 +57,7 @@ def push_command(
     from lox_merge.cli.show_push import print_push, print_push_plan
     from lox_merge.errors import RequestError
     from lox_merge.jobs.harden import resolve_device
-    from lox_merge.publish.push import Verifying, plan_push
+    from lox_merge.publish.push import Verifying, plan_push, push
 
     if sample is not None and not recompute:
         raise RequestError("--sample says how many tensors --recompute makes again; add --recompute.")
@@ -72,51 +71,39 @@ def push_command(
         if json_file != "-":
             print_push_plan(plan)
         return
-    result = _push(plan)
+    result = push(plan)
     if json_file:
         write_json(json_file, result.to_json())
     if json_file != "-":
         print_push(result, plan.card_from)
 
 
-def _push(plan: PushPlan) -> PushResult:
-    from lox_merge.cli.progress import byte_progress
-    from lox_merge.publish.push import push
-
-    with byte_progress(sum(item.size for item in plan.items), "uploading") as progress:
-        return push(plan, progress=progress.advance)
-
-
 def push_when_done(command: Callable[..., Any]) -> Callable[..., Any]:
     """--push REPO, --public and --license for commands that end in a finished output."""
-    push = click.option("--push", "push_to", metavar="REPO", help="Publish OUT as this repository of the Hub at the end (see lox-merge push).")
-    return push(public_option(license_option(command)))
+    option = click.option("--push", "push_to", metavar="REPO", help="Publish OUT as this repository of the Hub at the end (see lox-merge push).")
+    return option(public_option(license_option(command)))
 
 
 class PushWhenDone:
-    """Publishing at the end of another command. Construction checks token, repository and licence, before anything is computed.
+    """Publishing at the end of another command. Construction checks everything that can be checked before the work.
 
     Raises RequestError for what publishing would refuse.
     """
 
-    def __init__(
-        self, repo: str, *, public: bool, license: str | None, sources: Mapping[str, Any], plan_sources: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        from lox_merge.publish.access import check_can_push
-        from lox_merge.publish.sources import read_source_cards
+    def __init__(self, plan: Plan, repo: str, *, public: bool, license: str | None, base: str, aligned: str, cache_dir: Path | None) -> None:
+        from lox_merge.publish.ahead import check_ahead
 
-        self.repo, self.public = repo, public
-        self.settings: CardSettings = card_settings({"license": license, **sources})
-        check_can_push(repo, public=public)
-        read_source_cards(plan_sources, self.settings.sources, licence=self.settings.licence, cache_dir=self.settings.cache_dir)
+        self.out, self.repo, self.public = plan.out, repo, public
+        self.settings = card_settings({"license": license, "base": base, "aligned": aligned, "cache_dir": cache_dir})
+        check_ahead(plan, repo, public=public, settings=self.settings)
 
-    def publish(self, out: Path, *, show: bool) -> dict[str, Any]:
+    def publish(self, *, show: bool) -> dict[str, Any]:
         """Publishes the finished output; the value for --json."""
         from lox_merge.cli.show_push import print_push
-        from lox_merge.publish.push import plan_push
+        from lox_merge.publish.push import plan_push, push
 
-        plan = plan_push(out, self.repo, public=self.public, settings=self.settings)
-        result = _push(plan)
+        plan = plan_push(self.out, self.repo, public=self.public, settings=self.settings)
+        result = push(plan)
         if show:
             print_push(result, plan.card_from)
         return result.to_json()

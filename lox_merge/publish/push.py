@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +116,7 @@ def plan_push(
     items = items_of(output, card.files)
     check_files({item.name: item.content for item in items}, output.folder)
     with explained_push(repo):
-        _validate(card)
+        validate_card(card)
         there = look(repo, target.branch) if target.exists and target.branch_exists else Remote("", {})
         removed = there.obsolete(items, files_of_earlier_output(repo, there))
     missing = {item.name for item in there.differs(items)}
@@ -124,7 +124,7 @@ def plan_push(
     return PushPlan(target, output, tuple(items), card, card_from, unchanged, tuple(removed))
 
 
-def push(plan: PushPlan, *, progress: Callable[[int], None] = lambda count: None) -> PushResult:
+def push(plan: PushPlan) -> PushResult:
     """Publishes a plan. Called again after a failure it goes on. Raises RequestError, PublishError or SourceChangedError."""
     target, output = plan.target, plan.output
     title = f"LoX-hardened weights (lox-merge {__version__}, manifest {output.manifest_sha256[:12]})"
@@ -134,7 +134,7 @@ def push(plan: PushPlan, *, progress: Callable[[int], None] = lambda count: None
         if target.pull_request:
             branch, url = ensure_pull_request(target, title, "Made and verified with lox-merge; README.md and lox_merge.json say how.")
         earlier = files_of_earlier_output(target.repo, look(target.repo, branch))
-        done = upload(target.repo, branch, plan.items, title, earlier=earlier, progress=progress)
+        done = upload(target.repo, branch, plan.items, title, earlier=earlier)
         tag = None if branch.startswith("refs/") else ensure_tag(target.repo, done.commit)
     return PushResult(
         repository=target.repo,
@@ -156,7 +156,7 @@ def _address(repo: str, tag: str | None) -> str:
     return f"{constants.ENDPOINT}/{repo}" + (f"/tree/{tag}" if tag else "")
 
 
-def _validate(card: Card) -> None:
+def validate_card(card: Card) -> None:
     """The Hub's own check of the metadata. Raises RequestError for what it does not take."""
     from huggingface_hub import ModelCard
 

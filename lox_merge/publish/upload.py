@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -109,15 +109,7 @@ def files_of_earlier_output(repo: str, there: Remote) -> frozenset[str]:
         return frozenset()
 
 
-def upload(
-    repo: str,
-    revision: str,
-    items: Sequence[Item],
-    message: str,
-    *,
-    earlier: Collection[str] = (),
-    progress: Callable[[int], None] = lambda count: None,
-) -> Uploaded:
+def upload(repo: str, revision: str, items: Sequence[Item], message: str, *, earlier: Collection[str] = ()) -> Uploaded:
     """Makes the branch hold these files, no other weights, and nothing else of an `earlier` output (names of its files).
 
     Raises SourceChangedError for a file that changed under way, PublishError when somebody else wrote to the branch meanwhile, and
@@ -127,14 +119,12 @@ def upload(
 
     before = look(repo, revision)
     missing, obsolete = before.differs(items), before.obsolete(items, earlier)
-    progress(sum(item.size for item in items) - sum(item.size for item in missing))
     if not missing and not obsolete:
         return Uploaded(before.head, (), ())
     additions = [CommitOperationAdd(item.name, item.content) for item in missing]
     check_xet(repo, revision)
     for start in range(0, len(missing), _TOGETHER):
         _send(repo, revision, missing[start : start + _TOGETHER], additions[start : start + _TOGETHER])
-        progress(sum(item.size for item in missing[start : start + _TOGETHER]))
     for item in items:
         item.check_unchanged()
     operations = [*additions, *(CommitOperationDelete(name) for name in obsolete)]
