@@ -72,6 +72,10 @@ class SourceChangedError(LoxMergeError):
     """A source file changed while it was being used, or between a run and its resumption."""
 
 
+class PublishError(LoxMergeError):
+    """The Hub, or the way to it, failed while publishing. What was uploaded stays there, unseen, and the same command goes on."""
+
+
 class Interrupted(LoxMergeError):
     """The user stopped the job. What was finished stays and can be resumed."""
 

@@ -119,7 +119,7 @@ except SystemExit as stop:
     assert done.returncode == (2 if arguments == ["no-such-command"] else 0), done.stderr
     assert min(seconds) < 0.5
     if arguments == ["--help"]:
-        for command in ("asr", "decompose", "demo", "harden", "robustness", "search", "verify", "yaml"):
+        for command in ("asr", "card", "decompose", "demo", "harden", "push", "robustness", "search", "verify", "yaml"):
             assert command in done.stdout
     if arguments == ["--version"]:
         assert lox_merge.__version__ in done.stdout

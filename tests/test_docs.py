@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT / "docs"))
 from check_commands import commands, pages, problem  # noqa: E402
 
 DOCUMENTED = list(dict.fromkeys(command for page in pages() for command in commands(page.read_text(encoding="utf-8"))))
-# Prompts and judges of one's own are not at hand here.
-ON_BASE_AND_ALIGNED = [line for line in DOCUMENTED if line.startswith("lox-merge harden BASE ALIGNED OUT") and "--prompts" not in line]
+# Prompts and judges of one's own are not at hand here, nor is the Hub.
+HARDENINGS = [line for line in DOCUMENTED if line.startswith("lox-merge harden BASE ALIGNED OUT")]
+ON_BASE_AND_ALIGNED = [line for line in HARDENINGS if "--prompts" not in line and "--push" not in line]
 
 
 @pytest.fixture(scope="module")

@@ -655,7 +655,8 @@ def test_models_on_the_hub(tmp_path: Path, qwen3: Pair, loopback_hub: Any, hub_h
     assert_same(read_tensors(tmp_path / "out"), expect(qwen3, lambda name: (6, 1.25)))
     assert (tmp_path / "out/chat_template.jinja").read_text() == CHAT_TEMPLATE
     card = (tmp_path / "out/README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == ["owner/base", "owner/aligned"]
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["base_model"] == ["owner/base", "owner/aligned"] and metadata["base_model_relation"] == "merge"
 
 
 # --- lox_project ------------------------------------------------------------------------------------------------------------------------

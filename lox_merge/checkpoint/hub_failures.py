@@ -40,7 +40,7 @@ def persistently(action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:
-            if not _passing(error):
+            if not is_passing(error):
                 raise
         time.sleep(wait)
     return action()
@@ -56,23 +56,23 @@ def explain(error: Exception, where: str) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{where}: the Hub has the repository, but not this revision. Check the spelling of the branch, tag or commit."
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"{where} is not there on the Hub{_quoted(error)}. Check the file's name and the revision."
+        return f"{where} is not there on the Hub{quoted_reason(error)}. Check the file's name and the revision."
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{where} was not found on the Hub{_quoted(error)}: {_not_found()}"
+        return f"{where} was not found on the Hub{quoted_reason(error)}: {_not_found()}"
     if isinstance(error, errors.DisabledRepoError):
         return f"{where}: the Hub has disabled access to this repository. Use another source."
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{where} cannot be read from the Hub: offline mode is on. Unset HF_HUB_OFFLINE and try again."
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return _refused(error, status, where)
     return _not_reached(error, where)
 
 
 def _gated(error: Exception, where: str) -> str:
-    page = re.search(r"https?://\S+?(?=[.,;]?(\s|$))", _message(error))
+    page = re.search(r"https?://\S+?(?=[.,;]?(\s|$))", server_message(error))
     at = f" at {page.group()}" if page else " on the model's page on the Hub"
-    return f"{where} is gated{_quoted(error)}. Request access{at}, then log in with `hf auth login` (or set HF_TOKEN) and try again."
+    return f"{where} is gated{quoted_reason(error)}. Request access{at}, then log in with `hf auth login` (or set HF_TOKEN) and try again."
 
 
 def _not_found() -> str:
@@ -91,7 +91,7 @@ def _not_found() -> str:
 
 def _refused(error: Exception, status: int, where: str) -> str:
     """The Hub answered, but not with what was asked for."""
-    reason = _quoted(error)
+    reason = quoted_reason(error)
     if status == 401:
         return f"{where}: the Hub does not accept your access token{reason}. Log in anew with `hf auth login`, or correct HF_TOKEN."
     if status == 403:
@@ -100,7 +100,7 @@ def _refused(error: Exception, status: int, where: str) -> str:
             "your Hub settings, or log in with another one (`hf auth login`, HF_TOKEN)."
         )
     if status == 429:
-        seconds = _seconds_to_wait(error)
+        seconds = seconds_to_wait(error)
         wait = f"Wait {seconds} seconds" if seconds else "Wait a few minutes"
         return f"{where}: the Hub limits the number of requests (429){reason}. {wait} and try again; logged-in users have a higher limit."
     if status >= 500:
@@ -110,7 +110,7 @@ def _refused(error: Exception, status: int, where: str) -> str:
 
 def _not_reached(error: Exception, where: str) -> str:
     """No answer of the Hub: the network, this machine's disk, or somebody else answering."""
-    kinds = _kinds(error)
+    kinds = kinds_of(error)
     cached = "if it was downloaded before, HF_HUB_OFFLINE=1 reads it from the cache"
     if "TimeoutException" in kinds or isinstance(error, TimeoutError):
         return f"{where}: the Hub did not answer in time. Check the network and try again; {cached}."
@@ -131,14 +131,14 @@ def _not_reached(error: Exception, where: str) -> str:
     )
 
 
-def _passing(error: Exception) -> bool:
+def is_passing(error: Exception) -> bool:
     """Failures that another attempt may get over. Not "connection refused" nor "too many requests": those the user should see."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return status in _SERVER_TROUBLE
-    broken = _kinds(error) & {"TimeoutException", "ReadError", "WriteError", "CloseError", "RemoteProtocolError"}
+    broken = kinds_of(error) & {"TimeoutException", "ReadError", "WriteError", "CloseError", "RemoteProtocolError"}
     return bool(broken) or (isinstance(error, ConnectionError) and not isinstance(error, OfflineModeIsEnabled)) or _incomplete(error)
 
 
@@ -156,30 +156,34 @@ def _root(error: Exception) -> Exception:
     return error
 
 
-def _kinds(error: Exception) -> set[str]:
+def kinds_of(error: Exception) -> set[str]:
+    """Names of the error's classes, its own first and its parents'."""
     # By name, because the classes are httpx's for huggingface_hub 1 and httpx2's for huggingface_hub 2.
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _status(error: Exception) -> int | None:
+def status_of(error: Exception) -> int | None:
+    """The status that the Hub answered with; None where there was no answer of the Hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _message(error: Exception) -> str:
+def server_message(error: Exception) -> str:
+    """What the Hub itself said about a failure, '' if nothing."""
     return str(getattr(error, "server_message", None) or "")
 
 
-def _quoted(error: Exception) -> str:
+def quoted_reason(error: Exception) -> str:
     """The Hub's own reason in brackets, without the sentences that hold addresses; nothing if it gave none."""
-    first_line = _message(error).split("\n")[0]
+    first_line = server_message(error).split("\n")[0]
     sentences = [sentence for sentence in re.split(r"(?<=\.)\s+", first_line) if "://" not in sentence]
     reason = " ".join(sentences).strip().rstrip(".")[:_LONGEST_REASON]
     return f' (the Hub says: "{reason}")' if reason else ""
 
 
-def _seconds_to_wait(error: Exception) -> int | None:
+def seconds_to_wait(error: Exception) -> int | None:
+    """How long the Hub asks to wait before the next request; None where it does not say."""
     headers = getattr(error, "response").headers  # noqa: B009  only errors with a status come here
     limit = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
     after = headers.get("retry-after", "")

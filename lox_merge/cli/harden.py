@@ -20,6 +20,7 @@ from lox_merge.cli.options import (
     seed_option,
     tolerance_option,
 )
+from lox_merge.cli.push import PushWhenDone, push_when_done
 from lox_merge.errors import RequestError
 
 
@@ -57,6 +58,7 @@ from lox_merge.errors import RequestError
 @cache_option
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@push_when_done
 @json_option
 def harden_command(
     base: str,
@@ -84,6 +86,9 @@ def harden_command(
     cache_dir: Path | None,
     overwrite: bool,
     dry_run: bool,
+    push_to: str | None,
+    public: bool,
+    license: str | None,
     json_file: str | None,
 ) -> None:
     """Write ALIGNED + alpha · Proj_k(ALIGNED − BASE) to the folder OUT.
@@ -123,9 +128,14 @@ def harden_command(
         fused=fused,
         skip_non_finite=skip_non_finite,
     )
+    if push_to is None and (public or license is not None):
+        raise RequestError("--public and --license are about publishing: they go with --push REPO.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
         plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, **sources)
+        pushing = None
+        if push_to is not None:
+            pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
         if searched:
             from lox_merge.cli.search import effective_rank
 
@@ -146,7 +156,12 @@ def harden_command(
             return
         with byte_progress(plan.bytes_written, "hardening") as progress:
             result = execute(plan, device=device, overwrite=overwrite, progress=progress)
-    if json_file:
-        write_json(json_file, result.to_json())
     if json_file != "-":
         print_result(result)
+    report = result.to_json()
+    try:
+        if pushing:
+            report["push"] = pushing.publish(show=json_file != "-")
+    finally:
+        if json_file:
+            write_json(json_file, report)

@@ -16,10 +16,12 @@ from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 # Command name: module and attribute. Modules are imported when their help or their work is asked for.
 _COMMANDS = {
     "asr": "lox_merge.cli.asr:asr_command",
+    "card": "lox_merge.cli.card:card_command",
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
     "harden": "lox_merge.cli.harden:harden_command",
     "project": "lox_merge.cli.project:project_command",
+    "push": "lox_merge.cli.push:push_command",
     "robustness": "lox_merge.cli.robustness:robustness_command",
     "search": "lox_merge.cli.search:search_command",
     "verify": "lox_merge.cli.verify:verify_command",
@@ -57,6 +59,7 @@ def cli() -> None:
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update by the alignment subspace
     lox-merge verify OUT                  check an output against its manifest and sources
+    lox-merge push OUT REPO               publish it on the Hugging Face Hub, with its model card
 
     Every option can be set by an environment variable: LOX_MERGE_HARDEN_RANK=6.
     Exit codes: 0 done, 1 the work failed, 2 the request was wrong.

@@ -9,7 +9,7 @@ import torch
 
 from lox_merge._version import __version__
 from lox_merge.checkpoint.checkpoint import Checkpoint
-from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.plan import MANIFEST, Plan
 
 FORMAT = 1
 
@@ -30,6 +30,13 @@ def job_description(plan: Plan, device: torch.device) -> dict[str, Any]:
 def header_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """sha256 of each weight file's header, by file name."""
     return {file: hashlib.sha256(header.raw).hexdigest() for file, header in checkpoint.weight_headers.items()}
+
+
+def output_identity(checkpoint: Checkpoint) -> dict[str, str]:
+    """sha256 of the manifest of an output of this program, so that a result can be seen to be of that output; {} for other models."""
+    if MANIFEST not in checkpoint.source.names():
+        return {}
+    return {"manifest_sha256": hashlib.sha256(checkpoint.source.path(MANIFEST).read_bytes()).hexdigest()}
 
 
 def build_manifest(plan: Plan, job: dict[str, Any], records: list[dict[str, Any]], files: dict[str, str]) -> dict[str, Any]:

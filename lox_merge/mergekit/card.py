@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lox_merge._version import __version__
+from lox_merge.publish.metadata import PAPER, base_models, card_data
 
 if TYPE_CHECKING:
     from lox_merge.mergekit.plan import MergePlan
 
 _CARD = """---
-library_name: transformers
-{base_model}tags:
-- mergekit
-- merge
-- {tag}
+{metadata}
 ---
 # {name}
 
@@ -45,13 +42,12 @@ def _is_local(text: str) -> bool:
 
 def merge_card(plan: MergePlan, configuration: str, name: str) -> str:
     """README.md of the output folder `name`; configuration: the YAML as published."""
-    checkpoints = plan.files.checkpoints.values()
-    # The Hub accepts its own ids only, so local folders are named in the text alone.
-    ids = [identity["name"] for identity in (checkpoint.source.identity() for checkpoint in checkpoints) if identity["kind"] == "hub"]
+    sources = [checkpoint.source.identity() for checkpoint in plan.files.checkpoints.values()]
+    tag = "lox" if plan.files.edit.method == "lox" else "projection-filter"
+    metadata = card_data(base_model=base_models(sources), relation="merge", library="transformers", tags=("mergekit", "merge", tag))
     return _CARD.format(
-        base_model="".join(["base_model:\n", *(f"- {hub_id}\n" for hub_id in ids)]) if ids else "",
+        metadata=metadata.to_yaml(),
         name=name,
-        tag="lox" if plan.files.edit.method == "lox" else "projection-filter",
         what=_what(plan),
         version=__version__,
         mergekit=importlib.metadata.version("mergekit"),
@@ -64,10 +60,7 @@ def merge_card(plan: MergePlan, configuration: str, name: str) -> str:
 def _what(plan: MergePlan) -> str:
     base, aligned, mirrored = plan.files.base.title, plan.files.aligned.title, plan.mirrored.title
     if plan.files.edit.method == "lox":
-        return (
-            f"{aligned}, hardened by low-rank extrapolation (LoX, [arXiv 2506.15606](https://arxiv.org/abs/2506.15606)) away from its\n"
-            f"pre-trained model {base}"
-        )
+        return f"{aligned}, hardened by low-rank extrapolation (LoX, [arXiv 2506.15606]({PAPER})) away from its\npre-trained model {base}"
     return (
         f"{mirrored}, its change from {aligned} filtered by the subspace in which {aligned} differs from its pre-trained\nmodel {base} "
         "([arXiv 2505.14185](https://arxiv.org/abs/2505.14185), which finds that this costs usefulness as much as harm)"

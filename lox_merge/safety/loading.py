@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.errors import RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
+from lox_merge.jobs.manifest import output_identity
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Bytes are summed as 64-bit integers, which needs no conversion and so runs at the speed of memory.
@@ -74,7 +75,7 @@ def load_model(
             transformers_logging.enable_progress_bar()
     if device_map is None:
         model = model.to(target)
-    return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity())
+    return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.harden import check_some_delta, plan_hardening
+from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
@@ -274,4 +275,6 @@ def _check_request(attacks: Sequence[AttackData], prompts: PromptSet, seeds: Seq
 
 def _sources(plan: Plan, hardened: Checkpoint | None) -> dict[str, Any]:
     found = {"base": plan.base, "aligned": plan.aligned} | ({"hardened": hardened} if hardened is not None else {})
-    return {"hardened": None} | {role: {"title": checkpoint.title, **checkpoint.source.identity()} for role, checkpoint in found.items()}
+    return {"hardened": None} | {
+        role: {"title": checkpoint.title, **checkpoint.source.identity(), **output_identity(checkpoint)} for role, checkpoint in found.items()
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -15,6 +15,7 @@ class Fault:
     status: answer with it. cut_after: break the connection after so many body bytes, sent or received; -1 breaks it when the
     request was fully processed, so that only the answer is lost. reset: break with RST rather than FIN.
     pause: seconds of waiting before the answer, and between the pieces (64 KiB) of a file. ignore_range: send the whole file.
+    message: the Hub's own reason, with `status`. meanwhile: called before the request is looked at, as if somebody else were quicker.
     """
 
     pattern: re.Pattern[str]
@@ -25,6 +26,8 @@ class Fault:
     pause: float = 0.0
     ignore_range: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
+    message: str = "injected fault"
+    meanwhile: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,12 @@ class FaultPlan:
                     fault.times -= 1
                     return fault
         return None
+
+    def left(self) -> list[Fault]:
+        """Faults that were ordered and did not happen."""
+        with self._lock:
+            return [fault for fault in self._faults if fault.times > 0]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._faults.clear()

@@ -49,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
     """One connection. `query`, `fault`, and the counts belong to the request being served."""
 
     protocol_version = "HTTP/1.1"
+    # Head and body are two writes; with Nagle's algorithm every answer would wait 40 ms for an acknowledgement.
+    disable_nagle_algorithm = True
     hub: Hub
     origin: str
     query: dict[str, str]
@@ -68,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         self.fault = self.hub.faults.take(f"{self.command} {unquote(url.path)}")
         if self.fault and self.fault.pause:
             time.sleep(self.fault.pause)
+        if self.fault and self.fault.meanwhile:
+            self.fault.meanwhile()
         try:
             try:
                 self._answer(url.path)
@@ -84,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, path: str) -> None:
         if self.fault and self.fault.status:
             self.drain()
-            raise HubError(self.fault.status, "injected fault", headers=self.fault.headers)
+            raise HubError(self.fault.status, self.fault.message, headers=self.fault.headers)
         method = "GET" if self.command == "HEAD" else self.command
         for candidate in ROUTES:
             # Matched before unquoting: a revision such as refs/pr/1 arrives as one quoted segment.
@@ -216,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise HubError(401, "Invalid username or password.")
             return None
         name, granted = self.hub.tokens[token]
-        if role == "write" and granted != "write":
+        if role == "write" and granted == "read":
             raise HubError(403, "You have read access but not the required permissions for this operation")
         if namespace and not self._owns(name, namespace):
             raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
@@ -231,6 +235,12 @@ class Handler(BaseHTTPRequestHandler):
         if role == "write" and not self._owns(user, repository.namespace):
             raise HubError(403, "You don't have write access to this repo")
         return repository
+
+    def branch_to_write(self, name: str, revision: str) -> Repository:
+        """The repository, if the user may write to this branch: everybody may write to the pull requests that are theirs."""
+        number = revision.removeprefix("refs/pr/")
+        mine = [request.number for request in self.repository(name).pull_requests if request.author == self.user("write")]
+        return self.repository(name) if number.isdigit() and int(number) in mine else self.repository(name, "write")
 
     def contents(self, name: str) -> Repository:
         """The repository, if the user may also read its files: a gated one shows its listing to everybody, its files not."""

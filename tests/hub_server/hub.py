@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-from hub_server import read_routes, write_routes  # noqa: F401  importing them registers the routes
+from hub_server import discussion_routes, read_routes, write_routes  # noqa: F401  importing them registers the routes
 from hub_server.faults import Fault, FaultPlan, Request, RequestLog
 from hub_server.http_handler import Handler
 from hub_server.repositories import LARGEST_REGULAR_FILE, LFS_SUFFIXES, BlobStore, Repository, StoredFile, large_file, regular_file
@@ -35,6 +36,8 @@ class Hub:
         self.tokens = dict(tokens or {})
         self.organizations = frozenset(organizations)
         self.part_size = part_size
+        # Permissions of fine-grained tokens, as the Hub tells them: {"global": […], "scoped": [{"entity": {"name": …}, "permissions": […]}]}.
+        self.fine_grained: dict[str, dict[str, Any]] = {}
         self.blobs = BlobStore(folder / "blobs")
         self.xet = XetStorage(folder / "cas") if xet else None
         self.repositories: dict[str, Repository] = {}
@@ -118,6 +121,8 @@ class Hub:
         pause: float = 0.0,
         ignore_range: bool = False,
         headers: Mapping[str, str] | None = None,
+        message: str = "injected fault",
+        meanwhile: Callable[[], object] | None = None,
     ) -> None:
         """Orders a Fault for the next `times` requests whose "METHOD /path" matches `pattern`."""
-        self.faults.add(Fault(re.compile(pattern), times, status, cut_after, reset, pause, ignore_range, headers or {}))
+        self.faults.add(Fault(re.compile(pattern), times, status, cut_after, reset, pause, ignore_range, headers or {}, message, meanwhile))

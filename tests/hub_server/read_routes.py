@@ -17,14 +17,24 @@ _MODEL = f"/api/models/{REPOSITORY}"
 @route("GET", "/api/whoami-v2")
 def who_am_i(request: Handler) -> None:
     name = request.user("read")
-    role = request.hub.tokens[request.headers["authorization"].removeprefix("Bearer ")][1]
-    organizations = [{"name": organization} for organization in sorted(request.hub.organizations)]
-    request.json({"type": "user", "name": name, "orgs": organizations, "auth": {"accessToken": {"role": role}}})
+    token = request.headers["authorization"].removeprefix("Bearer ")
+    role = request.hub.tokens[token][1]
+    organizations = [{"name": organization, "roleInOrg": "write"} for organization in sorted(request.hub.organizations)]
+    access: dict[str, Any] = {"role": role}
+    if token in request.hub.fine_grained:
+        access |= {"role": "fineGrained", "fineGrained": request.hub.fine_grained[token]}
+    request.json({"type": "user", "name": name, "orgs": organizations, "auth": {"type": "access_token", "accessToken": access}})
 
 
 @route("GET", f"{_MODEL}/auth-check")
 def authorization_check(request: Handler, name: str) -> None:
     request.contents(name)
+    request.json({})
+
+
+@route("GET", f"{_MODEL}/auth-check/write")
+def write_check(request: Handler, name: str) -> None:
+    request.repository(name, "write")
     request.json({})
 
 
@@ -97,7 +107,7 @@ def _tree_row(path: str, file: StoredFile) -> dict[str, Any]:
 @route("GET", f"{_MODEL}/xet-(?P<mode>read|write)-token/(?P<revision>[^/]+)")
 def xet_token(request: Handler, name: str, mode: str, revision: str) -> None:
     if mode == "write":
-        request.repository(name, "write")
+        request.branch_to_write(name, revision)
     else:
         request.contents(name)
     if request.hub.xet is None:

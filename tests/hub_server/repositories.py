@@ -40,6 +40,14 @@ class Commit:
 
 
 @dataclass
+class PullRequest:
+    number: int
+    title: str
+    author: str
+    status: str = "draft"
+
+
+@dataclass
 class Repository:
     """A model repository. `readers` are the users that a private or gated one lets in beside its owner."""
 
@@ -50,6 +58,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    pull_requests: list[PullRequest] = field(default_factory=list)
 
     @property
     def namespace(self) -> str:

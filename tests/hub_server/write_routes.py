@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from hub_server.http_handler import REPOSITORY, Handler, route
 from hub_server.repositories import LARGEST_REGULAR_FILE, LFS_SUFFIXES, HubError, Repository, StoredFile, large_file, regular_file
 
 _MODEL = f"/api/models/{REPOSITORY}"
+# A few of the Hub's identifiers: enough to refuse one that it does not have.
+_LICENCES = {"apache-2.0", "mit", "llama2", "llama3", "gemma", "cc-by-4.0", "cc-by-nc-4.0", "openrail", "other"}
 _RELATIONS = (None, "adapter", "merge", "quantized", "finetune")
 
 
@@ -64,7 +67,23 @@ def validate_card(request: Handler) -> None:
         for key in ("tags", "datasets", "metrics", "model-index"):
             if key in metadata and not isinstance(metadata[key], list):
                 errors.append({"message": f'"{key}" must be an array'})
+        stated = metadata.get("license", [])
+        if not set(stated if isinstance(stated, list) else [stated]) <= _LICENCES:
+            errors.append({"message": '"license" must be one of [apache-2.0, mit, ...]'})
+        errors += [{"message": problem} for model in metadata.get("model-index") or [] for problem in _index_problems(model)]
     request.json({"errors": errors, "warnings": warnings}, 400 if errors else 200)
+
+
+def _index_problems(model: Any) -> list[str]:
+    """What the Hub misses in an entry of the model index."""
+    problems = [] if isinstance(model.get("name"), str) else ['"model-index[0].name" is required']
+    for i, result in enumerate(model.get("results", [])):
+        needed = {"task.type": result.get("task", {}).get("type")}
+        needed |= {f"dataset.{key}": result.get("dataset", {}).get(key) for key in ("type", "name")}
+        for metric in result.get("metrics") or [{}]:
+            needed |= {f"metrics.{key}": metric.get(key) for key in ("type", "value")}
+        problems += [f'"model-index[0].results[{i}].{key}" is required' for key, value in needed.items() if value is None]
+    return problems
 
 
 @route("POST", f"{_MODEL}/branch/(?P<branch>.+)")
@@ -93,22 +112,29 @@ def _new_reference(repository: Repository, references: dict[str, str], name: str
 @route("POST", f"{_MODEL}/preupload/(?P<revision>[^/]+)")
 def before_upload(request: Handler, name: str, revision: str) -> None:
     wanted = request.body_json()["files"]
-    repository = request.repository(name, "write")
+    repository = request.branch_to_write(name, revision)
     files = repository.files(revision)
+    ignored = _ignored(request, files)
     rows = []
     for file in wanted:
         sample = base64.b64decode(file.get("sample", ""))
         large = file["size"] > LARGEST_REGULAR_FILE or file["path"].endswith(LFS_SUFFIXES) or b"\0" in sample
         old = files.get(file["path"])
         oid = (old.sha256 if old.lfs else old.git_oid) if old else None
-        rows.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
+        rows.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": file["path"] in ignored, "oid": oid})
     request.json({"files": rows, "commitOid": repository.resolve(revision)})
+
+
+def _ignored(request: Handler, files: Mapping[str, StoredFile]) -> set[str]:
+    """Names in the repository's .gitignore; patterns are not imitated."""
+    file = files.get(".gitignore")
+    return set(request.hub.blobs.path(file.sha256).read_text().split()) if file else set()
 
 
 @route("POST", rf"/{REPOSITORY}\.git/info/lfs/objects/batch")
 def lfs_batch(request: Handler, name: str) -> None:
     batch = request.body_json()
-    request.repository(name, "write")
+    request.branch_to_write(name, batch.get("ref", {}).get("name", "main"))
     objects = [_lfs_object(request, name, wanted, "multipart" in batch["transfers"]) for wanted in batch["objects"]]
     headers = {"Content-Type": "application/vnd.git-lfs+json"}
     request.json({"transfer": "basic", "objects": objects}, headers=headers)
@@ -158,7 +184,8 @@ def lfs_complete(request: Handler, sha256: str) -> None:
 @route("POST", rf"/{REPOSITORY}\.git/info/lfs/objects/verify")
 def lfs_verify(request: Handler, name: str) -> None:
     wanted = request.body_json()
-    request.repository(name, "write")
+    request.user("write")
+    request.repository(name)
     if not request.hub.blobs.holds(wanted["oid"], wanted["size"]):
         raise HubError(404, "LFS object not found")
     request.json({})
@@ -167,7 +194,7 @@ def lfs_verify(request: Handler, name: str) -> None:
 @route("POST", f"{_MODEL}/commit/(?P<branch>[^/]+)")
 def commit(request: Handler, name: str, branch: str) -> None:
     header, *operations = [json.loads(line) for line in request.body().splitlines() if line.strip()]
-    repository = request.repository(name, "write")
+    repository = request.branch_to_write(name, branch)
     with request.hub.lock:
         if branch not in repository.branches:
             raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")

@@ -1,0 +1,109 @@
+"""`lox-merge push`: a finished output onto the Hub; and the same at the end of `lox-merge harden`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lox_merge.cli.options import cache_option, device_option, json_option
+from lox_merge.cli.publishing import card_options, card_settings, license_option
+
+if TYPE_CHECKING:
+    from lox_merge.jobs.plan import Plan
+
+public_option = click.option("--public", is_flag=True, help="Make a new repository public (default: private). Existing ones are never changed.")
+
+
+@click.command("push", short_help="Publish a hardened model on the Hugging Face Hub.")
+@click.argument("out")
+@click.argument("repo")
+@public_option
+@click.option("--revision", metavar="BRANCH", help="Branch to publish to; made if it is not there.")
+@click.option("--pull-request", is_flag=True, help="Open a pull request instead of writing to the branch.")
+@card_options
+@click.option("--recompute", is_flag=True, help="Make the weights again from the sources and compare, before publishing.")
+@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="With --recompute: N tensors drawn at random instead of all.")
+@click.option("--dry-run", is_flag=True, help="Check everything, list files and sizes, show the card, publish nothing.")
+@device_option
+@cache_option
+@json_option
+def push_command(
+    out: str,
+    repo: str,
+    public: bool,
+    revision: str | None,
+    pull_request: bool,
+    recompute: bool,
+    sample: int | None,
+    dry_run: bool,
+    device: str,
+    json_file: str | None,
+    **options: Any,
+) -> None:
+    """Publish the finished output OUT as the repository REPO (namespace/name).
+
+    Checks the token and the repository, then every hash of OUT, writes the model card, and uploads in one commit: nobody sees half a
+    model. The same command goes on after an interruption and uploads nothing twice. The token is that of HF_TOKEN or `hf auth login`.
+
+    \b
+    lox-merge push out me/model-lox --dry-run
+    lox-merge push out me/model-lox --public --results asr.json --results robustness.json
+    """
+    from lox_merge.cli.progress import byte_progress
+    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show_push import print_push, print_push_plan
+    from lox_merge.errors import RequestError
+    from lox_merge.jobs.harden import resolve_device
+    from lox_merge.publish.push import Verifying, plan_push, push
+
+    if sample is not None and not recompute:
+        raise RequestError("--sample says how many tensors --recompute makes again; add --recompute.")
+    settings = card_settings(options)
+    with byte_progress(None, "verifying") as progress:
+        verifying = Verifying(recompute, sample, resolve_device(device), progress)
+        plan = plan_push(out, repo, public=public, revision=revision, pull_request=pull_request, settings=settings, verifying=verifying)
+    if dry_run:
+        if json_file:
+            write_json(json_file, plan.to_json())
+        if json_file != "-":
+            print_push_plan(plan)
+        return
+    result = push(plan)
+    if json_file:
+        write_json(json_file, result.to_json())
+    if json_file != "-":
+        print_push(result, plan.card_from)
+
+
+def push_when_done(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--push REPO, --public and --license for commands that end in a finished output."""
+    option = click.option("--push", "push_to", metavar="REPO", help="Publish OUT as this repository of the Hub at the end (see lox-merge push).")
+    return option(public_option(license_option(command)))
+
+
+class PushWhenDone:
+    """Publishing at the end of another command. Construction checks everything that can be checked before the work.
+
+    Raises RequestError for what publishing would refuse.
+    """
+
+    def __init__(self, plan: Plan, repo: str, *, public: bool, license: str | None, base: str, aligned: str, cache_dir: Path | None) -> None:
+        from lox_merge.publish.ahead import check_ahead
+
+        self.out, self.repo, self.public = plan.out, repo, public
+        self.settings = card_settings({"license": license, "base": base, "aligned": aligned, "cache_dir": cache_dir})
+        check_ahead(plan, repo, public=public, settings=self.settings)
+
+    def publish(self, *, show: bool) -> dict[str, Any]:
+        """Publishes the finished output; the value for --json."""
+        from lox_merge.cli.show_push import print_push
+        from lox_merge.publish.push import plan_push, push
+
+        plan = plan_push(self.out, self.repo, public=self.public, settings=self.settings)
+        result = push(plan)
+        if show:
+            print_push(result, plan.card_from)
+        return result.to_json()

@@ -1,0 +1,49 @@
+"""The command that makes an output again, from the recipe in its manifest."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from lox_merge.jobs.recipe import Recipe
+
+# Option of each setting of the recipe. Rank and alpha are always shown.
+_REPEATED = {"include": "--include", "exclude": "--exclude"}
+_PATTERNS = {"rank_pattern": "--rank-pattern", "alpha_pattern": "--alpha-pattern"}
+_FLAGS = {"linear_only": "--linear-only", "skip_non_finite": "--skip-non-finite"}
+_VALUES = {"dtype": "--dtype", "rounding": "--rounding", "tolerance": "--tolerance", "seed": "--seed", "fused": "--fused"}
+
+
+def harden_command(manifest: Mapping[str, Any], out: str) -> str:
+    """`lox-merge harden …` with sources as org/name@commit (a folder's own name for local ones) and every setting that is not the default."""
+    recipe, default = manifest["job"]["recipe"], Recipe().to_json()
+    words = ["lox-merge", "harden", *(_reference(manifest["sources"][role]) for role in ("base", "aligned")), out]
+    words += ["--rank", str(recipe["rank"]), "--alpha", f"{recipe['alpha']:g}"]
+    for key, option in _REPEATED.items():
+        words += [word for pattern in recipe[key] for word in (option, pattern)]
+    for key, option in _PATTERNS.items():
+        words += [word for pattern, value in recipe[key] for word in (option, f"{pattern}={value}")]
+    words += [option for key, option in _FLAGS.items() if recipe[key]]
+    words += [word for key, option in _VALUES.items() if recipe[key] != default[key] for word in (option, str(recipe[key]))]
+    if form_of(manifest) == "adapter":
+        words.append("--as-adapter")
+    return shlex.join([*words, "--device", manifest["job"]["device"]])
+
+
+def verify_command(manifest: Mapping[str, Any], target: str) -> str:
+    """`lox-merge verify …`: sources on the Hub are found by themselves, local ones have to be given."""
+    words = ["lox-merge", "verify", target]
+    for role in ("base", "aligned"):
+        if manifest["sources"][role]["kind"] != "hub":
+            words += [f"--{role}", str(manifest["sources"][role]["name"])]
+    return shlex.join(words)
+
+
+def form_of(manifest: Mapping[str, Any]) -> str:
+    """'checkpoint', or 'adapter' for a PEFT adapter on top of aligned."""
+    return str(manifest["output"].get("form", "checkpoint"))
+
+
+def _reference(source: Mapping[str, Any]) -> str:
+    return f"{source['name']}@{source['commit']}" if source["kind"] == "hub" else str(source["name"])

@@ -1,0 +1,117 @@
+"""A finished output on disk: its manifest, and the files of it that are published. Whatever else lies in its folder stays there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lox_merge.checkpoint.files import check_file_name
+from lox_merge.errors import OutputError, SourceChangedError
+from lox_merge.jobs.manifest import FORMAT
+from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
+from lox_merge.publish.command import form_of
+
+_MERGEKIT = "mergekit_config.yml"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file as the manifest knows it. stamp: size and time of change when it was opened, to see changes without reading it again."""
+
+    name: str
+    path: Path
+    sha256: str
+    stamp: tuple[int, int] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        return self.stamp[0]
+
+    def check_unchanged(self) -> None:
+        """Raises SourceChangedError if the file is not what it was when the output was opened."""
+        if _stamp(self.path) != self.stamp:
+            raise changed(self.name)
+
+
+@dataclass(frozen=True)
+class FinishedOutput:
+    """files: in the manifest's order, the manifest itself last."""
+
+    folder: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+    manifest_sha256: str
+    files: tuple[OutputFile, ...] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_adapter(self) -> bool:
+        return form_of(self.manifest) == "adapter"
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the output, {} where it has none."""
+        file = next((file for file in self.files if file.name == name), None)
+        value = json.loads(file.path.read_text(encoding="utf-8")) if file else {}
+        return value if isinstance(value, dict) else {}
+
+    def has(self, *names: str) -> bool:
+        return bool({file.name for file in self.files} & set(names))
+
+
+def changed(name: str) -> SourceChangedError:
+    return SourceChangedError(
+        f"{name} changed after it was checked. What was uploaded is not committed, so nothing of it is visible. "
+        "Leave the output alone and run the same command again."
+    )
+
+
+def open_output(folder: str | Path) -> FinishedOutput:
+    """Raises OutputError unless `folder` is a finished output of this program. Reads no weights: `verify` does."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise OutputError(f"there is no folder {folder}. Give the output of lox-merge harden.")
+    folder = folder.resolve()
+    if (folder / WORK_FOLDER).exists():
+        raise OutputError(
+            f"{folder.name} is unfinished: it is being written, or was interrupted ({WORK_FOLDER} is there). "
+            "Run the lox-merge harden that makes it again, which goes on, and then publish it."
+        )
+    if not (folder / MANIFEST).is_file():
+        hint = " It is mergekit's: lox-merge yaml keeps no manifest; harden it with lox-merge harden." if (folder / _MERGEKIT).is_file() else ""
+        raise OutputError(f"{folder.name} has no {MANIFEST}, so it is no finished output of lox-merge harden.{hint}")
+    data = (folder / MANIFEST).read_bytes()
+    manifest = _parse(data, folder.name)
+    entries = {entry["file"]: entry["sha256"] for entry in manifest["output"]["shards"]} | manifest["output"]["files"]
+    sha256 = hashlib.sha256(data).hexdigest()
+    files = []
+    for name, digest in (entries | {MANIFEST: sha256}).items():
+        check_file_name(name, f"{folder.name}/{MANIFEST}")
+        if not (folder / name).is_file():
+            raise OutputError(f"{folder.name} lacks {name}, which its manifest names. Make the output again with lox-merge harden --overwrite.")
+        files.append(OutputFile(name, folder / name, digest, _stamp(folder / name)))
+    return FinishedOutput(folder, manifest, sha256, tuple(files))
+
+
+def _parse(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data)
+        known = manifest["format"] == FORMAT and {"job", "sources", "tensors", "summary"} <= manifest.keys() and "shards" in manifest["output"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise OutputError(f"{name}/{MANIFEST} is damaged, or of another version of lox-merge (this one reads format {FORMAT}).")
+    return dict(manifest)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise changed(path.name) from error
+    return status.st_size, status.st_mtime_ns
