@@ -117,11 +117,8 @@ class Plan:
 
 def make_plan(base: Checkpoint, aligned: Checkpoint, out: Path, recipe: Recipe, *, order_confirmed: bool = False) -> Plan:
     """Checks the whole job from headers. Raises PlanError with every problem found, or OutputError."""
-    problems = _same_source(base, aligned)
-    problems += quantisation_problems(base) + quantisation_problems(aligned)
+    problems = pair_problems(base, aligned, order_confirmed=order_confirmed)
     warnings: list[str] = []
-    if not order_confirmed:
-        problems += _swapped(base, aligned)
     if not problems:
         selection = select_tensors(base, aligned, recipe)
         problems, warnings = selection.problems, selection.warnings
@@ -130,6 +127,13 @@ def make_plan(base: Checkpoint, aligned: Checkpoint, out: Path, recipe: Recipe, 
         raise PlanError(problems)
     shards = [_plan_shard(file, header, selection.tensors, aligned, recipe) for file, header in aligned.headers.items()]
     return Plan(base, aligned, out, recipe, shards, aligned.side_files(), TakenNow(recipe), warnings)
+
+
+def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: bool = False) -> list[str]:
+    """What can be said against a pair before its tensors are compared: one model twice, quantised weights, swapped."""
+    problems = _same_source(base, aligned)
+    problems += quantisation_problems(base) + quantisation_problems(aligned)
+    return problems if order_confirmed else problems + _swapped(base, aligned)
 
 
 def check_disk(plan: Plan, already_written: int = 0) -> None:

@@ -48,12 +48,18 @@ class Selection:
     warnings: list[str] = field(default_factory=list)
 
 
+def is_embedding(name: str) -> bool:
+    """True for token and position embeddings."""
+    return bool(_EMBEDDING.search(name)) and not _OUTPUT_HEAD.search(name)
+
+
 def is_vocabulary(name: str) -> bool:
     """True for token embeddings and output heads, whose rows are vocabulary entries."""
     return bool(_EMBEDDING.search(name) or _OUTPUT_HEAD.search(name))
 
 
-def _is_legacy_buffer(info: TensorInfo) -> bool:
+def is_legacy_buffer(info: TensorInfo) -> bool:
+    """True for constants that older versions of transformers saved as tensors."""
     # attn.bias is also the name of a real bias vector: the causal mask has four dimensions.
     return bool(_LEGACY_BUFFER.search(info.name)) and not (info.name.endswith("attn.bias") and len(info.shape) < 3)
 
@@ -112,8 +118,8 @@ def _plan_tensor(name: str, base: Checkpoint, aligned: Checkpoint, recipe: Recip
     def copy(reason: str) -> TensorPlan:
         return TensorPlan(name, info, "copy", reason)
 
-    base_name = _counterpart(name, base)
-    if base_name is None and _is_legacy_buffer(info):
+    base_name = counterpart(name, base)
+    if base_name is None and is_legacy_buffer(info):
         return copy("constant buffer")
     if len(info.shape) < 2 or info.size == 0:
         if base_name is None:
@@ -156,7 +162,7 @@ def _is_linear(name: str, info: TensorInfo, aligned: Checkpoint) -> bool:
     return not is_vocabulary(name) and (len(info.shape) == 2 or is_expert_stack(name, info.shape, aligned.config))
 
 
-def _counterpart(name: str, base: Checkpoint) -> str | None:
+def counterpart(name: str, base: Checkpoint) -> str | None:
     """The base tensor of the same name; for an untied output head over a tied base, the base's embedding is its head."""
     if name in base:
         return name
@@ -176,7 +182,7 @@ def _shapes_differ(name: str, base: Checkpoint, base_name: str, aligned: Checkpo
 
 
 def _report_missing(missing: list[str], base: Checkpoint, aligned: Checkpoint, selection: Selection) -> None:
-    extra = [name for name in base.names if name not in aligned and not _is_legacy_buffer(base.info(name))]
+    extra = [name for name in base.names if name not in aligned and not is_legacy_buffer(base.info(name))]
     if aligned.ties_embeddings:
         extra = [name for name in extra if not _OUTPUT_HEAD.search(name)]
     for names, there, lacking in ((missing, aligned, base), (extra, base, aligned)):

@@ -146,12 +146,12 @@ def _edit(
     return MatrixResult(view.label, view.shape, changed=True, subspace=subspace, delta_norm=norm, realised=realised)
 
 
-def form_delta(base: Tensor, aligned: Tensor) -> tuple[Tensor, float, int]:
+def form_delta(base: Tensor, aligned: Tensor, slot: int = 0) -> tuple[Tensor, float, int]:
     """W_align - W_base in float32, its Frobenius norm, and how many of its entries are NaN or Inf (then the norm is none).
 
-    base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call.
+    base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call with this slot.
     """
-    delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device)
+    delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device, slot)
     if torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype)) == torch.float64:
         torch.sub(aligned.double(), base.double(), out=delta)
     else:
@@ -167,23 +167,26 @@ def available_cores() -> int:
 
 
 class _Scratch(threading.local):
-    """A thread's buffer for deltas. Fresh memory costs a page fault every 4 kB: a third of the time to form a delta."""
+    """A thread's buffers for deltas. Fresh memory costs a page fault every 4 kB: a third of the time to form a delta."""
 
-    buffer: Tensor | None = None
+    def __init__(self) -> None:
+        self.buffers: dict[int, Tensor] = {}
 
 
 _SCRATCH = _Scratch()
 
 
-def _scratch(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """A float32 matrix on `device`; on the CPU its memory is this thread's until the next call."""
+def _scratch(shape: tuple[int, int], device: torch.device, slot: int) -> Tensor:
+    """A float32 matrix on `device`; on the CPU its memory is this thread's until the next call with this slot."""
     size = shape[0] * shape[1]
     if device.type != "cpu":
         return torch.empty(shape, device=device)
-    if _SCRATCH.buffer is None or _SCRATCH.buffer.numel() < size:
-        _SCRATCH.buffer = None  # let go of the old one before asking for the larger
-        _SCRATCH.buffer = torch.empty(size)
-    return _SCRATCH.buffer[:size].view(shape)
+    buffer = _SCRATCH.buffers.get(slot)
+    if buffer is None or buffer.numel() < size:
+        del buffer
+        _SCRATCH.buffers.pop(slot, None)  # let go of the old one before asking for the larger
+        buffer = _SCRATCH.buffers[slot] = torch.empty(size)
+    return buffer[:size].view(shape)
 
 
 def working_memory(shape: tuple[int, int], rank: RankRule) -> int:
