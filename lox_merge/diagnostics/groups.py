@@ -284,7 +284,7 @@ def _overlaps(found: Sequence[tuple[Matrix, tuple[Overlap, ...]]], settings: Ins
         for matrix, overlaps in found:
             overlap = overlaps[place]
             if overlap.value is None or overlap.first is None or overlap.second is None:
-                undecided += 1
+                undecided += overlap.defined
                 continue
             values.append(overlap.value)
             expected.append(expected_overlap(overlap.first, overlap.second, matrix.measures.dimension))

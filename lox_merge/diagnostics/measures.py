@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lox_merge.diagnostics.settings import InspectSettings
-from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.work import form_delta
 from lox_merge.maths.edits import PIECE
 from lox_merge.maths.geometry import Products, inner_products, leading_count, mode_subspace_overlap, squared_overlaps
@@ -26,7 +25,8 @@ from lox_merge.maths.subspace import Certificate, Subspace
 class Spectrum:
     """squares: (j,) float64 squared singular values, descending. total: ‖Δ‖². following: the next singular value if known.
 
-    complete: no direction above working precision is missing. of: the short side. noise_edge: what rounding of the later model's weights alone would give.
+    complete: no direction above working precision is missing. of: the short side. noise_edge: what rounding of the later model's weights
+    alone would give.
     """
 
     squares: Tensor
@@ -44,11 +44,12 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Overlap:
-    """MSO at one energy. None where a spectrum was not computed far enough (or is zero) to say which directions hold it."""
+    """MSO at one energy. None where a spectrum was not computed far enough to say which directions hold it, or (not defined) is zero."""
 
     first: int | None
     second: int | None
     value: float | None
+    defined: bool
 
 
 @dataclass(frozen=True)
@@ -225,12 +226,13 @@ def _overlaps(first: tuple[Tensor, Spectrum], second: tuple[Tensor, Spectrum], e
     """MSO at every η. first, second: leading vectors (d, j) and their spectrum."""
     squared: Tensor | None = None
     found = []
+    defined = first[1].total > 0 and second[1].total > 0
     for eta in etas:
         i, j = (leading_count(spectrum.squares, spectrum.total, eta) for _, spectrum in (first, second))
         if i is None or j is None:
-            found.append(Overlap(i, j, None))
+            found.append(Overlap(i, j, None, defined))
             continue
         if squared is None:
             squared = squared_overlaps(first[0], second[0])
-        found.append(Overlap(i, j, mode_subspace_overlap(squared, i, j)))
+        found.append(Overlap(i, j, mode_subspace_overlap(squared, i, j), defined))
     return tuple(found)

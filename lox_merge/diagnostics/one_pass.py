@@ -19,7 +19,6 @@ from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, form_delta, working_memory
-from lox_merge.maths.edits import PIECE
 from lox_merge.maths.geometry import Products, inner_products
 from lox_merge.maths.precision import frobenius_norm
 from lox_merge.maths.rank import RankRule
@@ -74,9 +73,7 @@ class Measured:
     left_out: list[str]
 
 
-def measure_all(
-    sources: Sources, settings: InspectSettings, device: torch.device, progress: Progress, factors: Factors | None = None
-) -> Measured:
+def measure_all(sources: Sources, settings: InspectSettings, device: torch.device, progress: Progress, factors: Factors | None = None) -> Measured:
     """Reads and measures everything. Raises NumericalError that names every tensor with NaN or Inf, unless those are to be skipped."""
     matrices, vectors = list[Matrix](), list[Vector]()
     bad: dict[str, tuple[int, ...]] = {}
@@ -102,9 +99,7 @@ def measure_all(
     return Measured(matrices, vectors, list(bad))
 
 
-def _in_order(
-    sources: Sources, settings: InspectSettings, crew: Crew, factors: Factors | None
-) -> Iterator[tuple[Compared, Matrix | Vector]]:
+def _in_order(sources: Sources, settings: InspectSettings, crew: Crew, factors: Factors | None) -> Iterator[tuple[Compared, Matrix | Vector]]:
     """Results in the order of the files; matrices are measured ahead while the memory budget allows."""
     waiting = deque((tensor, view) for tensor in sources.tensors for view in tensor.views or (None,))
     started: deque[tuple[Compared, MatrixView | None, Future[Measures] | Future[Vector], int]] = deque()

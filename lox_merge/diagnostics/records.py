@@ -81,11 +81,15 @@ def noise_floor_rank(spectrum: Spectrum) -> int | None:
 
 
 def cosines(products: Products, entries: int) -> dict[str, Any]:
+    """With what an update of the same length in a random direction gives: 0 for the angle to the alignment, more for that to the sum."""
+    low, high = cosine_band(entries)
     return {
         "update_to_total": products.update_to_total,
+        "update_to_total_expected": products.update_to_total_at(0.0),
+        "update_to_total_band": [products.update_to_total_at(low), products.update_to_total_at(high)] if products.update else None,
         "update_to_alignment": products.update_to_alignment,
         "safety_angle": products.safety_angle,
-        "band": list(cosine_band(entries)),
+        "band": [low, high],
     }
 
 

@@ -48,7 +48,7 @@ class InspectSettings:
         set_value(self, "fractions", _shares(self.fractions, "fraction", "0.01"))
         set_value(self, "etas", _shares(self.etas, "eta", "0.5"))
         if self.rule.kind not in ("fixed", "percent"):
-            raise RecipeError(f"rank {self.rank} depends on the spectrum; an inspection needs a number or a percentage, such as {DEFAULT_RANK} or 10%.")
+            raise RecipeError(f"rank {self.rank} depends on the spectrum; give a number or a percentage, such as {DEFAULT_RANK} or 10%.")
         if self.side not in get_args(Side):
             raise RecipeError(f"side {self.side!r} is not known; use 'left' (the output side) or 'right'.")
         if self.draws < 2:

@@ -157,9 +157,7 @@ def _compared(base: Checkpoint, aligned: Checkpoint, finetuned: list[Checkpoint]
             names.append(other)
             info = model.info(other)
             if info.shape != tensor.info.shape:
-                text = (
-                    f"{tensor.name}: aligned has {list(tensor.info.shape)} ({aligned.title}), {model.role} has {list(info.shape)} ({model.title})"
-                )
+                text = f"{tensor.name}: aligned has {list(tensor.info.shape)} ({aligned.title}), {model.role} has {list(info.shape)} ({model.title})"
                 if is_vocabulary(tensor.name):
                     reason = "vocabularies differ"
                     warnings.append(f"{text}. It is left out: the vocabularies differ, so their rows can't be assumed to be the same tokens.")

@@ -129,9 +129,7 @@ def inspect(
     others = [finetuned] if isinstance(finetuned, (str, Path)) else list(finetuned)
     known = None if factors is None else Factors.open(factors)
     try:
-        sources = plan_inspection(
-            base, aligned, others, settings=settings, factors=known, order_is_right=order_is_right, cache_dir=cache_dir
-        )
+        sources = plan_inspection(base, aligned, others, settings=settings, factors=known, order_is_right=order_is_right, cache_dir=cache_dir)
         return execute_inspection(sources, settings or InspectSettings(), factors=known, device=device)
     finally:
         if known is not None:
@@ -160,9 +158,7 @@ def execute_inspection(
     return Inspection(document | {"seconds": time.perf_counter() - started})
 
 
-def _document(
-    sources: Sources, measured: Measured, settings: InspectSettings, factors: Factors | None, device: torch.device
-) -> dict[str, Any]:
+def _document(sources: Sources, measured: Measured, settings: InspectSettings, factors: Factors | None, device: torch.device) -> dict[str, Any]:
     labels = [label for label, _ in sources.finetuned]
     groups = all_groups(measured, len(labels), settings)
     angles = [model["cosines"]["safety_angle"] for model in groups["whole"]["finetuned"]]

@@ -111,6 +111,11 @@ class Products:
         """cos(τ_u→ft, τ_ft): of what fine-tuning did with the whole way from the base model."""
         return cosine(self.update + self.product, math.sqrt(self.update), math.sqrt(self.total))
 
+    def update_to_total_at(self, angle: float) -> float | None:
+        """cos(τ_u→ft, τ_ft) if cos(τ_u→ft, τ_u) were `angle`: at 0, what an update of this length in a random direction gives."""
+        one, other = math.sqrt(self.update), math.sqrt(self.aligned)
+        return cosine(one + angle * other, 1.0, math.sqrt(max(0.0, self.update + self.aligned + 2 * angle * one * other))) if one else None
+
     @property
     def update_to_alignment(self) -> float | None:
         """cos(τ_u→ft, τ_u): of what fine-tuning did with what alignment did."""
