@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lox_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lox_merge.diagnostics.settings import InspectSettings
+    from lox_merge.diagnostics.weights import Inspection, inspect
     from lox_merge.errors import LoxMergeError
     from lox_merge.jobs.harden import HardenResult, harden
     from lox_merge.jobs.recipe import Recipe
@@ -20,15 +22,30 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "HardenResult": "lox_merge.jobs.harden",
+    "InspectSettings": "lox_merge.diagnostics.settings",
+    "Inspection": "lox_merge.diagnostics.weights",
     "LoxMergeError": "lox_merge.errors",
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
     "harden": "lox_merge.jobs.harden",
+    "inspect": "lox_merge.diagnostics.weights",
     "lox": "lox_merge.maths.edits",
     "truncated_svd": "lox_merge.maths.spectral",
 }
 
-__all__ = ["HardenResult", "LoxMergeError", "Recipe", "Subspace", "__version__", "harden", "lox", "truncated_svd"]
+__all__ = [
+    "HardenResult",
+    "InspectSettings",
+    "Inspection",
+    "LoxMergeError",
+    "Recipe",
+    "Subspace",
+    "__version__",
+    "harden",
+    "inspect",
+    "lox",
+    "truncated_svd",
+]
 
 
 def __getattr__(name: str) -> Any:

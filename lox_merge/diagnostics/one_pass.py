@@ -134,7 +134,7 @@ def _measure_matrix(
     base, aligned, *others = (view.select(values) for values in stored)
     label = tensor.name + view.label
     known = None
-    if factors is not None:
+    if factors is not None and (tensor.name, view.label) in factors:
         known = factors.subspace(tensor.name, view.label), factors.matrices[tensor.name, view.label].complete
     try:
         try:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -23,17 +20,6 @@ from lox_merge.jobs.select import counterpart, is_embedding, is_legacy_buffer, i
 from lox_merge.maths.spectral import LARGEST_GRAM_SIDE
 
 _MOST_NAMED = 8
-
-
-class Weights(Protocol):
-    """A model whose tensors can be read by name: a checkpoint, or what stands for one."""
-
-    @property
-    def names(self) -> list[str]: ...
-
-    def info(self, name: str) -> TensorInfo: ...
-
-    def tensor(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -221,7 +207,7 @@ def _labels(models: list[Checkpoint]) -> list[str]:
 
 
 def _check_triplets(sources: Sources, settings: InspectSettings, factors: Factors | None) -> None:
-    """Raises PlanError for spectra that cannot be had: too large for a dense path, or not in the factors."""
+    """Raises RequestError for spectra that cannot be had: too large for a dense path, or not in the factors."""
     problems = []
     for tensor in sources.tensors:
         for view in tensor.views:
@@ -231,10 +217,16 @@ def _check_triplets(sources: Sources, settings: InspectSettings, factors: Factor
                     f"tensor {tensor.name} ({list(view.shape)}) needs its whole spectrum, whose short side is above {LARGEST_GRAM_SIDE:,}; "
                     "leave out --full-spectrum and fractions or ranks above a fifth, or the tensor (--exclude)."
                 )
-            if factors is not None and (tensor.name, view.label) not in factors:
+            label = tensor.name + view.label
+            if factors is None or label in factors.document["non_finite"]:
+                continue  # what is not finite is refused, or left out, when its delta is formed
+            record = factors.matrices.get((tensor.name, view.label))
+            if record is None:
                 problems.append(
-                    f"{factors.path.name} holds no factors of {tensor.name}{view.label}; decompose again with the settings of this command, "
+                    f"{factors.path.name} holds no factors of {label}; decompose again with the settings of this command, "
                     "or leave it out (--exclude)."
                 )
+            elif not record.complete:
+                factors.require(settings.rank_of(short))
     if problems:
         raise PlanError(problems[:_MOST_NAMED])

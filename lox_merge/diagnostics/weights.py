@@ -98,12 +98,8 @@ def plan_inspection(
 ) -> Sources:
     """Preflight from headers alone. Raises RequestError with everything that is wrong."""
     chosen = settings or InspectSettings()
-    if factors is not None:
-        if chosen.full_spectrum:
-            raise RequestError(
-                f"--full-spectrum computes every delta anew, and {factors.path.name} holds {factors.rank} triplets. Give one of the two."
-            )
-        factors.require(int(chosen.rule.value) if chosen.rule.kind == "fixed" else 0)
+    if factors is not None and chosen.full_spectrum:
+        raise RequestError(f"--full-spectrum computes every delta anew, and {factors.path.name} holds {factors.rank} triplets. Give one of the two.")
     sources = open_sources(base, aligned, finetuned, chosen, factors=factors, order_is_right=order_is_right, cache_dir=cache_dir)
     if factors is not None:
         factors.check(sources.base, sources.aligned)
