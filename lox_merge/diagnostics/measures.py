@@ -219,7 +219,8 @@ def _coefficients(basis: Tensor, matrix: Tensor, flip: bool) -> Tensor:
 
 def _energies(coefficients: Tensor) -> Tensor:
     """(k,) float64 on the CPU."""
-    return torch.linalg.vector_norm(coefficients, dim=1).double().square().cpu()
+    norms: Tensor = torch.linalg.vector_norm(coefficients, dim=1)
+    return norms.double().square().cpu()
 
 
 def _overlaps(first: tuple[Tensor, Spectrum], second: tuple[Tensor, Spectrum], etas: Sequence[float]) -> tuple[Overlap, ...]:

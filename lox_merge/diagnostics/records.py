@@ -6,8 +6,6 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from lox_merge.diagnostics.measures import Measures, Overlap, Spectrum, Update, leading_sum
 from lox_merge.diagnostics.one_pass import Matrix, Vector
 from lox_merge.diagnostics.places import layer_name
@@ -229,5 +227,4 @@ def _sampled(count: int) -> list[int]:
     """All places below `count`, or _LISTED of them evenly in the logarithm, first and last among them."""
     if count <= _LISTED:
         return list(range(count))
-    places = torch.logspace(0, math.log10(count), _LISTED, dtype=torch.float64).round().long().clamp(1, count).unique()
-    return (places - 1).tolist()
+    return sorted({round(count ** (place / (_LISTED - 1))) - 1 for place in range(_LISTED)})

@@ -68,9 +68,14 @@ class Inspection:
         return self.document
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row per matrix: columns as in its record, those of aligned and of each fine-tuned model prefixed by its name."""
-        import pandas
+        """One row per matrix: columns as in its record, those of aligned and of each fine-tuned model prefixed by its name.
 
+        Raises RequestError where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise RequestError(f"to_pandas() needs the package pandas ({error}). Install it: pip install pandas.") from error
         rows = []
         for record in self.matrices:
             row = {name: record[name] for name in ("name", "part", "layer", "kind", "linear", "k")}

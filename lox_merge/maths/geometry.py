@@ -49,10 +49,10 @@ class EffectiveRanks:
 def effective_ranks(squares: Float[Tensor, " j"], total: float, *, complete: bool) -> EffectiveRanks:
     """All of them from one spectrum; complete: whether `squares` holds every singular value that is not zero."""
     known = total > 0 and squares.numel() > 0
-    counts = [leading_count(squares, total, level) for level in ENERGY_LEVELS]
+    half, most, nearly_all = (leading_count(squares, total, level) for level in ENERGY_LEVELS)
     stable = total / float(squares[0]) if known else None
     participation = float(squares.sum()) ** 2 / float(squares.square().sum()) if known and complete else None
-    return EffectiveRanks(*counts, stable, participation)
+    return EffectiveRanks(half, most, nearly_all, stable, participation)
 
 
 def count_above(squares: Float[Tensor, " j"], following: float | None, edge: float, *, complete: bool) -> int | None:
