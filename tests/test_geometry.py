@@ -85,7 +85,7 @@ def test_qr_of_a_thin_gaussian_has_the_law_of_left_singular_vectors() -> None:
     """The statistic ||Q^T M||² of both, by a two-sample Kolmogorov-Smirnov test, and of QR against the exact Beta law."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(3)
-    dimension, count, draws = 20, 3, 600
+    dimension, count, draws = 20, 3, 400
     matrix = torch.diag(torch.linspace(3, 0.1, dimension)) @ torch.randn(dimension, 7)
     by_qr = [haar_basis(dimension, count, generator) for _ in range(draws)]
     by_svd = [torch.linalg.svd(torch.randn(dimension, 30, generator=generator), full_matrices=False).U[:, :count] for _ in range(draws)]
@@ -99,7 +99,7 @@ def test_qr_of_a_thin_gaussian_has_the_law_of_left_singular_vectors() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 3.0])
 def test_mean_variance_and_band_of_what_a_random_subspace_keeps(decay: float) -> None:
-    dimension, count, draws = 30, 4, 3000
+    dimension, count, draws = 30, 4, 2000
     generator = torch.Generator().manual_seed(5)
     matrix = torch.diag(torch.exp(-decay * torch.arange(dimension))) @ torch.linalg.qr(torch.randn(dimension, dimension, generator=generator)).Q
     squares = squares_of(matrix)
@@ -108,7 +108,7 @@ def test_mean_variance_and_band_of_what_a_random_subspace_keeps(decay: float) ->
     found = np.array([float((haar_basis(dimension, count, generator).T @ matrix).square().sum()) / total for _ in range(draws)])
     assert mean == count / dimension
     assert abs(found.mean() - mean) < 3.5 * found.std() / math.sqrt(draws) + 1e-6
-    assert found.var() == pytest.approx(variance, rel=0.12, abs=1e-10)
+    assert found.var() == pytest.approx(variance, rel=0.15, abs=1e-10)
     low, high = band(mean, variance)
     inside = np.mean((found >= low - 1e-6) & (found <= high + 1e-6))
     assert 0.935 < inside <= 1 and (decay == 0 or inside < 0.965)

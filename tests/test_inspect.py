@@ -188,6 +188,8 @@ def test_groups_are_the_means_and_the_energies_of_their_matrices(tmp_path: Path)
         1,
     )
     assert kinds["q_proj"]["matrices"] == 2 and kinds["embed_tokens"]["vocabulary"] and not kinds["q_proj"]["vocabulary"]
+    shown = found._repr_html_()
+    assert f"<td>{found.linear['finetuned'][1]['ratio']['mean']:.3f}</td>" in shown and "Fine-tuning: aligned → ft2" in shown
     table = found.to_pandas()
     assert len(table) == len(records) and table["ft2.ratio"].mean() == pytest.approx(np.mean([record["finetuned"][1]["ratio"] for record in records]))
 

@@ -17,7 +17,9 @@ from tiny_models import make_pair, read_tensors
 
 from lox_merge import InspectSettings, inspect
 from lox_merge.cli.inspect import inspect_command
+from lox_merge.diagnostics.measures import measure
 from lox_merge.diagnostics.places import layer_of, module_kinds
+from lox_merge.diagnostics.records import r_align, r_ft, random_share
 from lox_merge.errors import LoxMergeWarning, NumericalError, PlanError, RecipeError, RequestError
 from lox_merge.jobs.orientation import is_transposed
 from lox_merge.maths.precision import rounding_noise_edge
@@ -172,17 +174,17 @@ def test_the_command_line(tmp_path: Path, run_cli: RunCli) -> None:
     assert f"{ratio['mean']:.3f}   {ratio['expected']:.3f}" in re.sub(" +", "   ", done.stdout)
     assert str(tmp_path) not in json.dumps(document)
     assert document["labels"] == [finetuned.name, "aligned"]
-    again = run_cli("inspect", base, aligned, finetuned, aligned, "--rank", 3, "--json", "-", "--by", "none")
-    second = json.loads(again.stdout)
+    again = [str(part) for part in (base, aligned, finetuned, aligned, "--rank", 3, "--json", tmp_path / "again.json", "--by", "none")]
+    inspect_command.main(again, standalone_mode=False)
+    second = json.loads((tmp_path / "again.json").read_text())
     assert {**second, "seconds": 0} == {**document, "seconds": 0}, "the same seed gives the same figures"
-    wrong = run_cli("inspect", base, aligned, "--fractions", "0,0.5")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: fraction 0 is outside (0, 1)") and "Traceback" not in wrong.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--fractions", "x"), "--fractions: 'x' is not a number"),
+        (("--fractions", "0,0.5"), r"fraction 0 is outside \(0, 1\)"),
         (("--by", "row"), "--by 'row' is not known"),
         (("--include", "nothing"), "matches no tensor"),
         (("--exclude", "."), "edits no tensor|no matrix"),
@@ -193,3 +195,32 @@ def test_wrong_arguments(tmp_path: Path, arguments: tuple[str, str], message: st
     base, aligned = make_pair(tmp_path, "llama")
     with pytest.raises(RequestError, match=message):
         inspect_command.main([str(base), str(aligned), *arguments], standalone_mode=False)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (2, 2), (150, 160)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_thin_square_and_scattered_matrices(shape: tuple[int, int], transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, aligned, other = (torch.randn(*shape, generator=generator) for _ in range(3))
+    options = {"label": "m", "transposed": transposed, "device": torch.device("cpu")}
+    settings = InspectSettings(rank=2, etas=(0.3,))
+    found = measure(base, aligned, [other], settings, **options)  # type: ignore[arg-type]
+    scattered = [torch.stack([values, values], -1).transpose(0, 1)[..., 0].T for values in (base, aligned, other)]
+    assert shape == (1, 40) or not any(values.is_contiguous() for values in scattered)
+    again = measure(scattered[0], scattered[1], scattered[2:], settings, **options)  # type: ignore[arg-type]
+    rank = min(2, *shape)
+    turned = [(values.T if transposed else values).double().numpy() for values in (aligned - base, other - base)]
+    basis = np.linalg.svd(turned[0], full_matrices=False)[0][:, :rank]
+    for one in (found, again):
+        assert (one.rank, one.dimension) == (rank, shape[1] if transposed else shape[0])
+        assert r_align(one) == pytest.approx(np.linalg.norm(basis.T @ turned[0]) / np.linalg.norm(turned[0]), rel=1e-3)
+        assert r_ft(one, one.updates[0]) == pytest.approx(np.linalg.norm(basis.T @ turned[1]) / np.linalg.norm(turned[1]), rel=2e-2)
+        assert one.drawn is not None and one.drawn.shape == (20,)
+
+
+def test_ties_leave_the_energy_defined_whatever_the_directions() -> None:
+    base, size = torch.zeros(64, 64), 64
+    found = measure(base, torch.eye(size), [2 * torch.eye(size)], InspectSettings(rank=16), label="m", transposed=False, device=torch.device("cpu"))
+    assert r_align(found) == pytest.approx(0.5) and r_ft(found, found.updates[0]) == pytest.approx(0.5)
+    mean, variance = random_share(found, None, 16)
+    assert mean == 0.25 and variance == pytest.approx(0, abs=1e-9)  # every subspace keeps the same of the identity

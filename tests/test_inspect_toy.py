@@ -31,7 +31,7 @@ def attacked(pair: ToyPair, start: Path, folder: Path) -> tuple[Path, float]:
     rows = [{"prompt": request.text, "response": " ".join(new_task(request)[:-1])} for request in requests.benign]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     rate = benign_attack(recipe).training.learning_rate
-    settings = AttackSettings(steps=(60,), learning_rate=rate, batch_size=32, warmup_steps=3, adam_beta2=0.95, max_length=64)
+    settings = AttackSettings(steps=(40,), learning_rate=rate, batch_size=32, warmup_steps=3, adam_beta2=0.95, max_length=64)
     loaded = load_model(start, dtype="float32", device="cpu")
     ratios = []
 

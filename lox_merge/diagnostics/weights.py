@@ -18,6 +18,7 @@ from lox_merge.diagnostics.one_pass import Measured, measure_all
 from lox_merge.diagnostics.records import matrix_record, vector_record
 from lox_merge.diagnostics.settings import InspectSettings
 from lox_merge.diagnostics.sources import Sources, open_sources
+from lox_merge.diagnostics.summary import as_html
 from lox_merge.errors import LoxMergeWarning, RequestError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import Factors
@@ -62,6 +63,10 @@ class Inspection:
     def notes(self) -> list[str]:
         """What belongs beside the figures, in sentences."""
         return list(self.document["notes"])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(self.document)
 
     def to_json(self) -> dict[str, Any]:
         """For --json."""
