@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 @dataclass(frozen=True)
@@ -105,3 +105,24 @@ def make_pair(folder: Path, size: str) -> tuple[Path, Path]:
         (path / "config.json").write_text(json.dumps(config, indent=2))
         (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     return paths
+
+
+def make_finetuned(aligned: Path, folder: Path) -> Path:
+    """Writes a model fine-tuned from `aligned` unless it is there: ||Δ_ft||/||W|| of about 0.4 %, 16 directions and noise. Returns `folder`."""
+    if (folder / "model.safetensors.index.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(1)
+    for file in sorted(aligned.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name, values in tensors.items():
+            change = torch.randn(values.shape, generator=generator) * 1e-5
+            if values.ndim == 2:
+                rows, columns = values.shape
+                low = torch.randn(rows, 16, generator=generator) @ torch.randn(16, columns, generator=generator)
+                change += low * (0.004 * values.float().norm() / low.norm())
+            tensors[name] = (values.float() + change).bfloat16()
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+    for name in ("config.json", "model.safetensors.index.json"):
+        (folder / name).write_text((aligned / name).read_text())
+    return folder

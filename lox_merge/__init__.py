@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lox_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lox_merge.diagnostics.settings import InspectSettings
+    from lox_merge.diagnostics.weights import Inspection, inspect
     from lox_merge.errors import LoxMergeError
     from lox_merge.jobs.filter_recipe import FilterRecipe
     from lox_merge.jobs.harden import HardenResult, harden
@@ -24,12 +26,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
+    "InspectSettings": "lox_merge.diagnostics.settings",
+    "Inspection": "lox_merge.diagnostics.weights",
     "LoxMergeError": "lox_merge.errors",
     "ProjectResult": "lox_merge.jobs.project",
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
+    "inspect": "lox_merge.diagnostics.weights",
     "lox": "lox_merge.maths.edits",
     "project": "lox_merge.jobs.project",
     "truncated_svd": "lox_merge.maths.spectral",
@@ -38,6 +43,8 @@ _HOMES = {
 __all__ = [
     "FilterRecipe",
     "HardenResult",
+    "InspectSettings",
+    "Inspection",
     "LoxMergeError",
     "ProjectResult",
     "Recipe",
@@ -45,6 +52,7 @@ __all__ = [
     "__version__",
     "filter_matrix",
     "harden",
+    "inspect",
     "lox",
     "project",
     "truncated_svd",

@@ -22,6 +22,7 @@ _COMMANDS = {
     "harden": "lox_merge.cli.harden:harden_command",
     "project": "lox_merge.cli.project:project_command",
     "push": "lox_merge.cli.push:push_command",
+    "inspect": "lox_merge.cli.inspect:inspect_command",
     "robustness": "lox_merge.cli.robustness:robustness_command",
     "search": "lox_merge.cli.search:search_command",
     "verify": "lox_merge.cli.verify:verify_command",
@@ -58,6 +59,7 @@ def cli() -> None:
     lox-merge search BASE ALIGNED ...     find the rank (and alpha) by behaviour
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update by the alignment subspace
+    lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
     lox-merge verify OUT                  check an output against its manifest and sources
     lox-merge push OUT REPO               publish it on the Hugging Face Hub, with its model card
 

@@ -23,10 +23,12 @@ _FUSED_GATE_UP = re.compile(r"gate_up_proj(\.weight)?$")
 # GPT-OSS stores gate and up columns alternately; every other fused layout known to transformers 5 stores halves.
 _INTERLEAVED_MODELS = ("gpt_oss",)
 # Experts stored as (E, d_in, d_out), for x @ W.
-_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
-# transformers' Conv1D stores (d_in, d_out). gpt_bigcode and others have linear layers of the same names.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-_CONV1D_NAME = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
+# Models of transformers 5 that are made of Conv1D, and what they call them; other models have nn.Linear under the same names.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+_CONV1D_NAME = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
+_READS_HIDDEN = re.compile(r"(gate|up|w1|w3|fc1|wi|input_linear)(_\w+)?(\.weight)?$")
+_WRITES_HIDDEN = re.compile(r"(down|w2|fc2|wo|output_linear)(_\w+)?(\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,20 @@ class MatrixView:
         return matrix[piece] if self.axis == 0 else matrix[:, piece]
 
 
-def _nested(config: Config) -> Iterator[Config]:
+def nested_configs(config: Config) -> Iterator[Config]:
     """The config and the configs of its parts (text_config, thinker_config, …)."""
     yield config
     for value in config.values():
         if isinstance(value, Mapping):
-            yield from _nested(value)
+            yield from nested_configs(value)
 
 
 def _is_one_of(config: Config, models: tuple[str, ...]) -> bool:
-    return any(part.get("model_type") in models for part in _nested(config))
+    return any(part.get("model_type") in models for part in nested_configs(config))
 
 
 def _expert_counts(config: Config) -> set[int]:
-    return {part[key] for part in _nested(config) for key in _EXPERT_COUNT_KEYS if isinstance(part.get(key), int)}
+    return {part[key] for part in nested_configs(config) for key in _EXPERT_COUNT_KEYS if isinstance(part.get(key), int)}
 
 
 def is_expert_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
@@ -75,9 +77,26 @@ def is_expert_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
     return len(shape) == 3 and min(shape[1:]) > 1 and ("expert" in name or shape[0] in _expert_counts(config))
 
 
+def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
+    """Whether the matrices of this tensor are stored (d_in, d_out). shape: of the whole tensor, experts included.
+
+    A truncated SVD does not care, but "left" means the output side. Embedding tables are taken as they are stored: rows are tokens.
+    """
+    kinds = {part.get("model_type") for part in nested_configs(config)}
+    if is_expert_stack(name, shape, config):
+        hidden = {part["hidden_size"] for part in nested_configs(config) if isinstance(part.get("hidden_size"), int)}
+        ends = [side in hidden for side in shape[1:]]
+        if ends[0] != ends[1] and _READS_HIDDEN.search(name):
+            return ends[0]
+        if ends[0] != ends[1] and _WRITES_HIDDEN.search(name):
+            return ends[1]
+        return bool(kinds & set(_TRANSPOSED_EXPERTS))
+    return len(shape) == 2 and bool(kinds & set(_CONV1D_MODELS)) and bool(_CONV1D_NAME.search(name))
+
+
 def _gate_up_axis(shape: tuple[int, ...], config: Config) -> int | None:
     """Axis (0 or 1 of an expert's matrix) that holds gate and up together; None when it cannot be told."""
-    hidden = {part["hidden_size"] for part in _nested(config) if isinstance(part.get("hidden_size"), int)}
+    hidden = {part["hidden_size"] for part in nested_configs(config) if isinstance(part.get("hidden_size"), int)}
     fused = [axis for axis in (0, 1) if shape[1 + axis] not in hidden and shape[1 + axis] % 2 == 0]
     if len(fused) == 1:
         return fused[0]
@@ -99,13 +118,12 @@ def matrix_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused
     sides = list(shape)
     while len(sides) > 2 and sides[0] == 1:  # (1, n, d) position tables are one matrix, not one row
         del sides[0]
-    conv1d = len(shape) == 2 and _is_one_of(config, _CONV1D_MODELS) and _CONV1D_NAME.search(name) is not None
-    return [MatrixView((sides[0], size // sides[0]), transposed=conv1d)]
+    return [MatrixView((sides[0], size // sides[0]), transposed=is_transposed(name, shape, config))]
 
 
 def _expert_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused, expert: int) -> list[MatrixView]:
     rows, columns = shape[1:]
-    transposed = _is_one_of(config, _TRANSPOSED_EXPERTS)
+    transposed = is_transposed(name, shape, config)
     axis = _gate_up_axis(shape, config) if fused == "split" and _FUSED_GATE_UP.search(name) else None
     if axis is None:
         return [MatrixView((rows, columns), f"[{expert}]", expert, transposed=transposed)]

@@ -161,6 +161,13 @@ def make_plan(checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings
     return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), usual_triplets(ordered["aligned"], recipe), warnings)
 
 
+def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: bool = False) -> list[str]:
+    """What can be said against a pair before its tensors are compared: one model twice, quantised weights, swapped."""
+    problems = _same_source(base, aligned)
+    problems += quantisation_problems(base) + quantisation_problems(aligned)
+    return problems if order_confirmed else problems + _swapped(base, aligned)
+
+
 def check_disk(plan: Plan, already_written: int = 0) -> None:
     """Raises OutputError when the file system of the output lacks room for what is still to be written."""
     side = sum(plan.mirrored.source.names()[name] for name in plan.side_files)

@@ -61,12 +61,18 @@ class Selection:
     warnings: list[str] = field(default_factory=list)
 
 
+def is_embedding(name: str) -> bool:
+    """True for token and position embeddings."""
+    return bool(_EMBEDDING.search(name)) and not _OUTPUT_HEAD.search(name)
+
+
 def is_vocabulary(name: str) -> bool:
     """True for token embeddings and output heads, whose rows are vocabulary entries."""
     return bool(_EMBEDDING.search(name) or _OUTPUT_HEAD.search(name))
 
 
-def _is_legacy_buffer(info: TensorInfo) -> bool:
+def is_legacy_buffer(info: TensorInfo) -> bool:
+    """True for constants that older versions of transformers saved as tensors."""
     # attn.bias is also the name of a real bias vector: the causal mask has four dimensions.
     return bool(_LEGACY_BUFFER.search(info.name)) and not (info.name.endswith("attn.bias") and len(info.shape) < 3)
 
@@ -135,8 +141,8 @@ def _plan_tensor(
     def copy(reason: str) -> TensorPlan:
         return TensorPlan(name, info, "copy", reason)
 
-    found = {other.role: _counterpart(name, other) for other in others}
-    if _is_legacy_buffer(info) and None in found.values():
+    found = {other.role: counterpart(name, other) for other in others}
+    if is_legacy_buffer(info) and None in found.values():
         return copy("constant buffer")
     for other in others:
         if found[other.role] is None and (len(info.shape) < 2 or info.size == 0 or info.dtype in dtypes.EDITABLE):
@@ -144,17 +150,17 @@ def _plan_tensor(
     vector = len(info.shape) == 1 and edit.edits_vectors
     if (len(info.shape) < 2 and not vector) or info.size == 0:
         for other in others:
-            counterpart = found[other.role]
-            if counterpart is not None and other.info(counterpart).shape != info.shape and not is_vocabulary(name):
-                selection.problems.append(_shapes_differ(name, other, counterpart, mirrored))
+            same = found[other.role]
+            if same is not None and other.info(same).shape != info.shape and not is_vocabulary(name):
+                selection.problems.append(_shapes_differ(name, other, same, mirrored))
         return copy("fewer than two dimensions" if not edit.edits_vectors else "no entries, or no dimensions")
     if info.dtype not in dtypes.EDITABLE:
         return copy(f"dtype {info.dtype} holds no weights")
     for other in reversed(others):
-        counterpart = found[other.role]
-        if counterpart is None:
+        same = found[other.role]
+        if same is None:
             return copy(f"not in {other.role}")
-        reason = _difference(name, other, counterpart, mirrored, selection)
+        reason = _difference(name, other, same, mirrored, selection)
         if reason:
             return copy(reason)
     if settings.include and not any(settings.matches(pattern, name) for pattern in settings.include):
@@ -167,16 +173,16 @@ def _plan_tensor(
         views: tuple[MatrixView, ...] = (MatrixView((info.size, 1)),)
     else:
         views = tuple(matrix_views(name, info.shape, mirrored.config, settings.fused))  # type: ignore[arg-type]
-    counterparts = {role: counterpart for role, counterpart in found.items() if counterpart is not None}
+    counterparts = {role: same for role, same in found.items() if same is not None}
     return edit.choose(TensorPlan(name, info, "edit", "", counterparts, views=views), selection.problems)
 
 
-def _difference(name: str, other: Checkpoint, counterpart: str, mirrored: Checkpoint, selection: Selection) -> str:
+def _difference(name: str, other: Checkpoint, same: str, mirrored: Checkpoint, selection: Selection) -> str:
     """Why a tensor cannot be compared with the one of `other`, '' if it can. Adds a problem or a warning."""
-    info, there = mirrored.info(name), other.info(counterpart)
+    info, there = mirrored.info(name), other.info(same)
     if there.shape != info.shape:
         if not is_vocabulary(name):
-            selection.problems.append(_shapes_differ(name, other, counterpart, mirrored))
+            selection.problems.append(_shapes_differ(name, other, same, mirrored))
         elif other.role == "base":
             selection.warnings.append(
                 f"{name} is copied, not edited: base has {list(there.shape)} and {mirrored.role} {list(info.shape)} "
@@ -200,7 +206,7 @@ def _is_linear(name: str, info: TensorInfo, mirrored: Checkpoint) -> bool:
     return not is_vocabulary(name) and (len(info.shape) == 2 or is_expert_stack(name, info.shape, mirrored.config))
 
 
-def _counterpart(name: str, other: Checkpoint) -> str | None:
+def counterpart(name: str, other: Checkpoint) -> str | None:
     """The other checkpoint's tensor of the same name; for an untied output head over a tied model, its embedding is its head."""
     if name in other:
         return name
@@ -220,7 +226,7 @@ def _shapes_differ(name: str, other: Checkpoint, counterpart: str, mirrored: Che
 
 
 def _report_missing(missing: list[str], other: Checkpoint, mirrored: Checkpoint, selection: Selection) -> None:
-    extra = [name for name in other.names if name not in mirrored and not _is_legacy_buffer(other.info(name))]
+    extra = [name for name in other.names if name not in mirrored and not is_legacy_buffer(other.info(name))]
     if mirrored.ties_embeddings:
         extra = [name for name in extra if not _OUTPUT_HEAD.search(name)]
     for names, there, lacking in ((missing, mirrored, other), (extra, other, mirrored)):

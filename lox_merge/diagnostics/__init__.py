@@ -1,0 +1,1 @@
+"""Questions about models that need no prompts: what the weights say."""
