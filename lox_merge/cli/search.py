@@ -51,7 +51,7 @@ DEFAULT_BISECT_LIMIT = 64
 @click.option("--device-map", metavar="auto", help="Spread the model over several GPUs.")
 @click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found, to the folder OUT.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg or .png).")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg, .png or .pdf).")
 @order_option
 @device_option
 @seed_option
@@ -106,9 +106,9 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
     """Searches and shows the result in every way asked for."""
     ranks, rho = chosen_ranks(options), number(options["rho"], "--rho")
     if options["plot"]:
-        from lox_merge.cli.plot_search import check_plot
+        from lox_merge.publish.figures.save import check_picture_file
 
-        check_plot(options["plot"])
+        check_picture_file(options["plot"], "--plot")
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_search import print_search
@@ -159,10 +159,19 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
     if show:
         print_search(result, base=Path(base).name, aligned=Path(aligned).name)
     if options["plot"]:
-        from lox_merge.cli.plot_search import plot_search
-
-        plot_search(result, options["plot"])
+        _plot(result, options["plot"])
     return result
+
+
+def _plot(result: RankSearch, file: Path) -> None:
+    from lox_merge.publish.documents.search import Search
+    from lox_merge.publish.documents.shape import read_as
+    from lox_merge.publish.figures.save import save_picture
+    from lox_merge.publish.figures.search import draw_rank_curve
+    from lox_merge.publish.figures.style import single_panel
+
+    document = read_as(Search, result.to_json(), "the search")
+    save_picture(lambda: single_panel(lambda axes: draw_rank_curve(axes, document), width=6.4, height=4.0), file)
 
 
 def chosen_ranks(options: dict[str, Any]) -> list[int]:
