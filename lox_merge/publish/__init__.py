@@ -1,1 +1,1 @@
-"""What leaves the house for people: pictures, reports."""
+"""What was hardened, made ready for others: the model card, and the way to the Hub."""
