@@ -19,6 +19,7 @@ _COMMANDS = {
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
     "harden": "lox_merge.cli.harden:harden_command",
+    "report": "lox_merge.cli.report:report_command",
     "robustness": "lox_merge.cli.robustness:robustness_command",
     "search": "lox_merge.cli.search:search_command",
     "verify": "lox_merge.cli.verify:verify_command",
@@ -54,6 +55,7 @@ def cli() -> None:
     lox-merge asr MODEL... --prompts P    measure how often attacks succeed
     lox-merge search BASE ALIGNED ...     find the rank by behaviour
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
+    lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output against its manifest and sources
 
     Every option can be set by an environment variable: LOX_MERGE_HARDEN_RANK=6.

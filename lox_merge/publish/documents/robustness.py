@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lox_merge.publish.documents.shape import AttackRate, PairedChange, Prompts, Shape
 
@@ -62,11 +62,18 @@ class Training(Shape):
     lora_rank: int | None = None
 
 
+class Recipe(Shape):
+    """How the hardening in memory was asked for; its rank is also that of R and of the controls."""
+
+    rank: str
+    alpha: float
+
+
 class Robustness(Shape):
     """A comparison under attack. Models: 'aligned', 'LoX', and controls of equal norm."""
 
     sources: dict[str, dict[str, Any] | None]
-    recipe: dict[str, Any]
+    recipe: Recipe
     training: Training
     attacks: tuple[Attack, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -74,6 +81,14 @@ class Robustness(Shape):
     judges: dict[str, dict[str, Any]] = Field(min_length=1)
     interval: str
     curves: tuple[Curve, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _judged_everywhere(self) -> Robustness:
+        for curve in self.curves:
+            for point in curve.points:
+                if missing := self.judges.keys() - point.attack_success.keys():
+                    raise ValueError(f"{curve.attack}, {curve.model}, {point.step} steps: no attack_success of {', '.join(sorted(missing))}")
+        return self
 
     @property
     def models(self) -> list[str]:
