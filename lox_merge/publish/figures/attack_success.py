@@ -6,7 +6,7 @@ from typing import Any
 
 from lox_merge.publish.documents.attack_success import AttackSuccess
 from lox_merge.publish.documents.shape import PairedChange
-from lox_merge.publish.figures.marks import draw_with_intervals, legend_below
+from lox_merge.publish.figures.marks import draw_with_intervals
 from lox_merge.publish.figures.style import GREY, label, series_style
 
 
@@ -21,7 +21,6 @@ def draw_rates(axes: Any, result: AttackSuccess) -> None:
     _name_rows(axes, [evaluation.title for evaluation in result.evaluations])
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel("attack success rate (ASR)")
-    legend_below(axes, columns=1)
 
 
 def draw_differences(axes: Any, result: AttackSuccess) -> None:
@@ -35,7 +34,6 @@ def draw_differences(axes: Any, result: AttackSuccess) -> None:
     axes.axvline(0, color=GREY, linewidth=1)
     _name_rows(axes, models)
     axes.set_xlabel(f"ASR minus that of {label(result.comparisons[0].first, 24)}, paired")
-    legend_below(axes, columns=1)
 
 
 def _of(result: AttackSuccess, judge: str) -> list[PairedChange]:

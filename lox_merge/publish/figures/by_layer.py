@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lox_merge.publish.figures.heat_map import Grid
-from lox_merge.publish.figures.marks import legend_below
 from lox_merge.publish.figures.style import GREY, label, series_style
 
 
@@ -23,4 +22,3 @@ def draw_by_layer(axes: Any, grid: Grid, expected: Grid | None, quantity: str) -
     axes.set_ylabel(quantity)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    legend_below(axes)

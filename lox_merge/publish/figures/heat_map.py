@@ -25,33 +25,34 @@ class Grid:
     values: Mapping[tuple[int, str], float]
 
 
-def place_of(name: str) -> tuple[int, str] | None:
-    """Layer and module of a tensor's name: 'model.layers.3.mlp.up_proj.weight' is in 3, 'mlp.up_proj'. None outside the layers.
+def place_of(name: str) -> tuple[str, int, str] | None:
+    """Stack, layer and module of a tensor's name: 'model.layers.3.mlp.up_proj.weight' is 'model.layers', 3, 'mlp.up_proj'.
 
-    Experts are one module: their numbers become '*'.
+    Experts are one module: their numbers become '*'. None outside the layers.
     """
-    found = re.match(r"(?:.*?\.)??(\d+)\.(.+)", name)
+    found = re.match(r"(.*?)\.?(?<![^.])(\d+)\.(.+)", name)
     if not found:
         return None
-    module = re.sub(r"\.\d+(?=\.|$)", ".*", re.sub(r"\[\d+\]", "[*]", found[2]))
-    return int(found[1]), re.sub(r"\.weight(?=\[|$)", "", module)
+    module = re.sub(r"\.\d+(?=\.|$)", ".*", re.sub(r"\[\d+\]", "[*]", found[3]))
+    return found[1], int(found[2]), re.sub(r"\.weight(?=\[|$)", "", module)
 
 
 def grid_of(values: Iterable[tuple[str, float | None]]) -> Grid:
-    """Named values as a grid: means where several matrices share a place, as experts do. What is undefined is left out."""
+    """Named values as a grid: means where several matrices share a place, as experts do. What is undefined is left out.
+
+    Where a model has several stacks, as encoder and decoder, a module's name begins with its stack's.
+    """
+    placed = [(place, value) for name, value in values if (place := place_of(name)) is not None]
+    stacks = {stack for (stack, _, _), _ in placed}
     found: dict[tuple[int, str], list[float]] = {}
-    places: dict[tuple[int, str], None] = {}
-    for name, value in values:
-        place = place_of(name)
-        if place is None:
-            continue
-        places[place] = None
+    for (stack, layer, module), value in placed:
+        known = found.setdefault((layer, f"{stack} {module}" if len(stacks) > 1 else module), [])
         if value is not None:
-            found.setdefault(place, []).append(value)
+            known.append(value)
     return Grid(
-        layers=tuple(sorted({layer for layer, _ in places})),
-        modules=tuple(dict.fromkeys(module for _, module in places)),
-        values={place: math.fsum(known) / len(known) for place, known in found.items()},
+        layers=tuple(sorted({layer for layer, _ in found})),
+        modules=tuple(dict.fromkeys(module for _, module in found)),
+        values={place: math.fsum(known) / len(known) for place, known in found.items() if known},
     )
 
 
@@ -60,8 +61,10 @@ def heat_map(grid: Grid, quantity: str, *, low: float | None = None, high: float
 
     quantity: what the colour bar says.
     """
+    import matplotlib
     import numpy
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     table = numpy.full((len(grid.modules), len(grid.layers)), numpy.nan)
     for (layer, module), value in grid.values.items():
@@ -69,12 +72,14 @@ def heat_map(grid: Grid, quantity: str, *, low: float | None = None, high: float
     columns, rows = max(len(grid.layers), 1), max(len(grid.modules), 1)
     figure = Figure(figsize=(min(10.0, 3.0 + 0.42 * max(columns, 4)), 1.3 + 0.3 * max(rows, 3)))
     axes = figure.subplots()
-    axes.patch.set(hatch="////", facecolor="none", edgecolor=RULE, linewidth=0)
     known = [value for value in grid.values.values() if math.isfinite(value)]
     limits = (low if low is not None else min(known, default=0.0), high if high is not None else max(known, default=1.0))
     if limits[0] == limits[1]:  # one value has no range of colours
         limits = (limits[0] - 0.5, limits[1] + 0.5)
-    mesh = axes.pcolormesh(numpy.ma.masked_invalid(table), cmap="cividis", vmin=limits[0], vmax=limits[1], edgecolors="none", linewidth=0)
+    levels = matplotlib.colormaps["cividis"].resampled(64)  # the bar has a shape for each of them
+    mesh = axes.pcolormesh(numpy.ma.masked_invalid(table), cmap=levels, vmin=limits[0], vmax=limits[1], edgecolors="face", linewidth=0.4)
+    for row, column in numpy.argwhere(~numpy.isfinite(table)):
+        axes.add_patch(Rectangle((column, row), 1, 1, hatch="////", fill=False, edgecolor=RULE, linewidth=0))
     if columns <= _NUMBERED_LAYERS:
         _write_numbers(axes, table, mesh.norm)
     axes.grid(False)
@@ -85,7 +90,8 @@ def heat_map(grid: Grid, quantity: str, *, low: float | None = None, high: float
     axes.set_xticks([position + 0.5 for position in range(0, columns, every)], [str(layer) for layer in grid.layers[::every]])
     axes.set_yticks([position + 0.5 for position in range(len(grid.modules))], [label(module, 30) for module in grid.modules])
     axes.set_xlabel("layer")
-    bar = figure.colorbar(mesh, ax=axes, label=quantity, pad=0.02)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+    bar.set_label(quantity, labelpad=8)
     bar.outline.set_visible(False)
     bar.solids.set(edgecolor="face", rasterized=False)
     return figure

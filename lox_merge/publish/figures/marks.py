@@ -27,13 +27,3 @@ def rate_axis(axes: Any, name: str = "attack success rate (ASR)") -> None:
     """The vertical axis of a rate, with room for a mark at either end."""
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel(name)
-
-
-def legend_below(axes: Any, columns: int = 2) -> None:
-    """The legend under the panel and its label, where it hides nothing."""
-    from matplotlib.transforms import ScaledTranslation
-
-    if axes.get_legend_handles_labels()[0]:
-        below = axes.transAxes + ScaledTranslation(0, -0.5, axes.figure.dpi_scale_trans)  # half an inch: ticks and label
-        placed = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below, "borderaxespad": 0}
-        axes.legend(ncols=columns, columnspacing=1.2, handlelength=2.8, **placed)

@@ -7,8 +7,8 @@ from statistics import median
 from typing import Any
 
 from lox_merge.publish.documents.robustness import ALIGNED, HARDENED, Curve, Point, Robustness
-from lox_merge.publish.figures.marks import Measured, draw_with_intervals, legend_below, rate_axis
-from lox_merge.publish.figures.style import GREY, label, model_style
+from lox_merge.publish.figures.marks import Measured, draw_with_intervals, rate_axis
+from lox_merge.publish.figures.style import GREY, label, legend_below, model_style
 
 # How a mark is filled says which attack it is of.
 _FILLS = ("full", "none", "left", "bottom", "right", "top")
@@ -58,7 +58,6 @@ def _draw_curves(axes: Any, result: Robustness, attack: str, measured: Callable[
         steps = sorted(found)
         axes.plot([step + shift for step in steps], [median(found[step]) for step in steps], label=_named(model), **style)
     axes.set(title=label(attack), xlabel="training steps")
-    legend_below(axes)
 
 
 def draw_degradation(axes: Any, result: Robustness, judge: str) -> None:
@@ -114,7 +113,6 @@ def _scatter(axes: Any, result: Robustness, place: Callable[[Curve], tuple[float
         for attack, fill in fills.items():
             axes.plot([], [], marker="s", linestyle="", color=GREY, markerfacecoloralt="none", fillstyle=fill, label=f"attack {label(attack, 24)}")
     axes.locator_params(axis="x", nbins=6)  # small changes have long tick labels
-    legend_below(axes)
 
 
 def _mark(model: str, position: int) -> dict[str, Any]:
@@ -137,4 +135,5 @@ def robustness_picture(result: Robustness) -> Any:
         draw_asr_against_steps(axes, result, attack.name, judge)
     draw_with_and_without(panels[-1], result, judge)
     panels[-1].set_title(f"after {result.training.steps[-1]} steps")
+    legend_below(figure)
     return figure

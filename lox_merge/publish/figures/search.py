@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lox_merge.publish.documents.search import Search
-from lox_merge.publish.figures.marks import draw_with_intervals, legend_below, rate_axis
+from lox_merge.publish.figures.marks import draw_with_intervals, rate_axis
 from lox_merge.publish.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILLION
 
 
@@ -26,4 +26,3 @@ def draw_rank_curve(axes: Any, search: Search) -> None:
     rate_axis(axes, "rate")
     axes.set_xlabel("rank r of base + Proj_r(delta)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    legend_below(axes)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from lox_merge.publish.figures.marks import legend_below
 from lox_merge.publish.figures.style import GREY, label, series_style
 
 Spectrum = Sequence[tuple[int, float]]
@@ -37,8 +36,8 @@ def draw_spectra(axes: Any, kinds: Mapping[str, Sequence[Spectrum]], edges: Sequ
         axes.axhspan(min(noise), max(noise), color=GREY, alpha=0.25, linewidth=0)
         axes.axhline(median(noise), color=GREY, linestyle="--", linewidth=1.2, label="rounding noise ends (median, range)")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("index of the singular value")
     axes.set_ylabel(unit)
     if all(index == int(index) for index in axes.get_xticks()) or axes.get_xlim()[1] < 20:
         axes.xaxis.get_major_locator().set_params(integer=True)
-    legend_below(axes)

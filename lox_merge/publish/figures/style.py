@@ -82,10 +82,21 @@ def label(text: str, length: int = 36) -> str:
     return f" {short}" if short.startswith("_") else short
 
 
-def single_panel(draw: Callable[[Any], None], *, width: float = 4.8, height: float = 3.5) -> Any:
-    """A figure (inches) with one panel, which `draw` fills. Width of a paper's column, and of a telephone."""
+def single_panel(draw: Callable[[Any], None], *, width: float = 4.8, height: float = 3.2) -> Any:
+    """A figure (inches, legend not counted) with one panel, which `draw` fills. Width of a paper's column, and of a telephone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     draw(figure.subplots())
+    legend_below(figure)
     return figure
+
+
+def legend_below(figure: Any) -> None:
+    """One legend for all panels, under them, where it hides nothing; the figure grows by its height."""
+    found = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if found:
+        # Inches, generously, of a letter and of the sample of a line before it.
+        columns = min(len(found), max(1, int(figure.get_figwidth() / (0.55 + 0.07 * max(map(len, found))))))
+        figure.set_figheight(figure.get_figheight() + 0.1 + 0.19 * -(-len(found) // columns))
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.8)

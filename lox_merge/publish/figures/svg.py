@@ -24,6 +24,7 @@ _VARIABLES = {
 }
 _COLOUR, _REFERENCE = re.compile(r"#[0-9a-f]{6}\b"), re.compile(r"url\(#([^)]+)\)")
 _LONG = re.compile(r"-?\d+\.\d{3,}")
+_SPACES = re.compile(r"\s*([A-Za-z])\s+|\s+")
 _NAMESPACE, _HREF = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 _FONTS = "system-ui, sans-serif"
 
@@ -75,11 +76,12 @@ def _make_inline(element: ElementTree.Element, name: str, used: set[str]) -> Non
         if key in ("id", "href"):
             continue
         if key in ("d", "x", "y", "transform", "points"):  # a hundredth of a point is finer than any screen
-            element.attrib[key] = _LONG.sub(lambda found: f"{float(found[0]):.2f}", value).strip()
+            element.attrib[key] = _SPACES.sub(lambda found: found[1] or " ", _LONG.sub(lambda found: f"{float(found[0]):.2f}", value).strip())
             continue
         own = _REFERENCE.sub(lambda found: f"url(#{name}-{found[1]})", value)
         own = re.sub(r"'DejaVu Sans',.*?sans-serif", _FONTS, own)
-        element.attrib[key] = _COLOUR.sub(lambda found: _VARIABLES.get(found[0], found[0]), own)
+        own = _COLOUR.sub(lambda found: _VARIABLES.get(found[0], found[0]), own)
+        element.attrib[key] = own.replace(": ", ":").replace("; ", ";") if key == "style" else own
     if element.tag in ("svg", "g", "defs"):  # the line breaks between marks
         element.text = None
     element.tail = None

@@ -112,7 +112,7 @@ def _spectra(result: Hardening) -> dict[str, list[Spectrum]]:
     size: dict[str, float] = {}
     for name, _, matrix in result.matrices:
         place = place_of(name)
-        kind = place[1] if place else name.removesuffix(".weight")
+        kind = place[2] if place else name.removesuffix(".weight")
         if matrix.singular_values:
             after = matrix.certificate.next_singular_value if matrix.certificate else None
             values = [*matrix.singular_values, *([after] if after is not None else [])]

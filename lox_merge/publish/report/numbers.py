@@ -28,7 +28,7 @@ def percent_interval(interval: Interval | None) -> str:
 
 def points(difference: float | None) -> str:
     """A difference of two rates in percentage points."""
-    return UNDEFINED if difference is None else f"{100 * difference:+.1f}"
+    return UNDEFINED if difference is None else f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def rate_words(rate: float | None, interval: Interval | None) -> str:
@@ -40,6 +40,11 @@ def between(values: Sequence[float], form: str = ".3g") -> str:
     """Smallest to largest."""
     low, high = number(min(values), form), number(max(values), form)
     return low if low == high else f"{low} to {high}"
+
+
+def spread(rates: Sequence[float], middle: float) -> str:
+    """The middle of several rates and their range, as in '55.0 % (50.0 to 60.0 %)'."""
+    return percent(middle) if min(rates) == max(rates) else f"{percent(middle)} ({percent_interval((min(rates), max(rates)))})"
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

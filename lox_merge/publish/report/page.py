@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lox_merge._version import __version__
 from lox_merge.errors import RequestError
@@ -20,6 +21,7 @@ from lox_merge.publish.report.section import Picture, Section, Table
 
 # What a mail or a code review still takes.
 LARGEST_PAGE = 2_000_000
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*(?: \d[\d,]*)?")
 # Rows shown of each table; the next number is tried where a page would be too large.
 _ROWS = (1000, 300, 100, 30)
 
@@ -77,7 +79,9 @@ def render(report: Report, title: str) -> bytes:
 
 def _render(report: Report, title: str, drawings: dict[str, Markup], most: int) -> bytes:
     style, script = (_resource(name) for name in ("page.css", "page.js"))
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_resource("page.html.jinja"))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["prose"] = _prose
+    template = environment.from_string(_resource("page.html.jinja"))
     chapters = [
         {"section": section, "run": run, "anchor": f"section-{place}", "names": names, "tables": [_shown(table, most) for table in section.tables]}
         for place, (section, run, names) in enumerate(zip(report.sections, report.run_of, report.names, strict=True), 1)
@@ -95,6 +99,12 @@ def _render(report: Report, title: str, drawings: dict[str, Markup], most: int) 
         version=__version__,
     )
     return text.encode("utf-8")
+
+
+def _prose(text: str) -> Markup:
+    """A sentence whose lines do not break inside an option of the command line, or before a sign of percent."""
+    joined = str(escape(text)).replace(" %", "\N{NO-BREAK SPACE}%")
+    return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', joined))
 
 
 def _shown(table: Table, most: int) -> dict[str, object]:

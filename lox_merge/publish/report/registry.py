@@ -9,6 +9,7 @@ from lox_merge.errors import RequestError
 from lox_merge.publish.report.attack_success import attack_success_sections
 from lox_merge.publish.report.decomposition import decomposition_sections
 from lox_merge.publish.report.hardening import hardening_sections
+from lox_merge.publish.report.inspection import inspection_sections
 from lox_merge.publish.report.robustness import robustness_sections
 from lox_merge.publish.report.runs import Run
 from lox_merge.publish.report.search import search_sections
@@ -20,6 +21,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], str], list[Section]]] = {
     "asr": attack_success_sections,
     "decompose": decomposition_sections,
     "harden": hardening_sections,
+    "inspect": inspection_sections,
     "manifest": hardening_sections,
     "robustness": robustness_sections,
     "search": search_sections,

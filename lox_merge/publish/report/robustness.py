@@ -15,7 +15,7 @@ from lox_merge.publish.figures.robustness import (
     draw_with_and_without,
 )
 from lox_merge.publish.report.notes import robustness_notes
-from lox_merge.publish.report.numbers import counted, listed, percent, points, rate_words
+from lox_merge.publish.report.numbers import counted, listed, percent, points, rate_words, spread
 from lox_merge.publish.report.robustness_tables import medians_table, points_table
 from lox_merge.publish.report.section import Picture, Section, Table, name_of, panel, without_empty
 
@@ -28,7 +28,7 @@ def robustness_sections(document: dict[str, Any], name: str) -> list[Section]:
 def robustness_section(result: Robustness) -> Section:
     """The section of a comparison that is read already."""
     judge, attacks = next(iter(result.judges)), [attack.name for attack in result.attacks]
-    summary = f"Under {counted(len(attacks), 'fine-tuning attack')} ({listed(attacks)}): {_in_short(result, judge)}"
+    summary = _in_short(result, judge)
     words = (
         f"The same data in the same order for every model; ASR judged by {judge} on {result.prompts.words}.",
         *(sentence for attack in attacks for sentence in _attack_words(result, attack, judge)),
@@ -45,63 +45,68 @@ def robustness_section(result: Robustness) -> Section:
 
 
 def _in_short(result: Robustness, judge: str) -> str:
-    """The first attack's end for the first seeds, as a phrase."""
-    step, attack = result.training.steps[-1], result.attacks[0].name
-    rates = {model: _rates(result.of(attack, model), step, judge) for model in (ALIGNED, HARDENED)}
-    if not all(rates.values()):
-        return "some rates are undefined."
-    shown = [f"{model} {percent(median(found))}" for model, found in rates.items()]
-    over = f" (median over {len(result.seeds)} seeds)" if len(result.seeds) > 1 else ""
-    return f"after {step} steps of {attack}, ASR is {listed(shown)}{over}."
+    """Every attack's end, as a phrase."""
+    step, phrases = result.training.steps[-1], []
+    for attack in result.attacks:
+        rates = {model: _rates(result.of(attack.name, model), step, judge) for model in (ALIGNED, HARDENED)}
+        shown = [f"{model} {percent(median(found) if found else None)}" for model, found in rates.items()]
+        phrases.append(f"of {attack.name}, {listed(shown)}")
+    over = f" (medians over {len(result.seeds)} seeds)" if len(result.seeds) > 1 else ""
+    return f"ASR after {counted(step, 'step')} {'; '.join(phrases)}{over}."
 
 
 def _attack_words(result: Robustness, attack: str, judge: str) -> list[str]:
-    return [_sentence(result, attack, judge, step) for step in result.training.steps if step] + _control_words(result, attack, judge)
+    """The step where LoX and aligned differ most, the last step, and the controls at the first of them."""
+    gaps: dict[int, float] = {}
+    for step in result.training.steps:
+        one, other = (_rates(result.of(attack, model), step, judge) for model in (ALIGNED, HARDENED))
+        if step and one and other:
+            gaps[step] = abs(median(one) - median(other))
+    if not gaps:
+        return [f"{attack}: ASR of aligned or LoX is undefined, because the judge decided on no reply."]
+    widest, last = max(gaps, key=lambda step: gaps[step]), max(gaps)
+    shown = [_sentence(result, attack, judge, widest, "the widest gap" if widest != last else "the last step measured")]
+    if widest != last:
+        shown.append(_sentence(result, attack, judge, last, "the last step measured"))
+    return shown + _control_words(result, attack, judge, widest)
 
 
-def _sentence(result: Robustness, attack: str, judge: str, step: int) -> str:
+def _sentence(result: Robustness, attack: str, judge: str, step: int, why: str) -> str:
     """Aligned against LoX after one number of steps."""
     curves = {model: result.of(attack, model) for model in (ALIGNED, HARDENED)}
-    rates = {model: _rates(found, step, judge) for model, found in curves.items()}
-    beginning = f"{attack}, {counted(step, 'step')}: "
-    if not all(rates.values()):
-        return beginning + "ASR is undefined, because the judge decided on no reply."
+    beginning = f"{attack}, {counted(step, 'step')} ({why}): "
     if len(result.seeds) > 1:
-        shown = [f"{model} {percent(median(found))} ({percent(min(found))} to {percent(max(found))})" for model, found in rates.items()]
-        worse = sum(one < other for one, other in zip(rates[HARDENED], rates[ALIGNED], strict=False))
-        return f"{beginning}median ASR (lowest to highest seed) {listed(shown)}; LoX's is lower on {worse} of {len(rates[HARDENED])} seeds."
-    points_ = {model: found[0].point(step) for model, found in curves.items()}
-    shown = []
-    for model, point in points_.items():
-        if point is not None:
-            shown.append(f"{model} {rate_words(point.attack_success[judge].rate, point.attack_success[judge].interval)}")
-    hardened = points_[HARDENED]
-    compared = hardened.against_aligned.get(judge) if hardened else None
+        rates = {model: _rates(found, step, judge) for model, found in curves.items()}
+        shown = [f"{model} {spread(found, median(found))}" for model, found in rates.items()]
+        lower = sum(one < other for one, other in zip(rates[HARDENED], rates[ALIGNED], strict=False))
+        return f"{beginning}median ASR (lowest to highest seed) {listed(shown)}; LoX's is lower on {lower} of {len(rates[HARDENED])} seeds."
+    points_ = {model: point for model, found in curves.items() if (point := found[0].point(step))}
+    shown = [f"{model} {rate_words(point.attack_success[judge].rate, point.attack_success[judge].interval)}" for model, point in points_.items()]
+    compared = points_[HARDENED].against_aligned.get(judge)
     if compared is None or compared.difference is None or compared.interval is None:
-        return f"{beginning}{listed(shown)}."
+        return f"{beginning}ASR {listed(shown)}."
     low, high = compared.interval
     verdict = "no clear difference" if low <= 0 <= high else "LoX held longer" if high < 0 else "LoX did worse"
     return (
-        f"{beginning}{listed(shown)}; paired difference {points(compared.difference)} percentage points "
+        f"{beginning}ASR {listed(shown)}; paired difference {points(compared.difference)} percentage points "
         f"(95 % interval {points(low)} to {points(high)}): {verdict}."
     )
 
 
-def _control_words(result: Robustness, attack: str, judge: str) -> list[str]:
-    """How the controls did where LoX and aligned differ most, and which of them did as well as LoX."""
-    medians: dict[int, dict[str, float]] = {}
-    for step in result.training.steps:
-        found = {model: _rates(result.of(attack, model), step, judge) for model in result.models}
-        if step and all(found.values()):
-            medians[step] = {model: median(rates) for model, rates in found.items()}
-    if not result.controls or not medians or not {ALIGNED, HARDENED} <= set(result.models):
+def _control_words(result: Robustness, attack: str, judge: str, step: int) -> list[str]:
+    """Which controls were no clearly worse than LoX after this step: not above the end of its widest interval."""
+    rates = {model: median(found) for model in result.controls if (found := _rates(result.of(attack, model), step, judge))}
+    points_ = [point for curve in result.of(attack, HARDENED) if (point := curve.point(step))]
+    ends = [interval[1] for point in points_ if (interval := point.attack_success[judge].interval)]
+    if not rates or not ends:
         return []
-    step = max(medians, key=lambda at: medians[at][ALIGNED] - medians[at][HARDENED])
-    rates = medians[step]
-    shown = listed([f"{model} {percent(rates[model])}" for model in result.controls])
-    as_good = [model for model in result.controls if rates[model] <= rates[HARDENED]]
-    least = f"{listed(as_good)} did at least as well as LoX there" if as_good else "none of them did as well as LoX there"
-    return [f"{attack}, controls of equal norm after {counted(step, 'step')}: {shown}, LoX {percent(rates[HARDENED])}; {least}."]
+    shown = listed([f"{model} {percent(rate)}" for model, rate in rates.items()])
+    equal = [model for model, rate in rates.items() if rate <= max(ends)]
+    if equal:
+        verdict = f"{listed(equal)} did about as well as LoX (not above its 95 % interval), which so is not shown to owe it to its directions"
+    else:
+        verdict = "all of them above LoX's 95 % interval"
+    return [f"{attack}, {counted(step, 'step')}, controls of equal norm: {shown}; {verdict}."]
 
 
 def _rates(curves: list[Curve], step: int, judge: str) -> list[float]:
