@@ -34,7 +34,10 @@ def draw_ratio_against_steps(axes: Any, result: Robustness, attack: str) -> None
 def draw_utility_against_steps(axes: Any, result: Robustness, attack: str, measure: str) -> None:
     """One of the utilities ('exact match', 'perplexity', 'KL') against training steps."""
     _draw_curves(axes, result, attack, lambda point: (point.step, point.utility.get(measure), None))
-    axes.set_ylabel({"KL": "KL from aligned (nats)", "exact match": "exact match (rate)"}.get(measure, label(measure)))
+    if measure == "exact match":
+        rate_axis(axes, "exact match (rate)")
+    else:
+        axes.set_ylabel("KL from aligned (nats)" if measure == "KL" else label(measure))
 
 
 def _draw_curves(axes: Any, result: Robustness, attack: str, measured: Callable[[Point], Measured]) -> None:
@@ -57,7 +60,7 @@ def _draw_curves(axes: Any, result: Robustness, attack: str, measured: Callable[
                 found.setdefault(int(step), []).append(value)
         steps = sorted(found)
         axes.plot([step + shift for step in steps], [median(found[step]) for step in steps], label=_named(model), **style)
-    axes.set(title=label(attack), xlabel="training steps")
+    axes.set_xlabel("training steps")
 
 
 def draw_degradation(axes: Any, result: Robustness, judge: str) -> None:
@@ -133,6 +136,7 @@ def robustness_picture(result: Robustness) -> Any:
     panels = figure.subplots(1, count)
     for axes, attack in zip(panels, result.attacks, strict=False):
         draw_asr_against_steps(axes, result, attack.name, judge)
+        axes.set_title(label(attack.name))
     draw_with_and_without(panels[-1], result, judge)
     panels[-1].set_title(f"after {result.training.steps[-1]} steps")
     legend_below(figure)

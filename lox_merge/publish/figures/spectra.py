@@ -34,7 +34,7 @@ def draw_spectra(axes: Any, kinds: Mapping[str, Sequence[Spectrum]], edges: Sequ
     noise = [edge for edge in edges if edge > 0]
     if noise:
         axes.axhspan(min(noise), max(noise), color=GREY, alpha=0.25, linewidth=0)
-        axes.axhline(median(noise), color=GREY, linestyle="--", linewidth=1.2, label="rounding noise ends (median, range)")
+        axes.axhline(median(noise), color=GREY, linestyle="--", linewidth=1.2, label="rounding noise")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("index of the singular value")

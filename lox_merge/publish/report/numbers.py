@@ -14,7 +14,9 @@ def number(value: float | None, form: str = ".3f") -> str:
     if value is None:
         return UNDEFINED
     text = format(value, form)
-    return format(value, ".1e") if value and "f" in form and not any(digit in text for digit in "123456789") else text
+    if value and "f" in form and not any(digit in text for digit in "123456789"):
+        text = format(value, ".1e")
+    return text.replace("-", "\N{MINUS SIGN}")  # a hyphen would let a line break inside a number
 
 
 def percent(rate: float | None) -> str:

@@ -61,14 +61,15 @@ def _attack_words(result: Robustness, attack: str, judge: str) -> list[str]:
     for step in result.training.steps:
         one, other = (_rates(result.of(attack, model), step, judge) for model in (ALIGNED, HARDENED))
         if step and one and other:
-            gaps[step] = abs(median(one) - median(other))
+            gaps[step] = median(one) - median(other)
     if not gaps:
         return [f"{attack}: ASR of aligned or LoX is undefined, because the judge decided on no reply."]
-    widest, last = max(gaps, key=lambda step: gaps[step]), max(gaps)
-    shown = [_sentence(result, attack, judge, widest, "the widest gap" if widest != last else "the last step measured")]
-    if widest != last:
-        shown.append(_sentence(result, attack, judge, last, "the last step measured"))
-    return shown + _control_words(result, attack, judge, widest)
+    widest, last = max(gaps, key=lambda step: abs(gaps[step])), max(gaps)
+    at_end = _sentence(result, attack, judge, last, "the last step measured")
+    if not gaps[widest]:
+        return [at_end]
+    first = [] if widest == last else [_sentence(result, attack, judge, widest, "the widest gap")]
+    return [*first, at_end, *(_control_words(result, attack, judge, widest) if gaps[widest] > 0 else [])]
 
 
 def _sentence(result: Robustness, attack: str, judge: str, step: int, why: str) -> str:
@@ -103,7 +104,7 @@ def _control_words(result: Robustness, attack: str, judge: str, step: int) -> li
     shown = listed([f"{model} {percent(rate)}" for model, rate in rates.items()])
     equal = [model for model, rate in rates.items() if rate <= max(ends)]
     if equal:
-        verdict = f"{listed(equal)} did about as well as LoX (not above its 95 % interval), which so is not shown to owe it to its directions"
+        verdict = f"{listed(equal)} did about as well as LoX (not above its 95 % interval), so the gap is not shown to come from LoX's directions"
     else:
         verdict = "all of them above LoX's 95 % interval"
     return [f"{attack}, {counted(step, 'step')}, controls of equal norm: {shown}; {verdict}."]
