@@ -186,7 +186,8 @@ class Inspection(Shape):
 
     @model_validator(mode="after")
     def _as_many_as_labels(self) -> Inspection:
-        for part in (self.whole, self.linear, *self.layers, *self.kinds, *self.matrices):
+        parts: list[Group | Matrix] = [self.whole, self.linear, *self.layers, *self.kinds, *self.matrices]
+        for part in parts:
             if len(part.finetuned) != len(self.labels):
                 raise ValueError(f"{part.name}: {len(part.finetuned)} entries of finetuned for {len(self.labels)} labels")
         return self

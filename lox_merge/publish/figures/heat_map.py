@@ -70,7 +70,7 @@ def heat_map(grid: Grid, quantity: str, *, low: float | None = None, high: float
     for (layer, module), value in grid.values.items():
         table[grid.modules.index(module), grid.layers.index(layer)] = value
     columns, rows = max(len(grid.layers), 1), max(len(grid.modules), 1)
-    figure = Figure(figsize=(min(10.0, 3.0 + 0.42 * max(columns, 4)), 1.3 + 0.3 * max(rows, 3)))
+    figure: Any = Figure(figsize=(min(10.0, 3.0 + 0.42 * max(columns, 4)), 1.3 + 0.3 * max(rows, 3)))
     axes = figure.subplots()
     known = [value for value in grid.values.values() if math.isfinite(value)]
     limits = (low if low is not None else min(known, default=0.0), high if high is not None else max(known, default=1.0))

@@ -48,9 +48,8 @@ def _draw_curves(axes: Any, result: Robustness, attack: str, measured: Callable[
         # Beside each other, so that equal rates do not hide one another.
         shift = 0.008 * reach * (position - (len(models) - 1) / 2)
         if not several:
-            draw_with_intervals(
-                axes, [(step + shift, *rest) for curve in curves for step, *rest in map(measured, curve.points)], label=_named(model), **style
-            )
+            shown = [(step + shift, value, ends) for curve in curves for step, value, ends in map(measured, curve.points)]
+            draw_with_intervals(axes, shown, label=_named(model), **style)
             continue
         found: dict[int, list[float]] = {}
         for curve in curves:
