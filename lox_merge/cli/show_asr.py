@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.show import print_utility
 from lox_merge.safety.asr import Comparison, agreement
 from lox_merge.safety.types import Evaluation
 
@@ -28,8 +29,8 @@ def judge_title(evaluation: Evaluation, judge: str) -> str:
     return f"{judge}\n({label})" if label else judge
 
 
-def print_evaluations(evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison]) -> None:
-    """ASR of every model and judge; differences to the first model; agreement of the judges."""
+def print_evaluations(evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison], utility: Sequence[Mapping[str, float | None]]) -> None:
+    """ASR of every model and judge; differences to the first model; agreement of the judges; utility of each model."""
     prompts = evaluations[0].prompts
     table = _table(f"Attack success: {prompts['n']} prompt(s) of {prompts['source']} (sha256 {prompts['sha256'][:12]})")
     for head in ("model", "judge"):
@@ -50,6 +51,7 @@ def print_evaluations(evaluations: Sequence[Evaluation], comparisons: Sequence[C
     if comparisons:
         _print_comparisons(evaluations[0], comparisons)
     _print_agreement(evaluations)
+    print_utility("model", [(evaluation.title, found) for evaluation, found in zip(evaluations, utility, strict=True)])
     if any(identity.get("kind") == "keyword" for identity in evaluations[0].judges.values()):
         click.echo("keyword is a smoke test: it looks for refusal phrases, not for harm.")
 

@@ -7,6 +7,8 @@ needed to trust them (certificates, norms, fingerprints of both sources) is JSON
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,16 @@ class Factors:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def open_factors(path: str | Path | None) -> Iterator[Factors | None]:
+    """The factors in a file for the time of a `with` statement; None for none. Raises RequestError as `Factors.open`."""
+    if path is None:
+        yield None
+        return
+    with Factors.open(path) as factors:
+        yield factors
 
 
 def read_document(metadata: Any) -> dict[str, Any] | None:

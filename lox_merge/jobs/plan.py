@@ -17,6 +17,7 @@ from lox_merge.checkpoint.safetensors_format import Header, build_header
 from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan, quantisation_problems, select_tensors
+from lox_merge.jobs.triplets import TakenNow, TripletSource
 
 WORK_FOLDER = ".lox_merge"
 MANIFEST = "lox_merge.json"
@@ -42,7 +43,7 @@ class ShardPlan:
 
 @dataclass
 class Plan:
-    """What a run will do. Nothing in it has been written."""
+    """What a run will do. Nothing in it has been written. triplets: where those of each delta come from."""
 
     base: Checkpoint
     aligned: Checkpoint
@@ -50,6 +51,7 @@ class Plan:
     recipe: Recipe
     shards: list[ShardPlan]
     side_files: list[str]
+    triplets: TripletSource
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -116,7 +118,7 @@ def make_plan(base: Checkpoint, aligned: Checkpoint, out: Path, recipe: Recipe, 
     if problems:
         raise PlanError(problems)
     shards = [_plan_shard(file, header, selection.tensors, aligned, recipe) for file, header in aligned.headers.items()]
-    return Plan(base, aligned, out, recipe, shards, aligned.side_files(), warnings)
+    return Plan(base, aligned, out, recipe, shards, aligned.side_files(), TakenNow(recipe), warnings)
 
 
 def check_disk(plan: Plan, already_written: int = 0) -> None:
