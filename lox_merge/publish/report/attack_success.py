@@ -66,6 +66,8 @@ def attack_success_sections(document: dict[str, Any], name: str) -> list[Section
         caption = "Whiskers are Tango 95 % intervals of the paired difference. An interval that holds 0 shows no clear difference."
         pictures.append(panel("asr_differences", "Paired differences", caption, draw_differences, result, height=size))
         tables.append(_differences(result))
+    if any(one.utility for one in result.evaluations):
+        tables.append(_utility(result))
     if any(one.agreement for one in result.evaluations):
         tables.append(_agreement(result))
     return [Section("Attack success", summary, without_empty(words), without_empty(not_shown), tuple(pictures), tuple(tables), _details(first))]
@@ -133,6 +135,12 @@ def _differences(result: AttackSuccess) -> Table:
         for one in result.comparisons
     )
     return Table("Paired differences", columns, rows)
+
+
+def _utility(result: AttackSuccess) -> Table:
+    measures = list(dict.fromkeys(measure for one in result.evaluations for measure in one.utility))
+    rows = tuple((word(one.title), *(figure(one.utility.get(measure), ".4g") for measure in measures)) for one in result.evaluations)
+    return Table("Utility", heads("model", *measures), rows)
 
 
 def _agreement(result: AttackSuccess) -> Table:

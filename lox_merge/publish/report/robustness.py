@@ -19,6 +19,9 @@ from lox_merge.publish.report.numbers import counted, listed, percent, points, r
 from lox_merge.publish.report.robustness_tables import medians_table, points_table
 from lox_merge.publish.report.section import Picture, Section, Table, name_of, panel, without_empty
 
+# Pictures an attack; a task of lm-eval has a dozen metrics, and the table has them all.
+_MEASURES = 3
+
 
 def robustness_sections(document: dict[str, Any], name: str) -> list[Section]:
     """ASR, R_ft/R_align and utility by step for every model, and what the comparison leaves open. Raises RequestError."""
@@ -129,7 +132,7 @@ def _pictures(result: Robustness) -> list[Picture]:
         caption = "How much of the weight change still lies in the leading alignment directions. 1: as before the attack."
         name, title = name_of("ratio_against_steps", attack), f"R_ft/R_align against steps: {attack}"
         found.append(panel(name, title, caption, draw_ratio_against_steps, result, attack))
-        for measure in result.measures:
+        for measure in result.measures[:_MEASURES]:
             name, title = name_of("utility_against_steps", attack, measure), f"{measure} against steps: {attack}"
             found.append(panel(name, title, "Measured on the same models.", draw_utility_against_steps, result, attack, measure))
     caption = "One mark a model, attack and seed. If dispersal and lost safety go together, marks fall from left to right. A correlation is no cause."
