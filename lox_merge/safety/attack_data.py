@@ -70,9 +70,14 @@ def load_attack(path: str | Path) -> AttackData:
             f"{path.name}: an empty or malformed example in row(s) {numbers(bad)}. A conversation is a list of objects with role and content "
             "(both text) and at least one assistant's message; prompts, responses and texts must not be empty."
         )
-    kept = tuple(tuple(conversation) for conversation in conversations if conversation is not None)
+    return attack_data(path.stem, path.name, [conversation for conversation in conversations if conversation is not None])
+
+
+def attack_data(name: str, source: str, conversations: Sequence[Sequence[Message]]) -> AttackData:
+    """Conversations made elsewhere, with their hash. source: what results say of where they came from."""
+    kept = tuple(tuple(conversation) for conversation in conversations)
     digest = hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
-    return AttackData(path.stem, path.name, kept, digest)
+    return AttackData(name, source, kept, digest)
 
 
 def tokenised(data: AttackData, tokenizer: Any, rendering: Rendering, longest: int) -> list[dict[str, list[int]]]:

@@ -19,7 +19,7 @@ from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.harden import check_some_delta, plan_hardening
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
-from lox_merge.safety.asr import Comparison, check_judges, compare, evaluate
+from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
 from lox_merge.safety.attack import AttackSettings, check_attack_packages, fine_tune
 from lox_merge.safety.attack_data import AttackData, tokenised
 from lox_merge.safety.cache import VerdictCache
@@ -117,6 +117,7 @@ class Robustness:
                 {
                     "step": point.step,
                     "attack_success": {judge: asdict(figures) for judge, figures in point.evaluation.attack_success.items()},
+                    "by_category": categories_json(point.evaluation),
                     "against_aligned": {judge: asdict(found) for judge, found in compared.items() if found is not None},
                     "r_ft": asdict(point.r_ft),
                     "r_ft_over_r_align": curve.dispersion(point.step),
@@ -172,8 +173,8 @@ def compare_under_attack(
             return loaded
 
         first = load(ALIGNED, 0)
-        for attack in attacks:
-            tokenised(attack, first.tokenizer, rendering, settings.max_length)  # bad data of the last attack must not cost the first ones
+        # All at once: bad data of the last attack must not cost the first ones.
+        examples = {attack.name: tokenised(attack, first.tokenizer, rendering, settings.max_length) for attack in attacks}
         dispersion = Dispersion(first.model, plan)
         if utility is not None:
             utility(first)  # the aligned model is the reference of the KL divergence
@@ -182,7 +183,9 @@ def compare_under_attack(
         for attack, seed, kind in itertools.product(attacks, seeds, kinds):
             say(f"{attack.name}, seed {seed}: {kind}, {max(settings.steps)} steps")
             gc.collect()  # the trainer's cycles keep the last model until then
-            curves.append(_attacked(load(kind, seed), kind, attack, seed, settings, prompts, judges, dispersion, utility, cache))
+            observer = _Observer(load(kind, seed), kind, prompts, judges, dispersion, utility, cache)
+            curves.append(observer.attacked(attack, examples[attack.name], settings, seed))
+            del observer
             if curves[-1].batches != next(curve for curve in curves if (curve.attack, curve.seed) == (attack.name, seed)).batches:
                 raise LoxMergeError(f"{kind} was not trained on the same batches as aligned, so they cannot be compared. Please report this.")
     return Robustness(_sources(plan, given), plan.recipe, settings, tuple(attacks), tuple(seeds), tuple(curves))
@@ -222,30 +225,41 @@ def _controls(chosen: bool | Sequence[Control]) -> tuple[Control, ...]:
     return tuple(chosen)
 
 
-def _attacked(
-    source: LocalModel,
-    kind: str,
-    attack: AttackData,
-    seed: int,
-    settings: AttackSettings,
-    prompts: PromptSet,
-    judges: Sequence[Judge],
-    dispersion: Dispersion,
-    utility: ModelUtility | None,
-    cache: VerdictCache | None,
-) -> Curve:
-    points: list[Point] = []
-    before = dispersion.ratio(source.model)
+@dataclass
+class _Observer:
+    """One starting point under attack, measured at every chosen step."""
 
-    def observe(step: int, model: Any) -> None:
-        source.model = model
-        evaluation = replace(evaluate(source, prompts, judges, cache=cache), title=f"{kind}, {step} steps")
-        points.append(Point(step, evaluation, dispersion.ratio(model), dict(utility(source)) if utility is not None else {}))
+    source: LocalModel
+    kind: str
+    prompts: PromptSet
+    judges: Sequence[Judge]
+    dispersion: Dispersion
+    utility: ModelUtility | None
+    cache: VerdictCache | None
 
-    batches = fine_tune(source.model, source.tokenizer, attack, settings, observe, seed=seed, rendering=source.rendering)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return Curve(attack.name, kind, seed, before, tuple(points), tuple(batches))
+    def attacked(self, attack: AttackData, examples: Sequence[dict[str, list[int]]], settings: AttackSettings, seed: int) -> Curve:
+        points: list[Point] = []
+        before = self.dispersion.ratio(self.source.model)
+        model, tokenizer, rendering = self.source.model, self.source.tokenizer, self.source.rendering
+        batches = fine_tune(
+            model,
+            tokenizer,
+            attack,
+            settings,
+            lambda step, now: points.append(self._point(step, now)),
+            seed=seed,
+            rendering=rendering,
+            examples=examples,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Curve(attack.name, self.kind, seed, before, tuple(points), tuple(batches))
+
+    def _point(self, step: int, model: Any) -> Point:
+        self.source.model = model
+        evaluation = replace(evaluate(self.source, self.prompts, self.judges, cache=self.cache), title=f"{self.kind}, {step} steps")
+        found = {} if self.utility is None else dict(self.utility(self.source))
+        return Point(step, evaluation, self.dispersion.ratio(model), found)
 
 
 def _check_request(attacks: Sequence[AttackData], prompts: PromptSet, seeds: Sequence[int]) -> None:
