@@ -19,7 +19,7 @@ class Agreement(Shape):
 
 
 class Evaluation(Shape):
-    """One model. Rates by judge; utility by measure."""
+    """One model. Rates by judge, and by judge and category of prompt; utility by measure."""
 
     title: str
     model: dict[str, Any]
@@ -27,6 +27,7 @@ class Evaluation(Shape):
     judges: dict[str, dict[str, Any]]
     attack_success: dict[str, AttackRate] = Field(min_length=1)
     agreement: tuple[Agreement, ...]
+    by_category: dict[str, dict[str, AttackRate]] = Field(default_factory=dict)
     utility: dict[str, float | None] = Field(default_factory=dict)
 
 

@@ -53,4 +53,4 @@ class Search(Shape):
     @property
     def judge_name(self) -> str:
         """How the judge was named on the command line, as far as its identity tells."""
-        return str(self.judge.get("function") or self.judge.get("model") or self.judge.get("kind") or "unnamed")
+        return str(self.judge.get("function") or self.judge.get("model") or self.judge.get("rule") or self.judge.get("kind") or "unnamed")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lox_merge.publish.documents.attack_success import AttackSuccess, Evaluation
-from lox_merge.publish.documents.shape import PairedChange, judge_words, read_as, source_title
+from lox_merge.publish.documents.shape import AttackRate, PairedChange, judge_words, read_as, source_title
 from lox_merge.publish.figures.attack_success import draw_differences, draw_rates
 from lox_merge.publish.report.notes import KEYWORD
 from lox_merge.publish.report.numbers import listed, number, points, rate_words
@@ -34,7 +35,7 @@ def attack_success_sections(document: dict[str, Any], name: str) -> list[Section
     first = result.evaluations[0]
     judge = next(iter(first.attack_success))
     rates = [f"{one.title} {rate_words(found.rate, found.interval)}" for one in result.evaluations if (found := one.attack_success.get(judge))]
-    summary = f"Attack success on {first.prompts.words}, judged by {judge}: {listed(rates)}."
+    summary = f"Attack success on {first.prompts.words} (judge: {judge}): {listed(rates)}."
     undecided = [one.title for one in result.evaluations if any(found.undecided for found in one.attack_success.values())]
     words = (
         "ASR is successes over judged replies; what a judge could not decide counts as neither.",
@@ -60,12 +61,14 @@ def attack_success_sections(document: dict[str, Any], name: str) -> list[Section
             height=1.6 + 0.45 * rows + 0.2 * len(first.attack_success),
         )
     ]
-    tables = [_rates(result)]
+    tables = [rates_table(result.evaluations, "Attack success rates")]
     if result.comparisons:
         size = 1.6 + 0.45 * (rows - 1) + 0.2 * len(first.attack_success)
         caption = "Whiskers are Tango 95 % intervals of the paired difference. An interval that holds 0 shows no clear difference."
         pictures.append(panel("asr_differences", "Paired differences", caption, draw_differences, result, height=size))
         tables.append(_differences(result))
+    if any(one.by_category for one in result.evaluations):
+        tables.append(_categories(result))
     if any(one.utility for one in result.evaluations):
         tables.append(_utility(result))
     if any(one.agreement for one in result.evaluations):
@@ -97,16 +100,35 @@ def _details(evaluation: Evaluation) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _rates(result: AttackSuccess) -> Table:
-    columns = heads("model", words_head("judge"), "ASR", "low", "high", "successes", "judged", "undecided", "prompts", Head("mean score"))
-    rows: list[tuple[Cell, ...]] = []
-    for one in result.evaluations:
-        for judge, found in one.attack_success.items():
-            counts = (count(found.successes), count(found.judged), count(found.undecided), count(found.n))
-            score = figure(found.mean_score, ".2f") if found.mean_score is not None else Cell("–")
-            title = word(judge_words(judge, one.judges.get(judge, {})))
-            rows.append((word(one.title), title, rate(found.rate), *interval(found.interval), *counts, score))
-    return Table("Attack success rates", columns, tuple(rows))
+def rates_table(evaluations: Sequence[Evaluation], caption: str) -> Table:
+    """Every model and judge."""
+    columns = heads("model", words_head("judge"), *_RATE)
+    rows = [
+        (word(one.title), word(judge_words(judge, one.judges.get(judge, {}))), *_rate_cells(found))
+        for one in evaluations
+        for judge, found in one.attack_success.items()
+    ]
+    return Table(caption, columns, tuple(rows))
+
+
+_RATE = ("ASR", "low", "high", "successes", "judged", "undecided", "prompts", "mean score")
+
+
+def _rate_cells(found: AttackRate) -> tuple[Cell, ...]:
+    counts = (count(found.successes), count(found.judged), count(found.undecided), count(found.n))
+    score = figure(found.mean_score, ".2f") if found.mean_score is not None else Cell("–")
+    return (rate(found.rate), *interval(found.interval), *counts, score)
+
+
+def _categories(result: AttackSuccess) -> Table:
+    columns = heads("model", words_head("judge"), words_head("category"), *_RATE)
+    rows = [
+        (word(one.title), word(judge), word(category), *_rate_cells(found))
+        for one in result.evaluations
+        for judge, categories in one.by_category.items()
+        for category, found in categories.items()
+    ]
+    return Table("Attack success by category of prompt", columns, tuple(rows), folded=len(rows) > 30)
 
 
 def _differences(result: AttackSuccess) -> Table:

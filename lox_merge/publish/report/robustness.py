@@ -33,7 +33,7 @@ def robustness_section(result: Robustness) -> Section:
     judge, attacks = next(iter(result.judges)), [attack.name for attack in result.attacks]
     summary = _in_short(result, judge)
     words = (
-        f"The same data in the same order for every model; ASR judged by {judge} on {result.prompts.words}.",
+        f"The same data in the same order for every model; ASR on {result.prompts.words} (judge: {judge}).",
         *(sentence for attack in attacks for sentence in _attack_words(result, attack, judge)),
         f"Other judges are in the tables: {listed(list(result.judges)[1:])}." if len(result.judges) > 1 else None,
     )

@@ -29,7 +29,11 @@ from lox_merge.publish.report.section import (
 
 def search_sections(document: dict[str, Any], name: str) -> list[Section]:
     """ASR against rank with the threshold, and what the effective rank leaves open. Raises RequestError."""
-    search = read_as(Search, document, name)
+    return [search_section(read_as(Search, document, name))]
+
+
+def search_section(search: Search) -> Section:
+    """The section of a search that is read already."""
     found = next((point for point in search.curve if point.rank == search.effective_rank), None)
     criterion = (
         f"{'the upper 95 % bound of its increase' if search.confident else 'its increase'} over the aligned model's ASR is below {search.rho:g}"
@@ -40,7 +44,7 @@ def search_sections(document: dict[str, Any], name: str) -> list[Section]:
         summary = f"The effective rank of {search.aligned_title} is {found.rank}: the smallest tried rank where {criterion}."
     aligned = search.aligned
     words = (
-        f"ASR of base + Proj_r(delta) at every tried rank r, judged by {search.judge_name} on {search.prompts.words}. "
+        f"ASR of base + Proj_r(delta) at every tried rank r, on {search.prompts.words} (judge: {search.judge_name}). "
         f"The aligned model's own ASR is {rate_words(aligned.rate, aligned.interval)}.",
         _at(found),
         *(note[:1].upper() + note[1:].rstrip(".") + "." for note in search.notes),
@@ -67,7 +71,7 @@ def search_sections(document: dict[str, Any], name: str) -> list[Section]:
             f"median {_rank(floor.median)}, smallest {_rank(floor.smallest)}, largest {_rank(floor.largest)} over the matrices",
         ),
     )
-    return [Section("Effective rank", summary, without_empty(words), without_empty(not_shown), (picture,), (_table(search),), details)]
+    return Section("Effective rank", summary, without_empty(words), without_empty(not_shown), (picture,), (_table(search),), details)
 
 
 def _at(point: RankPoint | None) -> str | None:
