@@ -47,7 +47,7 @@ def report_runs(toy_pair_seed0: ToyPair, tmp_path_factory: pytest.TempPathFactor
     models = (toy_pair_seed0.aligned, folder / "hardened")
     run(asr_command, *models, *measured, "--judge", "keyword", "--max-new-tokens", 2, "--json", folder / "asr.json")
     training = ("--batch-size", 32, "--warmup-steps", 3, "--max-length", 64, "--max-new-tokens", 2, "--learning-rate", 2e-4)
-    options = ("--steps", "0,5", "--controls", "--judge", "keyword", "--utility-prompts", folder / "prompts.csv")
+    options = ("--steps", "0,3", "--controls", "--judge", "keyword", "--utility-prompts", folder / "prompts.csv")
     attack = ("--attack", folder / "harmful.jsonl")
     run(robustness_command, *pair, folder / "hardened", *measured, *training, *attack, *options, "--json", folder / "one_seed.json")
     several = several_seeds(json.loads((folder / "one_seed.json").read_text(encoding="utf-8")))

@@ -295,7 +295,12 @@ def test_what_is_no_run_is_named(content: str | None, message: str, tmp_path: Pa
     [
         ("search", ("curve", 1, "attack", "rate"), float("nan"), r"curve\.1\.attack\.rate: Input should be a finite number"),
         ("search", ("curve",), [], r"curve: Tuple should have at least 1 item"),
-        ("robustness", ("curves", 0, "points", 1, "attack_success"), {}, r"aligned, 5 steps: no attack_success of python:judge\.py:complied"),
+        (
+            "robustness",
+            ("curves", 0, "points", 1, "attack_success"),
+            {},
+            r"\(harmful, aligned, 3 steps: no attack_success of keyword, python:judge\.py:complied\)",
+        ),
         ("robustness", ("curves", 0, "r_align"), None, r"curves\.0\.r_align"),
         ("harden", ("tensors", 0, "matrices", 0, "shape"), [4], r"tensors\.0\.matrices\.0\.shape\.1: missing"),
         ("asr", ("evaluations", 0, "title"), None, r"evaluations\.0\.title"),

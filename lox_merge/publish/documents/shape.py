@@ -64,15 +64,18 @@ def read_as(shape: type[_Document], document: Mapping[str, Any], name: str) -> _
     try:
         return shape.model_validate(document)
     except ValidationError as error:
-        found = [f"{'.'.join(map(str, problem['loc'])) or 'the document'}: {_reason(problem)}" for problem in error.errors()]
+        found = [_words(problem) for problem in error.errors()]
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise RequestError(
             f"{name} does not hold what this version writes ({'; '.join(found[:3])}{more}). Run the command again with this version of lox-merge."
         ) from error
 
 
-def _reason(problem: Any) -> str:
-    return "missing" if problem["type"] == "missing" else str(problem["msg"])
+def _words(problem: Any) -> str:
+    """Where and what, as in 'curve.1.attack.rate: missing'."""
+    if problem["type"] == "value_error":  # one of our own checks, which says where
+        return str(problem["ctx"]["error"])
+    return f"{'.'.join(map(str, problem['loc']))}: {'missing' if problem['type'] == 'missing' else problem['msg']}"
 
 
 def source_title(source: Mapping[str, Any]) -> str:
