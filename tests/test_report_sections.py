@@ -17,6 +17,7 @@ from lox_merge.publish.documents.inspection import Inspection
 from lox_merge.publish.documents.robustness import Robustness
 from lox_merge.publish.documents.search import Search
 from lox_merge.publish.documents.shape import read_as
+from lox_merge.publish.documents.tuning import Tuning
 from lox_merge.publish.figures.heat_map import grid_of, heat_map, place_of
 from lox_merge.publish.figures.inspection import draw_energy_kept, draw_overlaps, draw_ratio_by_layer
 from lox_merge.publish.figures.robustness import draw_asr_against_steps, draw_degradation, draw_with_and_without
@@ -24,6 +25,7 @@ from lox_merge.publish.figures.search import draw_rank_curve
 from lox_merge.publish.figures.spectra import draw_spectra
 from lox_merge.publish.figures.style import house_style, legend_below
 from lox_merge.publish.figures.svg import inline_svg
+from lox_merge.publish.figures.tuning import draw_front
 from lox_merge.publish.report.numbers import number
 from lox_merge.publish.report.registry import sections_of
 from lox_merge.publish.report.runs import Run
@@ -247,6 +249,29 @@ def test_the_sections_of_a_demo_and_of_several(documents: Documents) -> None:
     assert values(section.tables[0]) == [("ASR", "aligned", "before", 0.4, 0.5, 0.1, 1.0), ("ASR", "aligned", "harmful 20 steps", *[None] * 4)]
     assert "6 and undefined" in section.summary and read_as(FullDemo, full | {"runs": [demo]}, "run").seeds == (3, 8)
     assert all("<svg" in inline_svg(picture.build, picture.name, picture.title) for picture in section.pictures)
+
+
+def test_a_study_shows_its_front_and_every_trial(documents: Documents) -> None:
+    attack, rate = documents["one_seed"], documents["asr"]["evaluations"][0]["attack_success"]["keyword"]
+    recipe = {"rank": "6", "alpha": 1.25, "rank_pattern": [["mlp", "4"]], "alpha_pattern": [["mlp", 0.5]]}
+    trials = [
+        {"number": number, "recipe": recipe, "attack": rate | {"rate": value}, "divergence": divergence, "on_front": front, "seconds": 1.0}
+        for number, value, divergence, front in ((0, 0.5, 0.25, True), (1, 0.75, 0.5, False), (2, 0.125, 0.75, True))
+    ]
+    study = {"command": "search --tune", "sources": attack["sources"], "attack": attack["attacks"][0], "training": attack["training"]}
+    study |= {"prompts": attack["prompts"], "harmless": attack["prompts"], "judge": {"kind": "keyword"}, "aligned": rate}
+    study |= {"front": [2, 0], "trials": trials, "failed": {"3": "not finite"}}
+    study["sources"].pop("hardened")
+    (section,) = sections(study)
+    assert [row[0] for row in values(section.tables[0])] == [0, 2, 1, "aligned"]
+    assert [(row[2], row[6]) for row in values(section.tables[0])][:3] == [(0.5, 0.25), (0.125, 0.75), (0.75, 0.5)]
+    assert "trial 2 (rank and alpha 6, 1.25; mlp: 4, 0.5) and 0" in section.summary and any(
+        "1 trial gave no figures: 3." in word for word in section.words
+    )
+    drawn = lines(axes_of(draw_front, read_as(Tuning, study, "study")))
+    assert drawn["front, 95 % interval"] == [(0.75, 0.125), (0.25, 0.5)] and drawn["beaten by another"] == [(0.5, 0.75)]
+    (nothing,) = sections(study | {"front": [], "trials": []})
+    assert nothing.summary.endswith("gave figures.") and "<svg" in inline_svg(nothing.pictures[0].build, "front", "front")
 
 
 def test_a_failed_verification_lists_its_problems(documents: Documents) -> None:

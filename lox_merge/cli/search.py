@@ -19,11 +19,13 @@ from lox_merge.cli.measuring import (
     utility_options,
 )
 from lox_merge.cli.options import cache_option, device_option, json_option, number, order_option, seed_option
+from lox_merge.cli.tune import check_tune_options, picked_recipe, tune_models, tune_options
 from lox_merge.errors import LoxMergeError, RequestError
 
 if TYPE_CHECKING:
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.safety.search import RankSearch
+    from lox_merge.safety.tuning import Tuning
 
 DEFAULT_RANKS = "0,1,2,3,4,6,8"
 DEFAULT_BISECT_LIMIT = 64
@@ -50,7 +52,8 @@ DEFAULT_BISECT_LIMIT = 64
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|float16", help="dtype of the model in memory.")
 @click.option("--device-map", metavar="auto", help="Spread the model over several GPUs.")
 @click.option("--replies", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep replies here; the same command goes on from them.")
-@click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found, to the folder OUT.")
+@tune_options
+@click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found (or the trial picked), to the folder OUT.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg, .png or .pdf).")
 @order_option
@@ -68,9 +71,11 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
     \b
     lox-merge search base aligned --prompts advbench.csv --limit 100 --judge openai:gpt-4o-mini
     lox-merge search base aligned --prompts p.csv --bisect --confident --write hardened --plot curve.svg
+    lox-merge search base aligned --prompts p.csv --tune --attack train.jsonl --utility-prompts harmless.txt --study study.log
     """
     from lox_merge.jobs.recipe import Recipe
 
+    check_tune_options(options)
     selection = {"include": options["include"], "exclude": options["exclude"], "linear_only": options["linear_only"]}
     recipe = Recipe(alpha=number(options["alpha"], "--alpha"), seed=options["seed"], **selection)
     chosen = recipe if any(selection.values()) or not options["factors"] else None
@@ -80,10 +85,36 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
 
         plan_hardening(base, aligned, options["write"], recipe=recipe, **_source_options(options))  # before an hour of replies
         check_output(options["write"], overwrite=options["overwrite"])
+    if options["pick"] is not None:
+        recipe = picked_recipe(base, aligned, options)
+        _write(base, aligned, recipe, options, json_file)
+        return
+    if options["tune"]:
+        _tune(base, aligned, chosen, options, json_file)
+        return
     result = _search(base, aligned, chosen, options, json_file, show=json_file != "-")
     _check_found(result, write=options["write"] is not None)
     if options["write"]:
-        _write(result, base, aligned, recipe, options, quiet=json_file == "-")
+        assert result.effective_rank is not None
+        _write(base, aligned, recipe.with_rank(result.effective_rank), options, None, quiet=json_file == "-")
+
+
+def _tune(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None) -> None:
+    """Runs the study and shows it in every way asked for."""
+    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show_tune import print_tuning
+
+    if options["plot"]:
+        from lox_merge.publish.figures.save import check_picture_file
+
+        check_picture_file(options["plot"], "--plot")
+    result = tune_models(base, aligned, recipe, options)
+    if json_file:
+        write_json(json_file, {"command": "search --tune", **result.to_json()})
+    if json_file != "-":
+        print_tuning(result)
+    if options["plot"]:
+        _plot_tuning(result, options["plot"])
 
 
 def effective_rank(base: str, aligned: str, recipe: Recipe, *, prompts: str, show: bool, **given: Any) -> int:
@@ -155,6 +186,17 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
     return result
 
 
+def _plot_tuning(result: Tuning, file: Path) -> None:
+    from lox_merge.publish.documents.shape import read_as
+    from lox_merge.publish.documents.tuning import Tuning as Document
+    from lox_merge.publish.figures.save import save_picture
+    from lox_merge.publish.figures.style import single_panel
+    from lox_merge.publish.figures.tuning import draw_front
+
+    document = read_as(Document, result.to_json(), "the study")
+    save_picture(lambda: single_panel(lambda axes: draw_front(axes, document), width=6.4, height=4.0), file)
+
+
 def _plot(result: RankSearch, file: Path) -> None:
     from lox_merge.publish.documents.search import Search
     from lox_merge.publish.documents.shape import read_as
@@ -200,17 +242,17 @@ def _check_found(result: RankSearch, *, write: bool) -> None:
         )
 
 
-def _write(result: RankSearch, base: str, aligned: str, recipe: Recipe, options: dict[str, Any], *, quiet: bool) -> None:
+def _write(base: str, aligned: str, recipe: Recipe, options: dict[str, Any], json_file: str | None, *, quiet: bool = False) -> None:
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import print_result
+    from lox_merge.cli.show import print_result, write_json
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import execute, plan_hardening
 
-    assert result.effective_rank is not None
     with open_factors(options["factors"]) as held:
-        found = recipe.with_rank(result.effective_rank)
-        plan = plan_hardening(base, aligned, options["write"], recipe=found, factors=held, **_source_options(options))
+        plan = plan_hardening(base, aligned, options["write"], recipe=recipe, factors=held, **_source_options(options))
         with byte_progress(plan.bytes_written, "hardening") as progress:
             hardened = execute(plan, device=options["device"], overwrite=options["overwrite"], progress=progress)
-    if not quiet:
+    if json_file:
+        write_json(json_file, hardened.to_json())
+    if not quiet and json_file != "-":
         print_result(hardened)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -95,6 +95,17 @@ class Plan:
     @property
     def keeps_index(self) -> bool:
         return self.recipe.dtype is None and not self.aligned.pickled and self.aligned.index is not None
+
+    def with_recipe(self, recipe: Recipe) -> Plan:
+        """The same selection of tensors with the ranks and alphas of another recipe; what selects tensors has to be equal."""
+
+        def changed(tensor: TensorPlan) -> TensorPlan:
+            if tensor.action != "edit":
+                return tensor
+            return replace(tensor, rank=recipe.rank_for(tensor.name), alpha=recipe.alpha_for(tensor.name))
+
+        shards = [replace(shard, tensors=tuple(map(changed, shard.tensors))) for shard in self.shards]
+        return replace(self, recipe=recipe, shards=shards)
 
     def fetch(self) -> None:
         """Makes every file that the run reads available on disk."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from lox_merge.publish.documents.shape import AttackRate, Prompts, Shape, source_title
+from lox_merge.publish.documents.shape import AttackRate, Prompts, Shape, judge_title, source_title
 
 
 class RankPoint(Shape):
@@ -52,5 +52,4 @@ class Search(Shape):
 
     @property
     def judge_name(self) -> str:
-        """How the judge was named on the command line, as far as its identity tells."""
-        return str(self.judge.get("function") or self.judge.get("model") or self.judge.get("rule") or self.judge.get("kind") or "unnamed")
+        return judge_title(self.judge)

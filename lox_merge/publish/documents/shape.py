@@ -87,3 +87,8 @@ def source_title(source: Mapping[str, Any]) -> str:
 def judge_words(name: str, identity: Mapping[str, Any]) -> str:
     """A judge's name with the label that its identity carries ('smoke test')."""
     return f"{name} ({identity['label']})" if identity.get("kind") == "keyword" and identity.get("label") else name
+
+
+def judge_title(identity: Mapping[str, Any]) -> str:
+    """How a judge was named on the command line, as far as its identity tells."""
+    return str(identity.get("function") or identity.get("model") or identity.get("rule") or identity.get("kind") or "unnamed")

@@ -15,6 +15,7 @@ from lox_merge.publish.report.robustness import robustness_sections
 from lox_merge.publish.report.runs import Run
 from lox_merge.publish.report.search import search_sections
 from lox_merge.publish.report.section import Section
+from lox_merge.publish.report.tuning import tuning_sections
 from lox_merge.publish.report.verification import verification_sections
 
 # Command: function of its document and a name for messages.
@@ -28,6 +29,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], str], list[Section]]] = {
     "manifest": hardening_sections,
     "robustness": robustness_sections,
     "search": search_sections,
+    "search --tune": tuning_sections,
     "verify": verification_sections,
 }
 
