@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-pytest_plugins = ["hub_fixtures", "lab_fixtures"]
+pytest_plugins = ["hub_fixtures", "lab_fixtures", "report_fixtures"]
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 CLI = [sys.executable, "-m", "lox_merge.cli.main"]

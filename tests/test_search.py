@@ -13,11 +13,11 @@ from conftest import RunCli
 from openai_server import OpenAIServer
 
 from lox_merge.cli.harden import harden_command
-from lox_merge.cli.plot_search import check_plot
 from lox_merge.cli.search import chosen_ranks
 from lox_merge.errors import RequestError
 from lox_merge.lab.checkpoints import ToyPair
 from lox_merge.lab.language import ALLOWED_NOUNS, SEEN_FORBIDDEN_NOUNS, Request, comply
+from lox_merge.publish.figures.save import check_picture_file
 from lox_merge.safety.rank_notes import prompts_for_confidence
 from lox_merge.safety.search import bisect_ranks
 
@@ -234,9 +234,9 @@ def test_wrong_requests(toy_pair_seed0: ToyPair, files: Path, factors: Path, tmp
             search(base, aligned, prompts, judge, **settings)
     with pytest.raises(RequestError, match="holds no prompts"):
         search(base, aligned, prompt_set([], "nothing.csv"), judge)
-    for name, message in (("curve.pdf", r"must end in \.svg or \.png"), ("nowhere/curve.svg", "there is no folder")):
+    for name, message in (("curve.jpg", r"must end in \.svg, \.png or \.pdf"), ("nowhere/curve.svg", "there is no folder")):
         with pytest.raises(RequestError, match=message):
-            check_plot(tmp_path / name)
+            check_picture_file(tmp_path / name, "--plot")
 
 
 @pytest.mark.parametrize(

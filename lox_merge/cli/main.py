@@ -20,9 +20,10 @@ _COMMANDS = {
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
     "harden": "lox_merge.cli.harden:harden_command",
+    "inspect": "lox_merge.cli.inspect:inspect_command",
     "project": "lox_merge.cli.project:project_command",
     "push": "lox_merge.cli.push:push_command",
-    "inspect": "lox_merge.cli.inspect:inspect_command",
+    "report": "lox_merge.cli.report:report_command",
     "robustness": "lox_merge.cli.robustness:robustness_command",
     "search": "lox_merge.cli.search:search_command",
     "verify": "lox_merge.cli.verify:verify_command",
@@ -60,6 +61,7 @@ def cli() -> None:
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update by the alignment subspace
     lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
+    lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output against its manifest and sources
     lox-merge push OUT REPO               publish it on the Hugging Face Hub, with its model card
 

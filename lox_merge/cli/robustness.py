@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Length of a reply.")
 @click.option("--eval-batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where the models are trained and run.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of ASR against steps (.svg or .png).")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of ASR against steps (.svg, .png or .pdf).")
 @order_option
 @cache_option
 @json_option
@@ -82,18 +82,22 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
     if json_file != "-":
         print_robustness(result)
     if options["plot"]:
-        from lox_merge.cli.plot_robustness import plot_robustness
+        from lox_merge.publish.documents import robustness as documents
+        from lox_merge.publish.documents.shape import read_as
+        from lox_merge.publish.figures.robustness import robustness_picture
+        from lox_merge.publish.figures.save import save_picture
 
-        plot_robustness(result, options["plot"])
+        document = read_as(documents.Robustness, result.to_json(), "the comparison")
+        save_picture(lambda: robustness_picture(document), options["plot"])
     _check_decided(result)
 
 
 def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any]) -> Robustness:
     steps, seeds = _whole_numbers(options["steps"], "--steps"), _whole_numbers(options["seeds"], "--seeds")
     if options["plot"]:
-        from lox_merge.cli.plot_search import check_plot
+        from lox_merge.publish.figures.save import check_picture_file
 
-        check_plot(options["plot"])
+        check_picture_file(options["plot"], "--plot")
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.safety.attack import AttackSettings, check_attack_packages
     from lox_merge.safety.attack_data import load_attack

@@ -25,6 +25,7 @@ from lox_merge.errors import LoxMergeError, RequestError
 if TYPE_CHECKING:
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.safety.search import RankSearch
+    from lox_merge.safety.tuning import Tuning
 
 DEFAULT_RANKS = "0,1,2,3,4,6,8"
 DEFAULT_BISECT_LIMIT = 64
@@ -54,7 +55,7 @@ DEFAULT_BISECT_LIMIT = 64
 @tune_options
 @click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found (or the trial picked), to the folder OUT.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg or .png).")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg, .png or .pdf).")
 @order_option
 @device_option
 @seed_option
@@ -101,19 +102,19 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
 def _tune(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None) -> None:
     """Runs the study and shows it in every way asked for."""
     from lox_merge.cli.show import write_json
-    from lox_merge.cli.show_tune import plot_tuning, print_tuning
+    from lox_merge.cli.show_tune import print_tuning
 
     if options["plot"]:
-        from lox_merge.cli.plot_search import check_plot
+        from lox_merge.publish.figures.save import check_picture_file
 
-        check_plot(options["plot"])
+        check_picture_file(options["plot"], "--plot")
     result = tune_models(base, aligned, recipe, options)
     if json_file:
         write_json(json_file, {"command": "search --tune", **result.to_json()})
     if json_file != "-":
         print_tuning(result)
     if options["plot"]:
-        plot_tuning(result, options["plot"])
+        _plot_tuning(result, options["plot"])
 
 
 def effective_rank(base: str, aligned: str, recipe: Recipe, *, prompts: str, show: bool, **given: Any) -> int:
@@ -137,9 +138,9 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
     """Searches and shows the result in every way asked for."""
     ranks, rho = chosen_ranks(options), number(options["rho"], "--rho")
     if options["plot"]:
-        from lox_merge.cli.plot_search import check_plot
+        from lox_merge.publish.figures.save import check_picture_file
 
-        check_plot(options["plot"])
+        check_picture_file(options["plot"], "--plot")
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_search import print_search
@@ -181,10 +182,30 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
     if show:
         print_search(result, base=Path(base).name, aligned=Path(aligned).name)
     if options["plot"]:
-        from lox_merge.cli.plot_search import plot_search
-
-        plot_search(result, options["plot"])
+        _plot(result, options["plot"])
     return result
+
+
+def _plot_tuning(result: Tuning, file: Path) -> None:
+    from lox_merge.publish.documents.shape import read_as
+    from lox_merge.publish.documents.tuning import Tuning as Document
+    from lox_merge.publish.figures.save import save_picture
+    from lox_merge.publish.figures.style import single_panel
+    from lox_merge.publish.figures.tuning import draw_front
+
+    document = read_as(Document, result.to_json(), "the study")
+    save_picture(lambda: single_panel(lambda axes: draw_front(axes, document), width=6.4, height=4.0), file)
+
+
+def _plot(result: RankSearch, file: Path) -> None:
+    from lox_merge.publish.documents.search import Search
+    from lox_merge.publish.documents.shape import read_as
+    from lox_merge.publish.figures.save import save_picture
+    from lox_merge.publish.figures.search import draw_rank_curve
+    from lox_merge.publish.figures.style import single_panel
+
+    document = read_as(Search, result.to_json(), "the search")
+    save_picture(lambda: single_panel(lambda axes: draw_rank_curve(axes, document), width=6.4, height=4.0), file)
 
 
 def chosen_ranks(options: dict[str, Any]) -> list[int]:

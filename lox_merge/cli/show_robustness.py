@@ -11,14 +11,13 @@ from rich.table import Table
 
 from lox_merge.cli.show import figure
 from lox_merge.cli.show_asr import judge_title, percent, percent_range
+from lox_merge.publish.documents import robustness as documents
+from lox_merge.publish.documents.shape import read_as
+from lox_merge.publish.report.notes import robustness_notes
 
 if TYPE_CHECKING:
     from lox_merge.safety.robustness import Robustness
 
-NOT_SHOWN = (
-    "Where LoX helps, it delays the erosion of safety and does not prevent it: more steps or a higher learning rate undo it. "
-    "What holds for these attacks and prompts need not hold for others."
-)
 _WIDTH = 80
 
 
@@ -33,7 +32,8 @@ def print_robustness(result: Robustness) -> None:
                 Console().print(_curves(result, attack.name, judge, seed))
             if len(result.seeds) > 1:
                 Console().print(_medians(result, attack.name, judge))
-    for line in _notes(result):
+    document = read_as(documents.Robustness, result.to_json(), "the comparison")
+    for line in ("", *robustness_notes(document)):
         click.echo(click.wrap_text(line, _WIDTH))
 
 
@@ -75,24 +75,6 @@ def _medians(result: Robustness, attack: str, judge: str) -> Table:
             range_ = (min(rates), max(rates)) if rates else None
             table.add_row(model, str(step), percent(median(rates) if rates else None), percent_range(range_), str(len(rates)))
     return table
-
-
-def _notes(result: Robustness) -> list[str]:
-    lines = ["", NOT_SHOWN]
-    if "full-rank" not in result.models:
-        lines.append("No controls were run (--controls): whether the safety directions are the cause is not shown.")
-    else:
-        lines.append("Controls have LoX's norm in every matrix. Where one does as well, direction is not the cause.")
-    if len(result.seeds) == 1:
-        lines.append("One seed: intervals are over prompts only, another order of the data may differ (--seeds 0,1,2).")
-    else:
-        lines.append("Intervals are over prompts, not over seeds; the pair of models is the same for every seed.")
-    whole = [attack.name for attack in result.attacks if len(attack.conversations) <= result.settings.batch_size]
-    if whole and len(result.seeds) > 1:
-        lines.append(f"Every batch of {', '.join(whole)} holds all its examples, so seeds hardly change that training.")
-    if any(identity.get("kind") == "keyword" for identity in result.curves[0].points[0].evaluation.judges.values()):
-        lines.append("keyword is a smoke test: it looks for refusal phrases, not for harm.")
-    return lines
 
 
 def _table(title: str) -> Table:

@@ -1,15 +1,13 @@
-"""A tuning as a table and a picture for people."""
+"""A tuning as a table for people."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from lox_merge.cli.show_asr import percent, percent_range
-from lox_merge.errors import WriteError
 
 if TYPE_CHECKING:
     from lox_merge.jobs.recipe import Recipe
@@ -54,37 +52,3 @@ def _setting(recipe: Recipe) -> str:
     alphas = dict(recipe.alpha_pattern)
     parts += [f"{pattern}: {rank}, {alphas[pattern]:g}" for pattern, rank in recipe.rank_pattern]
     return "\n".join(parts)
-
-
-def plot_tuning(result: Tuning, file: Path) -> None:
-    """Every trial by KL and ASR, the front connected, the aligned model at KL 0; SVG or PNG by the suffix. Raises WriteError."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "lox-merge"  # the same result gives the same bytes
-    from matplotlib import pyplot
-
-    picture, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    others = [trial for trial in result.trials if not trial.on_front]
-    axes.scatter([trial.divergence for trial in others], [trial.attack.rate for trial in others], color="tab:gray", label="beaten by another")
-    front = result.front
-    rates = [trial.attack.rate or 0.0 for trial in front]
-    intervals = [trial.attack.interval or (rate, rate) for trial, rate in zip(front, rates, strict=True)]
-    errors = (
-        [max(0.0, rate - low) for rate, (low, _) in zip(rates, intervals, strict=True)],
-        [max(0.0, high - rate) for rate, (_, high) in zip(rates, intervals, strict=True)],
-    )
-    axes.errorbar([trial.divergence for trial in front], rates, yerr=errors, marker="o", capsize=3, color="tab:blue", label="front, 95 % interval")
-    for trial in front:
-        axes.annotate(str(trial.number), (trial.divergence, trial.attack.rate), textcoords="offset points", xytext=(5, 5), fontsize="small")
-    if result.aligned.rate is not None:
-        axes.plot([0], [result.aligned.rate], marker="*", markersize=12, linestyle="", color="tab:red", label="aligned")
-    steps = result.identity["training"]["steps"][0]
-    axes.set(xlabel="KL from aligned on harmless prompts (nats)", ylabel=f"ASR after {steps} attack steps", ylim=(-0.03, 1.03))
-    axes.legend(fontsize="small")
-    try:
-        picture.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    except OSError as error:
-        raise WriteError(f"the plot {file} can't be written: {error.strerror}. Make room or permissions and try again.") from error
-    finally:
-        pyplot.close(picture)

@@ -1,0 +1,1 @@
+"""Pictures: functions from documents to matplotlib figures, for --plot, for reports and for papers alike."""

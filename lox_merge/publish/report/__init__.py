@@ -1,0 +1,1 @@
+"""One self-contained page from the JSON of any runs."""
