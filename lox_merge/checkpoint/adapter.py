@@ -60,7 +60,7 @@ def open_adapter(
     where = f"{role}: {source.title}"
     if CONFIG not in source.names():
         raise SourceError(f"{where} has no {CONFIG}: it is no PEFT adapter. Give the folder that peft's save_pretrained wrote.")
-    own = _own_files(role, source)
+    own = open_factors_only(role, source)
     config = read_config(own.json(CONFIG) or {}, f"{where}/{CONFIG}")
     notes = _check_base(config, base, where, base_is_right=base_is_right)
     found = Resolver(next(iter(own.headers.values())), config, base, map_model(base), where)
@@ -84,7 +84,7 @@ def open_adapter(
     return adapted
 
 
-def _own_files(role: str, source: FileSource) -> Checkpoint:
+def open_factors_only(role: str, source: FileSource) -> Checkpoint:
     """The adapter's weight file as a checkpoint of its own."""
     files = source.names()
     if WEIGHTS in files:

@@ -47,7 +47,7 @@ def figure(value: float | None, form: str = ".3f") -> str:
     return "undefined" if value is None else format(value, form)
 
 
-def _pairs(title: str, rows: list[tuple[str, str]]) -> None:
+def print_pairs(title: str, rows: list[tuple[str, str]]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -72,7 +72,7 @@ def print_plan(plan: Plan, report: dict[str, Any]) -> None:
     ]
     for text in plan.warnings:
         click.echo(f"warning: {text}", err=True)
-    _pairs("Plan (nothing was written)", rows)
+    print_pairs("Plan (nothing was written)", rows)
 
 
 def print_result(result: HardenResult) -> None:
@@ -99,5 +99,5 @@ def print_result(result: HardenResult) -> None:
             rows.append(("resumed", f"{result.resumed_shards} shard(s) were finished before"))
     else:
         rows.append(("time", "nothing to do: the output was complete, its hashes were checked"))
-    _pairs(f"Hardened model in {result.out}", rows)
+    print_pairs(f"Hardened model in {result.out}", rows)
     click.echo(f"Every figure per tensor: {result.out / MANIFEST}")

@@ -160,7 +160,7 @@ def execute(plan: Plan, *, device: str = "auto", overwrite: bool = False, progre
     check_output(plan.out, overwrite=overwrite)
     if not overwrite:
         journal.check(job)
-        done = _already_done(plan, journal)
+        done = already_done(plan, journal)
         if done is not None:
             return HardenResult(plan.out, done, time.perf_counter() - started, len(plan.shards), 0, 0)
     fresh = not (plan.out / WORK_FOLDER).exists()
@@ -207,7 +207,7 @@ def check_some_delta(plan: Plan) -> None:
     )
 
 
-def _already_done(plan: Plan, journal: Journal) -> dict[str, Any] | None:
+def already_done(plan: Plan, journal: Journal) -> dict[str, Any] | None:
     """The manifest of a finished output of this very job, after checking its files. None when there is work to do."""
     manifest = journal.manifest()
     if manifest is None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
-from lox_merge.checkpoint.adapter import open_adapter
+from lox_merge.checkpoint.adapter import is_adapter, open_adapter, open_factors_only
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from lox_merge.checkpoint.files import FileSource
+from lox_merge.checkpoint.files import FileSource, find_source
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import LoxMergeError, RequestError, SourceError
 from lox_merge.jobs.atomic import sha256_of
@@ -26,6 +26,7 @@ from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, make_plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import recorded_triplets
+from lox_merge.jobs.verify_adapter import check_structure, recompute
 from lox_merge.jobs.work import edit_matrix
 
 # Another CPU or torch version adds in another order: a value at the midpoint of two neighbours may then round the other way.
@@ -75,18 +76,28 @@ def verify(
     sample: recompute this many tensors, drawn with `seed`, instead of all. Raises RequestError or SourceError where there is
     nothing to verify or a source is not to be had; what differs is in the result's problems.
     """
-    output = open_checkpoint(out, "output", cache_dir)
+    adapter = is_adapter(out, "output", cache_dir)
+    output = open_factors_only("output", find_source(out, "output", cache_dir)) if adapter else open_checkpoint(out, "output", cache_dir)
     manifest = _read_manifest(output)
     result = Verification(output.title)
     _check_files(output, manifest, result)
-    _check_structure(output, manifest, result)
+    if adapter:
+        result.tensors = len(output.names)
+        result.problems += check_structure(output, manifest)
+    else:
+        _check_structure(output, manifest, result)
     if offline or result.problems:
         output.close()
         return result
     pair = _open_sources(base, aligned, manifest, cache_dir)
     _check_sources(pair, manifest, result)
     if result.ok:
-        _recompute(output, pair[0], pair[1], manifest, result, sample, seed, device or torch.device("cpu"), progress)
+        plan = _plan(pair[0], pair[1], manifest)
+        if adapter:
+            result.tensors_recomputed, found = recompute(output, plan, manifest, sample, seed, device or torch.device("cpu"), progress)
+            result.problems += found
+        else:
+            _recompute(output, plan, manifest, result, sample, seed, device or torch.device("cpu"), progress)
         result.sources_checked = True
     for checkpoint in (output, *pair):
         checkpoint.close()
@@ -174,10 +185,17 @@ def _check_sources(pair: list[Checkpoint], manifest: Mapping[str, Any], result: 
                 result.problems.append(f"{checkpoint.role}: {file} of {checkpoint.title} is not the file that was used (its sha256 differs)")
 
 
+def _plan(base: Checkpoint, aligned: Checkpoint, manifest: Mapping[str, Any]) -> Plan:
+    recipe = Recipe.from_json(manifest["job"]["recipe"])
+    # A place that is never written: the plan wants one.
+    plan = make_plan(base, aligned, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, order_confirmed=True)
+    plan.triplets = recorded_triplets(manifest["job"].get("factors"), aligned, recipe)
+    return plan
+
+
 def _recompute(
     output: Checkpoint,
-    base: Checkpoint,
-    aligned: Checkpoint,
+    plan: Plan,
     manifest: Mapping[str, Any],
     result: Verification,
     sample: int | None,
@@ -185,10 +203,6 @@ def _recompute(
     device: torch.device,
     progress: Progress | None,
 ) -> None:
-    recipe = Recipe.from_json(manifest["job"]["recipe"])
-    # A place that is never written: the plan wants one.
-    plan = make_plan(base, aligned, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, order_confirmed=True)
-    plan.triplets = recorded_triplets(manifest["job"].get("factors"), aligned, recipe)
     recorded = {tensor["name"]: tensor for tensor in manifest["tensors"]}
     chosen = plan.tensors
     if sample is not None and sample < len(chosen):
