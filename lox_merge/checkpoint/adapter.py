@@ -234,7 +234,7 @@ class AdaptedCheckpoint(Checkpoint):
         return self._factors(change.added, expert)
 
     def _factors(self, added: LowRank, expert: int | None) -> tuple[Tensor, Tensor]:
-        first, second = (self.own.tensor(name).float() for name in (added.first, added.second))
+        first, second = self.own.tensor(added.first), self.own.tensor(added.second)
         first, second = first.reshape(first.shape[0], -1), second.reshape(second.shape[0], -1)
         position = added.expert if added.expert is not None else expert
         if added.experts:
@@ -245,6 +245,7 @@ class AdaptedCheckpoint(Checkpoint):
         if added.part is not None:
             rows = second.shape[0] // added.part[1]
             second = second[added.part[0] * rows : (added.part[0] + 1) * rows]
+        first, second = first.float(), second.float()
         left, right = (first.T * added.scale, second) if added.transposed else (second * added.scale, first.T)
         return left.contiguous(), right.contiguous()
 

@@ -69,8 +69,8 @@ def realised(pair: Pair, source: Source, rank: int, read: Read, first: Tensor, s
     vectors, values, others = read(source)
     intended = source.tensor.alpha * values.double()
     stacked = max(1, pair.experts)
-    inside = first.double().reshape(stacked, rank, -1)[source.expert]
-    outside = second.double().reshape(second.shape[0], rank, stacked)[:, :, source.expert]
+    inside = first.reshape(stacked, rank, -1)[source.expert].double()
+    outside = second.reshape(second.shape[0], rank, stacked)[:, :, source.expert].double()
     left, right = (inside.T, outside) if pair.transposed else (outside, inside.T)
     left, right = left[source.rows], right[source.columns]
     # Columns of a fused matrix that belong to another part are zero here.

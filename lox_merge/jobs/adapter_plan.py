@@ -22,6 +22,7 @@ _TIED = (
     "and twice when it is merged"
 )
 _NO_LAYER = "it belongs to no layer or parameter that PEFT adapts"
+_EXPERT_LAYERS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 _CONVERTED = "transformers makes its parameter of several tensors in a way that has no LoRA form here"
 
 
@@ -153,8 +154,30 @@ def plan_adapter(plan: Plan) -> AdapterPlan:
         raise PlanError([f"no edited tensor has an adapter form: {name}: {reason}." for name, reason in list(left_out.items())[:4]])
     from lox_merge.jobs.adapter_check import check_loads
 
-    check_loads(made, {source.key: 1 for pair in pairs for source in pair.sources})
+    ranks = {source.key: 1 for pair in pairs for source in pair.sources}
+    try:
+        check_loads(made, ranks)
+    except PlanError:
+        renamed = replace(made, pairs=[_by_parameter(pair) if _looks_like_expert(pair, pairs) else pair for pair in pairs])
+        if renamed.pairs == made.pairs:
+            raise
+        check_loads(renamed, ranks)
+        return renamed
     return made
+
+
+def _looks_like_expert(pair: Pair, pairs: list[Pair]) -> bool:
+    """A linear layer beside stacked experts, called as experts were before they were stacked.
+
+    For some of these models PEFT takes such a name in target_modules for the experts' own (peft.utils.transformers_weight_conversion).
+    """
+    beside_experts = any(other.experts for other in pairs)
+    return beside_experts and pair.place.kind == "linear" and pair.place.module.rpartition(".")[2] in _EXPERT_LAYERS
+
+
+def _by_parameter(pair: Pair) -> Pair:
+    """The same layer through its weight as a parameter: same factors, same names in the file."""
+    return replace(pair, place=replace(pair.place, kind="parameter"))
 
 
 def _pairs(plan: Plan, model: ModelMap) -> tuple[list[Pair], dict[str, str]]:

@@ -114,8 +114,8 @@ def _difference(pair: Pair, rank: int, written: tuple[Tensor, ...], expected: tu
     for expert in range(stacked):
         parts = []
         for first, second in (written, expected):
-            inside = first.double().reshape(stacked, rank, -1)[expert]
-            parts.append((inside, second.double().reshape(second.shape[0], rank, stacked)[:, :, expert]))
+            inside = first.reshape(stacked, rank, -1)[expert].double()
+            parts.append((inside, second.reshape(second.shape[0], rank, stacked)[:, :, expert].double()))
         (one, outer_one), (other, outer_other) = parts
         # The product of stacked factors is the difference; its norm comes from small Gram matrices, or from QR where they cancel.
         core = torch.linalg.qr(torch.cat([outer_one, -outer_other], 1)).R @ torch.linalg.qr(torch.cat([one, other]).T).R.T
