@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import scipy.linalg
 import torch
 from adapters import TARGETS, edit_config, load_adapter, load_model, make_adapter, merge
 from conftest import RunCli
+from hub_clients import LoopbackHub
 from reference import load, lox_tensor
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
@@ -18,6 +21,8 @@ from transformers import AutoTokenizer
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_adapter, open_model
 from lox_merge.checkpoint.checkpoint import open_checkpoint
+from lox_merge.checkpoint.files import HubFiles
+from lox_merge.checkpoint.hub import HubSnapshot
 from lox_merge.errors import NonFiniteDeltaError, NumericalError, PlanError, RequestError
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.harden import harden
@@ -262,3 +267,33 @@ def test_base_and_adapter_problems_are_told_together(tmp_path: Path) -> None:
         harden(base.rename(tmp_path / "elsewhere"), adapter, tmp_path / "out")
     with pytest.raises(RequestError, match="lies inside aligned"):
         harden(tmp_path / "elsewhere", adapter, adapter / "out", base_is_right=True)
+
+
+def test_a_hub_base_is_compared_by_name(tmp_path: Path) -> None:
+    folder, _ = make_pair(tmp_path, "llama")
+    adapter = make_adapter(folder, tmp_path / "adapter", target_modules=["q_proj"])
+    base = replace(open_checkpoint(folder, "base"), source=HubFiles(HubSnapshot("org/name", "main", "0" * 40, {})))
+    edit_config(adapter, base_model_name_or_path="org/other")
+    with pytest.raises(RequestError, match="adapter over org/other and was given over org/name@main"):
+        open_adapter(adapter, "aligned", base)
+    edit_config(adapter, base_model_name_or_path="Org/Name")
+    assert open_adapter(adapter, "aligned", base).notes == []
+    edit_config(adapter, base_model_name_or_path="/home/somebody/models/thing")
+    assert "over thing; whether org/name@main is that model" in open_adapter(adapter, "aligned", base).notes[0]
+
+
+def test_adapter_and_base_from_the_hub(loopback_hub: LoopbackHub, hub_home: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    base, _ = make_pair(tmp_path, "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_config(adapter, base_model_name_or_path="owner/base")
+    commits = {name: loopback_hub.put(f"owner/{name}", tmp_path / name) for name in ("base", "adapter")}
+    environment = loopback_hub.environment(hub_home)
+    ran = run_cli("harden", "owner/base", "owner/adapter@main", tmp_path / "out", "--rank", 2, **environment)
+    assert ran.returncode == 0, ran.stderr
+    sources = json.loads((tmp_path / "out" / "lox_merge.json").read_text())["sources"]
+    assert sources["aligned"]["commit"] == commits["adapter"] and sources["aligned"]["form"] == "adapter"
+    harden(base, adapter, tmp_path / "local", recipe=Recipe(rank=2), base_is_right=True)
+    local = load(tmp_path / "local")
+    assert all(torch.equal(tensor, local[name]) for name, tensor in load(tmp_path / "out").items())
+    verified = run_cli("verify", tmp_path / "out", **environment)
+    assert verified.returncode == 0 and "21 tensors made again" in verified.stdout, verified.stderr

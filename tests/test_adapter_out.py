@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import tiny_models
 import torch
+import transformers
 from adapters import load_model, make_adapter
 from conftest import RunCli
 from peft.tuners.lora import LoraLayer
@@ -20,9 +24,12 @@ from tiny_models import make_pair
 
 from lox_merge.checkpoint.adapter import open_adapter
 from lox_merge.checkpoint.checkpoint import open_checkpoint
-from lox_merge.errors import Interrupted, LoxMergeWarning, OutputError, PlanError, RequestError
+from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, PlanError, RequestError
 from lox_merge.jobs.adapter import execute_adapter
+from lox_merge.jobs.adapter_check import check_loads
 from lox_merge.jobs.adapter_plan import plan_adapter
+from lox_merge.jobs.decompose import decompose
+from lox_merge.jobs.factors import open_factors
 from lox_merge.jobs.harden import HardenResult, harden, plan_hardening
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.verify import verify
@@ -195,10 +202,6 @@ def test_dry_run_and_wrong_requests(tmp_path: Path, run_cli: RunCli, monkeypatch
 def test_modules_that_peft_would_not_load_are_found_before_writing(tmp_path: Path) -> None:
     base, aligned = make_pair(tmp_path, "llama")
     made = plan_adapter(plan_hardening(base, aligned, tmp_path / "out"))
-    from dataclasses import replace
-
-    from lox_merge.jobs.adapter_check import check_loads
-
     ranks = {source.key: 2 for pair in made.pairs for source in pair.sources}
     pair = made.pairs[3]
     made.pairs[3] = replace(pair, place=replace(pair.place, module="model.layers.9.mlp.gate_proj"))
@@ -253,8 +256,6 @@ def test_verify_an_adapter(tmp_path: Path) -> None:
 
     def forge(change: Any) -> list[str]:
         """The problems of a copy whose factors are changed, and whose manifest is made to fit by hash."""
-        import hashlib
-
         copy = tmp_path / "forged"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(out, copy)
@@ -282,3 +283,50 @@ def test_verify_an_adapter(tmp_path: Path) -> None:
     data[-7] ^= 1
     (out / WEIGHTS).write_bytes(data)
     assert verify(out, offline=True).problems == [f"{WEIGHTS} is not what was written: its sha256 differs from the manifest's"]
+
+
+def test_layers_that_peft_takes_for_experts_keep_their_own_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek: dense layers and shared experts are called gate_proj as the routed experts were, and PEFT renames such targets."""
+
+    def configuration(options: dict[str, int], settings: dict[str, Any]) -> Any:
+        heads = {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+        return transformers.DeepseekV3Config(**{**tiny_models._text(options), **heads, **experts, "first_k_dense_replace": 1})
+
+    monkeypatch.setitem(tiny_models.CONFIGS, "deepseek_v3", configuration)
+    base, aligned = make_pair(tmp_path, "deepseek_v3", aligned_shards=1)
+    _write(base, aligned, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert "model.layers.0.mlp.gate_proj.weight" in config["target_parameters"]
+    harden(base, aligned, tmp_path / "whole", recipe=Recipe(dtype="float32"))
+    _load_strictly(aligned, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    for name, tensor in load(tmp_path / "whole").items():
+        assert torch.allclose(merged[name].float(), tensor.float(), atol=2e-6), name
+
+
+def test_from_a_file_of_factors_and_around_damaged_tensors(tmp_path: Path) -> None:
+    base, aligned = make_pair(tmp_path, "llama", aligned_shards=1)
+    tensors = load_file(aligned / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    tensors["model.layers.1.mlp.up_proj.weight"] = load(base)["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, aligned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteDeltaError, match=r"layers\.0\.mlp\.up_proj"):
+        _write(base, aligned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    recipe = Recipe(rank=3, skip_non_finite=True)
+    decompose(base, aligned, tmp_path / "factors.safetensors", recipe=Recipe(rank=8, skip_non_finite=True))
+    with open_factors(tmp_path / "factors.safetensors") as held:
+        made = plan_adapter(plan_hardening(base, aligned, tmp_path / "held", recipe=recipe, factors=held))
+        manifest = execute_adapter(made).manifest
+    plain = _write(base, aligned, tmp_path / "plain", rank=3, skip_non_finite=True).manifest["summary"]
+    assert plain["zero_deltas"] == manifest["summary"]["zero_deltas"] == 1
+    assert plain["mean_r_align"] == pytest.approx(manifest["summary"]["mean_r_align"]) and plain["edited_tensors"] == 14
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("held", "plain"))
+    assert one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    reasons = {tensor["name"]: tensor.get("reason") for tensor in manifest["tensors"]}
+    assert reasons["model.layers.0.mlp.up_proj.weight"] == "NaN or Inf in the delta"
+    assert reasons["model.layers.1.mlp.up_proj.weight"] == "the delta is zero"
+    assert not [name for name in one if "up_proj" in name]
+    _load_strictly(aligned, tmp_path / "held")
+    assert verify(tmp_path / "held", base=base, aligned=aligned).ok and verify(tmp_path / "plain", base=base, aligned=aligned).ok
