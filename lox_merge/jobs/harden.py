@@ -242,7 +242,7 @@ def _warn_about(summary: Summary) -> None:
         warnings.warn(
             f"rounding to the output dtype kept only {summary.realised_gain:.2f} of the edit (gain, 1 is all; the worst is "
             f"{summary.smallest_gain_tensor} with {summary.smallest_gain:.2f}). Remedies: --rounding feedback, --dtype float32, "
-            "or shipping the update as a rank-k adapter beside the aligned weights.",
+            "or --as-adapter, which ships the update beside the aligned weights.",
             LoxMergeWarning,
             stacklevel=3,
         )
