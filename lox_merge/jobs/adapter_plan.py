@@ -18,8 +18,8 @@ from lox_merge.jobs.select import TensorPlan
 
 DEFAULT_DTYPE = "float32"
 _TIED = (
-    "token embedding and output head are one tensor, and PEFT adds such an update to one of them while the adapter is loaded "
-    "and twice when it is merged"
+    "token embedding and output head are one tensor: PEFT adapts only one of them while the adapter is loaded, or both (ensure_weight_tying) "
+    "and then adds the update twice when it is merged"
 )
 _NO_LAYER = "it belongs to no layer or parameter that PEFT adapts"
 _EXPERT_LAYERS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
