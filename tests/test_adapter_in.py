@@ -28,8 +28,15 @@ from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.harden import harden
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.verify import verify
+from lox_merge.lab.checkpoints import ToyPair
 from lox_merge.maths.factored import factored_svd
 from lox_merge.maths.rank import parse_rank
+from lox_merge.safety.decoding import Decoding
+from lox_merge.safety.generation import LocalModel
+from lox_merge.safety.judges.factory import make_judge
+from lox_merge.safety.prompts import prompt_set
+from lox_merge.safety.search_job import search
+from lox_merge.safety.types import Prompt
 
 
 def _over(base: Path, adapter: Path, **settings: bool) -> AdaptedCheckpoint:
@@ -297,3 +304,24 @@ def test_adapter_and_base_from_the_hub(loopback_hub: LoopbackHub, hub_home: Path
     assert all(torch.equal(tensor, local[name]) for name, tensor in load(tmp_path / "out").items())
     verified = run_cli("verify", tmp_path / "out", **environment)
     assert verified.returncode == 0 and "21 tensors made again" in verified.stdout, verified.stderr
+
+
+def test_a_rank_search_over_an_adapter_measures_the_merged_model(toy_pair_seed0: ToyPair, tmp_path: Path) -> None:
+    """theta_r at the adapter's own rank is base + adapter, and rank 0 the base model."""
+    base = toy_pair_seed0.base
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"], chat=False)
+    # The base model has no chat template: that the prompts can be rendered shows that the adapter's tokenizer is used.
+    AutoTokenizer.from_pretrained(toy_pair_seed0.aligned).save_pretrained(adapter)
+    merged = merge(base, adapter, tmp_path / "merged")
+    prompts = prompt_set([Prompt(str(number), f"v{number} a{number} n{number}") for number in range(12)], "prompts")
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def utility(model: LocalModel) -> dict[str, float | None]:
+        seen[len(seen)] = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+        return {"seen": float(len(seen))}
+
+    decoding = Decoding(max_new_tokens=2)
+    search(base, adapter, prompts, make_judge("keyword"), ranks=(0, 2, 4), model={"decoding": decoding}, utility=utility)
+    assert any(all(torch.allclose(state[name], merged[name], atol=1e-6) for name in merged) for state in seen.values())
+    before = load_model(base).state_dict()
+    assert any(all(torch.equal(state[name], before[name]) for name in before) for state in seen.values())
