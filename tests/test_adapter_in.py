@@ -23,7 +23,7 @@ from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_ada
 from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.checkpoint.files import HubFiles
 from lox_merge.checkpoint.hub import HubSnapshot
-from lox_merge.errors import NonFiniteDeltaError, NumericalError, PlanError, RequestError
+from lox_merge.errors import LoxMergeWarning, NonFiniteDeltaError, NumericalError, PlanError, RequestError
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.harden import harden
 from lox_merge.jobs.recipe import Recipe
@@ -175,10 +175,16 @@ def test_a_whole_model_is_opened_as_one(tmp_path: Path) -> None:
         _over(base, aligned)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
-def test_hardening_over_an_adapter_is_lox_of_the_merged_model(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        *((name, TARGETS[name]) for name in ("llama", "gpt2", "mixtral", "gpt_oss")),
+        ("llama", {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "k_proj"]}),
+    ],
+)
+def test_hardening_over_an_adapter_is_lox_of_the_merged_model(architecture: str, settings: dict[str, Any], tmp_path: Path) -> None:
     base, _ = make_pair(tmp_path, architecture, base_shards=2, aligned_shards=1)
-    adapter = make_adapter(base, tmp_path / "adapter", **TARGETS[architecture])
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
     merge(base, adapter, tmp_path / "merged")
     out = tmp_path / "out"
     result = harden(base, adapter, out, recipe=Recipe(rank=2, dtype="float32"))
@@ -325,3 +331,18 @@ def test_a_rank_search_over_an_adapter_measures_the_merged_model(toy_pair_seed0:
     assert any(all(torch.allclose(state[name], merged[name], atol=1e-6) for name in merged) for state in seen.values())
     before = load_model(base).state_dict()
     assert any(all(torch.equal(state[name], before[name]) for name in before) for state in seen.values())
+
+
+def test_a_pickled_adapter_is_read_and_a_missing_weight_file_named(tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    before = {name: _over(base, adapter).tensor(name).clone() for name in _over(base, adapter).changes}
+    torch.save(load_file(file), adapter / "adapter_model.bin")
+    file.unlink()
+    with pytest.warns(LoxMergeWarning, match=r"adapter_model\.bin is read with"):
+        read = _over(base, adapter)
+    assert len(before) == 2 and all(torch.equal(read.tensor(name), tensor) for name, tensor in before.items())
+    (adapter / "adapter_model.bin").unlink()
+    with pytest.raises(RequestError, match="neither adapter_model"):
+        _over(base, adapter)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import warnings
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,7 +196,12 @@ def test_dry_run_and_wrong_requests(tmp_path: Path, run_cli: RunCli, monkeypatch
         with pytest.raises(RequestError, match=words):
             _write(base, second, tmp_path / "refused", **settings)
     assert not (tmp_path / "refused").exists()
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    full = namedtuple("full", "total used free")(10, 10, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: full)
+        with pytest.raises(OutputError, match="GB are needed"):
+            _write(base, aligned, tmp_path / "refused")
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RequestError, match=r"lox-merge\[adapter\]"):
         _write(base, aligned, tmp_path / "refused")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
-from lox_merge.checkpoint.adapter import WEIGHTS
+from lox_merge.checkpoint.adapter_files import WEIGHTS
 from lox_merge.checkpoint.safetensors_format import build_header
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.jobs.adapter_plan import AdapterPlan, Pair, Source

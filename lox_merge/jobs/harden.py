@@ -13,6 +13,7 @@ import torch
 
 from lox_merge.checkpoint.adapter import is_adapter, open_model
 from lox_merge.checkpoint.checkpoint import SINGLE_INDEX, Checkpoint, open_checkpoint
+from lox_merge.checkpoint.files import find_source
 from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, PlanError, RequestError, SourceError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.engine import Progress, run
@@ -106,8 +107,8 @@ def plan_hardening(
                 opened[role] = open_checkpoint(source, role, cache_dir)
             elif "base" in opened:
                 opened[role] = open_model(source, role, opened["base"], cache_dir, base_is_right=base_is_right)
-            elif not is_adapter(source, role, cache_dir):
-                open_checkpoint(source, role, cache_dir).close()  # for what is wrong with it, too
+            elif not is_adapter(found := find_source(source, role, cache_dir)):
+                open_checkpoint(found, role).close()  # for what is wrong with it, too
         except PlanError as error:
             problems += error.problems
         except SourceError as error:

@@ -76,8 +76,9 @@ def verify(
     sample: recompute this many tensors, drawn with `seed`, instead of all. Raises RequestError or SourceError where there is
     nothing to verify or a source is not to be had; what differs is in the result's problems.
     """
-    adapter = is_adapter(out, "output", cache_dir)
-    output = open_factors_only("output", find_source(out, "output", cache_dir)) if adapter else open_checkpoint(out, "output", cache_dir)
+    source = find_source(out, "output", cache_dir)
+    adapter = is_adapter(source)
+    output = open_factors_only("output", source) if adapter else open_checkpoint(source, "output")
     manifest = _read_manifest(output)
     result = Verification(output.title)
     _check_files(output, manifest, result)
