@@ -18,6 +18,7 @@ import tiny_models
 import torch
 import transformers
 from adapters import load_model, make_adapter
+from click.testing import CliRunner
 from conftest import RunCli
 from peft.tuners.lora import LoraLayer
 from reference import load, lox_tensor
@@ -26,6 +27,7 @@ from tiny_models import make_pair
 
 from lox_merge.checkpoint.adapter import open_adapter
 from lox_merge.checkpoint.checkpoint import open_checkpoint
+from lox_merge.cli.main import cli
 from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, PlanError, RequestError
 from lox_merge.jobs.adapter import execute_adapter
 from lox_merge.jobs.adapter_check import check_loads
@@ -177,10 +179,11 @@ def test_tied_and_left_out_tensors_are_said(run_cli: RunCli, tmp_path: Path) -> 
     assert str(tmp_path) not in (tmp_path / "out" / MANIFEST).read_text() + (tmp_path / "out" / CONFIG).read_text()
 
 
-def test_dry_run_and_wrong_requests(tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_and_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, aligned = make_pair(tmp_path, "llama")
-    run = run_cli("harden", base, aligned, tmp_path / "out", "--as-adapter", "--dry-run", "--json", tmp_path / "plan.json")
-    assert run.returncode == 0 and not (tmp_path / "out").exists(), run.stderr
+    arguments = ["harden", base, aligned, tmp_path / "out", "--as-adapter", "--dry-run", "--json", tmp_path / "plan.json"]
+    run = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert run.exit_code == 0 and "16 tensors as 16 modules" in run.output and not (tmp_path / "out").exists()
     written = _write(base, aligned, tmp_path / "written").manifest["adapter"]
     report = json.loads((tmp_path / "plan.json").read_text())
     assert report["bytes_written"] == 4 * written["parameters"] and report["modules"] == written["modules"] == 16
