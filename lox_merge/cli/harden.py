@@ -56,6 +56,7 @@ from lox_merge.errors import RequestError
 @device_option
 @seed_option
 @cache_option
+@click.option("--as-adapter", is_flag=True, help="Write the edit as a PEFT LoRA adapter on top of ALIGNED instead of a whole model.")
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @push_when_done
@@ -84,6 +85,7 @@ def harden_command(
     device: str,
     seed: int,
     cache_dir: Path | None,
+    as_adapter: bool,
     overwrite: bool,
     dry_run: bool,
     push_to: str | None,
@@ -100,6 +102,7 @@ def harden_command(
     lox-merge harden meta-llama/Llama-2-7b-hf me/llama-2-7b-aligned out
     lox-merge harden base aligned out --rank noise-floor --alpha 1.0 --exclude lm_head
     """
+    from lox_merge.cli.adapter import harden_as_adapter, plan_as_adapter
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
     from lox_merge.jobs.estimate import estimate
@@ -143,6 +146,9 @@ def harden_command(
             settings = {"device": device, "factors": factors, **sources}
             found = effective_rank(base, aligned, recipe, prompts=str(prompts), judges=judge, show=json_file != "-", **settings)
             plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), factors=held, **sources)
+        if dry_run and as_adapter:
+            plan_as_adapter(plan, overwrite=overwrite, json_file=json_file)
+            return
         if dry_run:
             check_output(out, overwrite=overwrite)
             check_disk(plan)
@@ -154,11 +160,14 @@ def harden_command(
             if json_file != "-":
                 print_plan(plan, report)
             return
-        with byte_progress(plan.bytes_written, "hardening") as progress:
-            result = execute(plan, device=device, overwrite=overwrite, progress=progress)
-    if json_file != "-":
-        print_result(result)
-    report = result.to_json()
+        if as_adapter:
+            report = harden_as_adapter(plan, device=device, overwrite=overwrite, show=json_file != "-")
+        else:
+            with byte_progress(plan.bytes_written, "hardening") as progress:
+                result = execute(plan, device=device, overwrite=overwrite, progress=progress)
+            report = result.to_json()
+            if json_file != "-":
+                print_result(result)
     try:
         if pushing:
             report["push"] = pushing.publish(show=json_file != "-")

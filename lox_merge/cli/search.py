@@ -18,7 +18,7 @@ from lox_merge.cli.measuring import (
     utility_of,
     utility_options,
 )
-from lox_merge.cli.options import cache_option, device_option, json_option, number, order_option, seed_option
+from lox_merge.cli.options import base_option, cache_option, device_option, json_option, number, order_option, seed_option
 from lox_merge.cli.tune import check_tune_options, picked_recipe, tune_models, tune_options
 from lox_merge.errors import LoxMergeError, RequestError
 
@@ -57,6 +57,7 @@ DEFAULT_BISECT_LIMIT = 64
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg, .png or .pdf).")
 @order_option
+@base_option
 @device_option
 @seed_option
 @cache_option
@@ -131,7 +132,7 @@ def effective_rank(base: str, aligned: str, recipe: Recipe, *, prompts: str, sho
 
 
 def _source_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {"order_is_right": options["order_is_right"], "cache_dir": options["cache_dir"]}
+    return {name: options[name] for name in ("order_is_right", "base_is_right", "cache_dir")}
 
 
 def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None, *, show: bool) -> RankSearch:

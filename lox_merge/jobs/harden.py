@@ -150,7 +150,7 @@ def execute(plan: Plan, *, device: str = "auto", overwrite: bool = False, progre
     result = HardenResult(**vars(done))
     if result.bytes_written:
         summary = result.summary
-        remedy = ", or shipping the update as a rank-k adapter beside the aligned weights"
+        remedy = ", or --as-adapter, which ships the update beside the aligned weights"
         warn_about_gain(summary.realised_gain, summary.smallest_gain, summary.smallest_gain_tensor, remedy)
     return result
 
