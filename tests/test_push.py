@@ -510,21 +510,26 @@ def test_a_branch_that_moved_meanwhile_is_left_alone(hub: LoopbackHub, publisher
     assert "other.txt" in stored(hub, repo)
 
 
-@pytest.mark.parametrize(("moment", "file"), [(CREATE, "config.json"), (CREATE, UP), (PREUPLOAD, UP), (STORAGE, UP), (STORAGE, "config.json")])
+@pytest.mark.parametrize(
+    ("moment", "file", "xet"),
+    [(CREATE, UP, False), (CREATE, UP, True), (PREUPLOAD, UP, False), (STORAGE, UP, False), (STORAGE, "config.json", False)],
+)
 def test_a_file_that_changes_after_the_check_is_not_committed(
-    moment: str, file: str, hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], repo: str, tmp_path: Path
+    moment: str, file: str, xet: bool, hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], repo: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     alpha = 3 + (1 + len(moment) + 50 * (file == UP)) / 1000
     harden(made[0], made[1], out, recipe=Recipe(rank=1, alpha=alpha))
 
     def change() -> None:
-        data = bytearray((out / file).read_bytes())
+        data, before = bytearray((out / file).read_bytes()), (out / file).stat()
         data[-3] ^= 1
         (out / file).write_bytes(data)
+        if moment == CREATE:  # so that only the bytes tell
+            os.utime(out / file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     hub.fail(moment.format(repo), meanwhile=change)
-    refused(publisher.push(out, repo), f"{file} changed after it was checked", code=1)
+    refused(publisher.push(out, repo, xet=xet), f"{file} changed after it was checked", code=1)
     assert stored(hub, repo) == {}
 
 

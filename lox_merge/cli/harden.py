@@ -128,8 +128,7 @@ def harden_command(
     plan = plan_hardening(base, aligned, out, recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
     pushing = None
     if push_to is not None:
-        where = {"base": base, "aligned": aligned, "cache_dir": cache_dir}
-        pushing = PushWhenDone(plan, push_to, public=public, license=license, **where)
+        pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
     if searched:
         from lox_merge.cli.search import effective_rank
 
