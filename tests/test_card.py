@@ -109,11 +109,16 @@ def test_the_adapter_form(out: Path) -> None:
     aligned = {"kind": "hub", "name": "org/aligned", "commit": "a" * 40, "revision": None}
     output = from_hub(out, aligned=aligned, base={"kind": "hub", "name": "org/base", "commit": "b" * 40})
     output = replace(output, manifest={**output.manifest, "output": {**output.manifest["output"], "form": "adapter"}})
+    (out / "config.json").rename(out / "adapter_config.json")
+    (out / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
+    config = replace(output.files[-1], name="adapter_config.json", path=out / "adapter_config.json")
+    output = replace(output, files=(*(file for file in output.files if file.name != "config.json"), config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoxMergeWarning)
         card = build_card(output, "me/adapter", CardSettings(licence=MIT))
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"], data["library_name"]) == (["org/aligned"], "adapter", "peft")
+    assert data["pipeline_tag"] == "text-generation" and 'AutoModelForCausalLM.from_pretrained("org/aligned"' in card.content
     assert "adapter" in data["tags"] and "merge" not in data["tags"]
     assert 'PeftModel.from_pretrained(model, "me/adapter")' in card.content and f'revision="{"a" * 40}"' in card.content
     assert "--as-adapter" in card.content and "loads wherever" not in card.content
@@ -292,8 +297,10 @@ def test_names_from_results_cannot_break_the_card_or_carry_paths(out: Path, tmp_
     card = card_of(out, result("a|b\n<script>---"))
     assert "| a\\|b &lt;script>--- |" in card.content
     assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
-    with pytest.raises(RequestError, match="names a folder of this machine"):
-        card_of(out, result(f"python:{tmp_path}/judge.py:f"))
+    for name in (f"python:{out.parent}/judge.py:f", f"classifier {Path(__file__)}"):
+        with pytest.raises(RequestError, match="names a path of this machine"):
+            card_of(out, result(name))
+    assert "/usr/bin/env" in card_of(out, result("inspect:/usr/bin/env x/y and/or a/b https://x.org/tmp/a")).content
     with pytest.raises(RequestError, match="holds an access token") as caught:
         card_of(out, result("hf_" + "Z" * 34))
     assert "ZZZ" not in str(caught.value)

@@ -392,9 +392,9 @@ def test_the_weights_are_made_again_where_that_is_asked_for(
 
 def test_private_things_in_the_files_stop_it(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, aligned = made[0], shutil.copytree(made[1], tmp_path / "aligned")
-    (aligned / "training_settings.json").write_text(json.dumps({"output": str(tmp_path / "runs"), "note": "x"}, indent=1))
+    (aligned / "training_settings.json").write_text(json.dumps({"output": str(aligned), "note": "x"}, indent=1))
     harden(base, aligned, tmp_path / "out")
-    refused(publisher.push(tmp_path / "out", "owner/leaky"), "training_settings.json, line 2, names a folder of this machine")
+    refused(publisher.push(tmp_path / "out", "owner/leaky"), "training_settings.json, line 2, names a path of this machine")
     (aligned / "training_settings.json").write_text('{"key": "hf_' + "a" * 34 + '"}')
     harden(base, aligned, tmp_path / "out2")
     refused(publisher.push(tmp_path / "out2", "owner/leaky"), "training_settings.json, line 1, holds an access token")
