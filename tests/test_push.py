@@ -568,6 +568,18 @@ def test_a_killed_upload_is_gone_on_with(
         assert sent_bytes(since(hub, start)) == 0
 
 
+def test_a_stopped_upload_says_how_to_go_on(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], repo: str, tmp_path: Path) -> None:
+    harden(made[0], made[1], tmp_path / "out", recipe=Recipe(rank=1, alpha=6.0))
+    hub.fail("PUT /lfs/", pause=1)
+    child = publisher.start("push", tmp_path / "out", repo, "--license", "mit")
+    deadline = time.monotonic() + 60
+    while hub.faults.left() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGTERM)
+    refused(publisher.finish(), "interrupted", "run the same command again to go on", code=1)
+    assert stored(hub, repo) == {}
+
+
 # Straight from hardening
 
 
