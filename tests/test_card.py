@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +36,9 @@ from lox_merge.safety.judges.keyword import KeywordJudge
 from lox_merge.safety.prompts import prompt_set
 from lox_merge.safety.robustness import Curve, Point, Robustness
 from lox_merge.safety.types import Prompt, PromptSet, Reply
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+from check_commands import problem
 
 MIT = Licence(("mit",))
 RECIPE = Recipe(rank=4, alpha=1.5, exclude=("lm_head",), rank_pattern=(("k_proj", 2),), alpha_pattern=(("v_proj|q_proj", 0.5),), rounding="feedback")
@@ -134,6 +138,9 @@ def test_the_command_makes_the_same_output_again(made: tuple[Path, Path, Path], 
     done = CliRunner().invoke(cli, words[1:])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "hardened" / "lox_merge.json").read_bytes() == (made[2] / "lox_merge.json").read_bytes()
+    lines = harden_command({**manifest, "job": {**manifest["job"], "factors": {"rank": "8", "tolerance": 0.001, "seed": 0}}}, "o").splitlines()
+    assert lines[0] == "lox-merge decompose base aligned factors.safetensors --rank 8 --tolerance 0.001 --seed 0"
+    assert lines[1].endswith("--factors factors.safetensors") and not any(map(problem, lines))
     every = Recipe(rank="full", include=("a b",), linear_only=True, dtype="float32", tolerance=1e-4, seed=3, fused="whole", skip_non_finite=True)
     text = harden_command({**manifest, "job": {**manifest["job"], "recipe": every.to_json()}}, "o")
     for option in (
@@ -416,8 +423,6 @@ def test_outputs_of_other_kinds_are_refused(made: tuple[Path, Path, Path], tmp_p
 
 
 def test_no_picture_without_matplotlib(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     results = robustness(tmp_path / "r.json", None, {"aligned": [2], "LoX": [6]})
     with pytest.warns(LoxMergeWarning, match="matplotlib is missing"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -35,7 +36,7 @@ from lox_merge.errors import RequestError
 )
 @click.option("--prompts", metavar="FILE|DATASET", help="Harmful requests for --rank search (lox-merge search has more settings).")
 @click.option("--judge", default="keyword", show_default=True, metavar="SPEC", help="Who decides in --rank search.")
-@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for --rank search.")
+@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for this pair: no SVD is spent.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor, ≥ 0.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Edit only tensors whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave tensors whose name matches as in ALIGNED. Repeatable.")
@@ -99,6 +100,7 @@ def harden_command(
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
     from lox_merge.jobs.estimate import estimate
+    from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening
     from lox_merge.jobs.plan import check_disk, check_output
     from lox_merge.jobs.recipe import Recipe
@@ -106,8 +108,8 @@ def harden_command(
     searched = rank == "search"
     if searched and (prompts is None or dry_run):
         raise RequestError("--rank search finds the rank by behaviour: it needs --prompts FILE and cannot be a --dry-run.")
-    if not searched and (prompts is not None or factors is not None):
-        raise RequestError("--prompts and --factors choose the rank: they go with --rank search.")
+    if not searched and prompts is not None:
+        raise RequestError("--prompts chooses the rank: it goes with --rank search.")
     recipe = Recipe(
         rank=1 if searched else rank,  # any rank will do to check the request before the search
         alpha=number(alpha, "--alpha"),
@@ -125,30 +127,32 @@ def harden_command(
     )
     if push_to is None and (public or license is not None):
         raise RequestError("--public and --license are about publishing: they go with --push REPO.")
-    plan = plan_hardening(base, aligned, out, recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
     pushing = None
-    if push_to is not None:
-        pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
-    if searched:
-        from lox_merge.cli.search import effective_rank
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "cache_dir": cache_dir}
+    with open_factors(factors) as held:
+        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, **sources)
+        if push_to is not None:
+            pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
+        if searched:
+            from lox_merge.cli.search import effective_rank
 
-        check_output(out, overwrite=overwrite)
-        settings = {"device": device, "cache_dir": cache_dir, "order_is_right": order_is_right, "factors": factors}
-        found = effective_rank(base, aligned, recipe, prompts=str(prompts), judge_text=judge, show=json_file != "-", **settings)
-        plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), order_is_right=order_is_right, cache_dir=cache_dir)
-    if dry_run:
-        check_output(out, overwrite=overwrite)
-        check_disk(plan)
-        if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
-            check_some_delta(plan)  # reads tensors: on the Hub that would be a download
-        report = estimate(plan)
-        if json_file:
-            write_json(json_file, report)
-        if json_file != "-":
-            print_plan(plan, report)
-        return
-    with byte_progress(plan.bytes_written, "hardening") as progress:
-        result = execute(plan, device=device, overwrite=overwrite, progress=progress)
+            check_output(out, overwrite=overwrite)
+            settings = {"device": device, "factors": factors, **sources}
+            found = effective_rank(base, aligned, recipe, prompts=str(prompts), judges=judge, show=json_file != "-", **settings)
+            plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), factors=held, **sources)
+        if dry_run:
+            check_output(out, overwrite=overwrite)
+            check_disk(plan)
+            if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
+                check_some_delta(plan)  # reads tensors: on the Hub that would be a download
+            report = estimate(plan)
+            if json_file:
+                write_json(json_file, report)
+            if json_file != "-":
+                print_plan(plan, report)
+            return
+        with byte_progress(plan.bytes_written, "hardening") as progress:
+            result = execute(plan, device=device, overwrite=overwrite, progress=progress)
     if json_file != "-":
         print_result(result)
     report = result.to_json()

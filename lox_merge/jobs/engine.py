@@ -115,7 +115,7 @@ class _Ahead:
         base = view.select(self._plan.base.tensor(job.tensor.base_name))
         aligned = view.select(self._plan.aligned.tensor(job.tensor.name))
         out = view.select(job.out)
-        future = self._crew.submit(edit_matrix, base, aligned, out, view, job.tensor, self._plan.recipe, self._crew.device)
+        future = self._crew.submit(edit_matrix, base, aligned, out, view, job.tensor, self._plan.recipe, self._crew.device, self._plan.triplets)
         self._in_flight += cost
         job.futures.append((future, cost))
 

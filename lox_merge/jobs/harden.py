@@ -15,10 +15,12 @@ from lox_merge.checkpoint.checkpoint import SINGLE_INDEX, Checkpoint, open_check
 from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, PlanError, RequestError, SourceError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.engine import Progress, run
+from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.manifest import Summary, build_manifest, job_description
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, check_disk, check_output, make_plan, output_config
 from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.triplets import FromFactors
 
 # Below this share of the intended update the written weights are not what was asked for (FACTS: bf16 can keep under half).
 WANTED_GAIN = 0.95
@@ -84,10 +86,15 @@ def plan_hardening(
     out: str | Path,
     *,
     recipe: Recipe | None = None,
+    factors: Factors | None = None,
     order_is_right: bool = False,
     cache_dir: Path | None = None,
 ) -> Plan:
-    """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError."""
+    """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError.
+
+    factors: of this pair, to spend no SVD (stays open as long as the plan is used); the weight files of local folders are read to
+    see that they are of this pair. Raises RequestError where they are not, or hold too few triplets.
+    """
     opened: dict[str, Checkpoint] = {}
     problems: list[str] = []
     for role, source in (("base", base), ("aligned", aligned)):
@@ -99,7 +106,13 @@ def plan_hardening(
             problems.append(str(error))
     if problems:
         raise PlanError(problems)
-    return make_plan(opened["base"], opened["aligned"], Path(out), recipe or Recipe(), order_confirmed=order_is_right)
+    plan = make_plan(opened["base"], opened["aligned"], Path(out), recipe or Recipe(), order_confirmed=order_is_right)
+    if factors is not None:
+        held = FromFactors(factors)
+        held.check(plan.edited)
+        factors.check(plan.base, plan.aligned)
+        plan.triplets = held
+    return plan
 
 
 def harden(
@@ -108,6 +121,7 @@ def harden(
     out: str | Path,
     *,
     recipe: Recipe | None = None,
+    factors: str | Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
     order_is_right: bool = False,
@@ -117,11 +131,13 @@ def harden(
     """Writes W_align + alpha · Proj_k(W_align − W_base) to the folder `out` (LoX, arXiv 2506.15606).
 
     base, aligned: folders or Hub ids `org/name[@revision]`. The output has aligned's shard files, names, order, dtypes and
-    side files. Called again after an interruption it goes on with the shards that are finished; finished output of the
-    same job is checked and returned. Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
+    side files. factors: file of `decompose` for this pair; no SVD is spent then. Called again after an interruption it goes on
+    with the shards that are finished; finished output of the same job is checked and returned. Raises RequestError (exit 2)
+    before anything is written, LoxMergeError afterwards.
     """
-    plan = plan_hardening(base, aligned, out, recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
-    return execute(plan, device=device, overwrite=overwrite, progress=progress)
+    with open_factors(factors) as held:
+        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, order_is_right=order_is_right, cache_dir=cache_dir)
+        return execute(plan, device=device, overwrite=overwrite, progress=progress)
 
 
 def execute(plan: Plan, *, device: str = "auto", overwrite: bool = False, progress: Progress | None = None) -> HardenResult:

@@ -19,11 +19,13 @@ FORMAT = 1
 
 def job_description(plan: Plan, device: torch.device) -> dict[str, Any]:
     """Everything that decides the output's bytes, known before any tensor is read. Holds no path of the machine."""
+    triplets = plan.triplets.record()
     return {
         "tool": {"name": "lox-merge", "version": __version__, "torch": torch.__version__},
         "method": "lox",
         "device": device.type,
         "recipe": plan.recipe.to_json(),
+        **({} if triplets is None else {"factors": triplets}),
         "base": plan.base.source.identity() | {"headers": header_hashes(plan.base)},
         "aligned": plan.aligned.source.identity() | {"headers": header_hashes(plan.aligned)},
     }

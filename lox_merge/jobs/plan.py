@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +17,7 @@ from lox_merge.checkpoint.safetensors_format import Header, build_header
 from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan, quantisation_problems, select_tensors
+from lox_merge.jobs.triplets import TakenNow, TripletSource
 
 WORK_FOLDER = ".lox_merge"
 MANIFEST = "lox_merge.json"
@@ -42,7 +43,7 @@ class ShardPlan:
 
 @dataclass
 class Plan:
-    """What a run will do. Nothing in it has been written."""
+    """What a run will do. Nothing in it has been written. triplets: where those of each delta come from."""
 
     base: Checkpoint
     aligned: Checkpoint
@@ -50,6 +51,7 @@ class Plan:
     recipe: Recipe
     shards: list[ShardPlan]
     side_files: list[str]
+    triplets: TripletSource
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -94,6 +96,17 @@ class Plan:
     def keeps_index(self) -> bool:
         return self.recipe.dtype is None and not self.aligned.pickled and self.aligned.index is not None
 
+    def with_recipe(self, recipe: Recipe) -> Plan:
+        """The same selection of tensors with the ranks and alphas of another recipe; what selects tensors has to be equal."""
+
+        def changed(tensor: TensorPlan) -> TensorPlan:
+            if tensor.action != "edit":
+                return tensor
+            return replace(tensor, rank=recipe.rank_for(tensor.name), alpha=recipe.alpha_for(tensor.name))
+
+        shards = [replace(shard, tensors=tuple(map(changed, shard.tensors))) for shard in self.shards]
+        return replace(self, recipe=recipe, shards=shards)
+
     def fetch(self) -> None:
         """Makes every file that the run reads available on disk."""
         needed = [pair for shard in self.shards for pair in shard.sources(self.base)]
@@ -116,7 +129,7 @@ def make_plan(base: Checkpoint, aligned: Checkpoint, out: Path, recipe: Recipe, 
     if problems:
         raise PlanError(problems)
     shards = [_plan_shard(file, header, selection.tensors, aligned, recipe) for file, header in aligned.headers.items()]
-    return Plan(base, aligned, out, recipe, shards, aligned.side_files(), warnings)
+    return Plan(base, aligned, out, recipe, shards, aligned.side_files(), TakenNow(recipe), warnings)
 
 
 def check_disk(plan: Plan, already_written: int = 0) -> None:

@@ -24,6 +24,7 @@ from lox_merge.jobs.manifest import FORMAT, header_hashes, summarise
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, make_plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.triplets import recorded_triplets
 from lox_merge.jobs.work import edit_matrix
 
 # Another CPU or torch version adds in another order: a value at the midpoint of two neighbours may then round the other way.
@@ -174,6 +175,7 @@ def _recompute(
     recipe = Recipe.from_json(manifest["job"]["recipe"])
     # A place that is never written: the plan wants one.
     plan = make_plan(base, aligned, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, order_confirmed=True)
+    plan.triplets = recorded_triplets(manifest["job"].get("factors"), recipe)
     recorded = {tensor["name"]: tensor for tensor in manifest["tensors"]}
     chosen = plan.tensors
     if sample is not None and sample < len(chosen):
@@ -196,7 +198,7 @@ def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping
     if tensor.action == "edit":
         base, aligned = plan.base.tensor(tensor.base_name), plan.aligned.tensor(tensor.name)
         for view in tensor.views:
-            one = edit_matrix(view.select(base), view.select(aligned), view.select(expected), view, tensor, plan.recipe, device)
+            one = edit_matrix(view.select(base), view.select(aligned), view.select(expected), view, tensor, plan.recipe, device, plan.triplets)
             figures.append(one.to_json())
     if tensor_bytes(written) != tensor_bytes(expected):
         difference = _difference(written, expected)

@@ -19,6 +19,7 @@ from lox_merge.errors import LoxMergeWarning, NumericalError
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.triplets import TakenNow, TripletSource
 from lox_merge.maths.edits import Realised, lox_edit
 from lox_merge.maths.lanczos import BASIS, BLOCK
 from lox_merge.maths.rank import RankRule
@@ -80,21 +81,41 @@ def certificate_record(certificate: Certificate) -> dict[str, Any]:
 
 
 def edit_matrix(
-    base: Tensor, aligned: Tensor, out: Tensor, view: MatrixView, tensor: TensorPlan, recipe: Recipe, device: torch.device
+    base: Tensor,
+    aligned: Tensor,
+    out: Tensor,
+    view: MatrixView,
+    tensor: TensorPlan,
+    recipe: Recipe,
+    device: torch.device,
+    triplets: TripletSource | None = None,
 ) -> MatrixResult:
-    """Writes the hardened matrix into `out` (a view of the output tensor); aligned's values for a zero or non-finite delta."""
+    """Writes the hardened matrix into `out` (a view of the output tensor); aligned's values for a zero or non-finite delta.
+
+    triplets: where the delta's leading triplets come from; None takes an SVD of it.
+    """
+    source = triplets or TakenNow(recipe)
     try:
-        return _edit(base, aligned, out, view, tensor, recipe, device)
+        return _edit(base, aligned, out, view, tensor, recipe, device, source)
     except torch.cuda.OutOfMemoryError:
         warnings.warn(
             f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was edited on the CPU", LoxMergeWarning, stacklevel=2
         )
-        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"))
+        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"), source)
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 
 
-def _edit(base: Tensor, aligned: Tensor, out: Tensor, view: MatrixView, tensor: TensorPlan, recipe: Recipe, device: torch.device) -> MatrixResult:
+def _edit(
+    base: Tensor,
+    aligned: Tensor,
+    out: Tensor,
+    view: MatrixView,
+    tensor: TensorPlan,
+    recipe: Recipe,
+    device: torch.device,
+    triplets: TripletSource,
+) -> MatrixResult:
     base, aligned = base.to(device), aligned.to(device)
     delta, norm, bad = form_delta(base, aligned)
     if bad:
@@ -114,10 +135,10 @@ def _edit(base: Tensor, aligned: Tensor, out: Tensor, view: MatrixView, tensor: 
         tensor.rank,
         tensor.alpha,
         rounding=recipe.rounding,
-        tolerance=recipe.tolerance,
         seed=recipe.seed,
         rounding_seed=int.from_bytes(digest[:7], "big"),
         delta=delta,
+        subspace=None if tensor.rank.kind == "full" else triplets.subspace(tensor, view, delta, aligned),
         out=target,
     )
     if target is not out:

@@ -230,22 +230,23 @@ def lox_edit(
     seed: int = 0,
     rounding_seed: int | None = None,
     delta: Float[Tensor, "d_out d_in"] | None = None,
+    subspace: Subspace | None = None,
     out: Float[Tensor, "d_out d_in"] | None = None,
 ) -> tuple[Float[Tensor, "d_out d_in"], Subspace | None, Realised]:
     """As `lox`, with the subspace (None for rank 'full', which takes no SVD) and what survived rounding.
 
-    delta: W_align - W_base in float32, where the caller has it already. rounding_seed: for stochastic rounding, default
-    `seed`. out: where to write, as in `apply_update`. A zero delta gives aligned's values.
+    delta: W_align - W_base in float32, and subspace: its leading triplets that `rank` keeps, where the caller has them already.
+    rounding_seed: for stochastic rounding, default `seed`. out: where to write, as in `apply_update`. A zero delta gives aligned's values.
     """
     rule = RankRule("fixed", rank) if isinstance(rank, int) else rank
     if delta is None:
         delta = aligned.float() - base.float()
-    subspace = None
     if rule.kind == "full":
-        update = full_rank_update(alpha)
+        subspace, update = None, full_rank_update(alpha)
     else:
-        edge = rounding_noise_edge(aligned) if rule.kind == "noise-floor" else 0.0
-        subspace = truncated_svd(delta, rule, noise_edge=edge, tolerance=tolerance, seed=seed)
+        if subspace is None:
+            edge = rounding_noise_edge(aligned) if rule.kind == "noise-floor" else 0.0
+            subspace = truncated_svd(delta, rule, noise_edge=edge, tolerance=tolerance, seed=seed)
         update = lox_update(subspace, alpha)
     noise = seed if rounding_seed is None else rounding_seed
     edited, realised = apply_update(aligned, update, dtype=dtype, rounding=rounding, delta=delta, seed=noise, out=out)

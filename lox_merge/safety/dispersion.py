@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan
-from lox_merge.maths.spectral import truncated_svd
 from lox_merge.safety.placement import place
 
 
@@ -55,9 +54,10 @@ class Dispersion:
             if tensor is None or tensor.rank is None or tensor.rank.kind == "full" or not (isinstance(module, torch.nn.Linear) or kind == "Conv1D"):
                 continue
             for view in tensor.views:
-                delta = view.select(plan.aligned.tensor(tensor.name).float().contiguous()) - self._base(tensor.base_name, view, torch.device("cpu"))
+                aligned = view.select(plan.aligned.tensor(tensor.name).contiguous())
+                delta = aligned.float() - self._base(tensor.base_name, view, torch.device("cpu"))
                 if bool(torch.isfinite(delta).all()) and bool(delta.any()):
-                    subspace = truncated_svd(delta.to(model.device), tensor.rank, tolerance=plan.recipe.tolerance, seed=plan.recipe.seed)
+                    subspace = plan.triplets.subspace(tensor, view, delta.to(model.device), aligned)
                     basis = (subspace.right if kind == "Conv1D" else subspace.left).cpu()
                     self._matrices.append(_Matrix(group.target, tensor.base_name, view, basis, kind == "Conv1D"))
 

@@ -16,7 +16,6 @@ from lox_merge.jobs.select import TensorPlan
 from lox_merge.maths.edits import Update, apply_update, full_rank_update_of_norm, gaussian_update, lox_update, random_subspace_update
 from lox_merge.maths.precision import frobenius_norm
 from lox_merge.maths.rank import RankRule
-from lox_merge.maths.spectral import truncated_svd
 from lox_merge.safety.placement import place
 
 Control = Literal["full-rank", "random-subspace", "gaussian"]
@@ -50,7 +49,8 @@ def set_starting_point(model: Any, plan: Plan, kind: str, *, hardened: Checkpoin
 
 
 def _edited(plan: Plan, tensor: TensorPlan, kind: str, hardened: Checkpoint | None, seed: int, device: torch.device) -> Tensor:
-    aligned = plan.aligned.tensor(tensor.name).to(device=device, dtype=torch.float32, copy=True).contiguous()
+    stored = plan.aligned.tensor(tensor.name).contiguous()
+    aligned = stored.to(device=device, dtype=torch.float32, copy=True)
     base = plan.base.tensor(tensor.base_name).to(device=device, dtype=torch.float32).contiguous()
     given = None
     if hardened is not None:
@@ -62,18 +62,19 @@ def _edited(plan: Plan, tensor: TensorPlan, kind: str, hardened: Checkpoint | No
         delta = before - view.select(base)
         if not bool(torch.isfinite(delta).all()) or not bool(delta.any()):
             continue  # as in hardening: nothing to extrapolate
-        update = _update(kind, delta, tensor, view, plan, None if given is None else frobenius_norm(view.select(given) - before), seed)
+        norm = None if given is None else frobenius_norm(view.select(given) - before)
+        update = _update(kind, delta, view.select(stored), tensor, view, plan, norm, seed)
         before.copy_(apply_update(before, update, delta=delta)[0])
     return aligned
 
 
-def _update(kind: str, delta: Tensor, tensor: TensorPlan, view: MatrixView, plan: Plan, norm: float | None, seed: int) -> Update:
+def _update(kind: str, delta: Tensor, stored: Tensor, tensor: TensorPlan, view: MatrixView, plan: Plan, norm: float | None, seed: int) -> Update:
     rule = cast(RankRule, tensor.rank)
     rank = min(delta.shape)
     if rule.kind == "full":
         lox = Update(None, None, tensor.alpha)
     else:
-        subspace = truncated_svd(delta, rule, tolerance=plan.recipe.tolerance, seed=plan.recipe.seed)
+        subspace = plan.triplets.subspace(tensor, view, delta, stored)
         lox, rank = lox_update(subspace, tensor.alpha), subspace.rank
     if kind == HARDENED:
         return lox
