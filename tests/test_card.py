@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +36,9 @@ from lox_merge.safety.judges.keyword import KeywordJudge
 from lox_merge.safety.prompts import prompt_set
 from lox_merge.safety.robustness import Curve, Point, Robustness
 from lox_merge.safety.types import Prompt, PromptSet, Reply
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+from check_commands import problem
 
 MIT = Licence(("mit",))
 RECIPE = Recipe(rank=4, alpha=1.5, exclude=("lm_head",), rank_pattern=(("k_proj", 2),), alpha_pattern=(("v_proj|q_proj", 0.5),), rounding="feedback")
@@ -109,11 +113,16 @@ def test_the_adapter_form(out: Path) -> None:
     aligned = {"kind": "hub", "name": "org/aligned", "commit": "a" * 40, "revision": None}
     output = from_hub(out, aligned=aligned, base={"kind": "hub", "name": "org/base", "commit": "b" * 40})
     output = replace(output, manifest={**output.manifest, "output": {**output.manifest["output"], "form": "adapter"}})
+    (out / "config.json").rename(out / "adapter_config.json")
+    (out / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
+    config = replace(output.files[-1], name="adapter_config.json", path=out / "adapter_config.json")
+    output = replace(output, files=(*(file for file in output.files if file.name != "config.json"), config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoxMergeWarning)
         card = build_card(output, "me/adapter", CardSettings(licence=MIT))
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"], data["library_name"]) == (["org/aligned"], "adapter", "peft")
+    assert data["pipeline_tag"] == "text-generation" and 'AutoModelForCausalLM.from_pretrained("org/aligned"' in card.content
     assert "adapter" in data["tags"] and "merge" not in data["tags"]
     assert 'PeftModel.from_pretrained(model, "me/adapter")' in card.content and f'revision="{"a" * 40}"' in card.content
     assert "--as-adapter" in card.content and "loads wherever" not in card.content
@@ -129,6 +138,9 @@ def test_the_command_makes_the_same_output_again(made: tuple[Path, Path, Path], 
     done = CliRunner().invoke(cli, words[1:])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "hardened" / "lox_merge.json").read_bytes() == (made[2] / "lox_merge.json").read_bytes()
+    lines = harden_command({**manifest, "job": {**manifest["job"], "factors": {"rank": "8", "tolerance": 0.001, "seed": 0}}}, "o").splitlines()
+    assert lines[0] == "lox-merge decompose base aligned factors.safetensors --rank 8 --tolerance 0.001 --seed 0"
+    assert lines[1].endswith("--factors factors.safetensors") and not any(map(problem, lines))
     every = Recipe(rank="full", include=("a b",), linear_only=True, dtype="float32", tolerance=1e-4, seed=3, fused="whole", skip_non_finite=True)
     text = harden_command({**manifest, "job": {**manifest["job"], "recipe": every.to_json()}}, "o")
     for option in (
@@ -292,8 +304,10 @@ def test_names_from_results_cannot_break_the_card_or_carry_paths(out: Path, tmp_
     card = card_of(out, result("a|b\n<script>---"))
     assert "| a\\|b &lt;script>--- |" in card.content
     assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
-    with pytest.raises(RequestError, match="names a folder of this machine"):
-        card_of(out, result(f"python:{tmp_path}/judge.py:f"))
+    for name in (f"python:{out.parent}/judge.py:f", f"classifier {Path(__file__)}"):
+        with pytest.raises(RequestError, match="names a path of this machine"):
+            card_of(out, result(name))
+    assert "/usr/bin/env" in card_of(out, result("inspect:/usr/bin/env x/y and/or a/b https://x.org/tmp/a")).content
     with pytest.raises(RequestError, match="holds an access token") as caught:
         card_of(out, result("hf_" + "Z" * 34))
     assert "ZZZ" not in str(caught.value)
@@ -409,8 +423,6 @@ def test_outputs_of_other_kinds_are_refused(made: tuple[Path, Path, Path], tmp_p
 
 
 def test_no_picture_without_matplotlib(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     results = robustness(tmp_path / "r.json", None, {"aligned": [2], "LoX": [6]})
     with pytest.warns(LoxMergeWarning, match="matplotlib is missing"):

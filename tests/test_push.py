@@ -392,9 +392,9 @@ def test_the_weights_are_made_again_where_that_is_asked_for(
 
 def test_private_things_in_the_files_stop_it(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, aligned = made[0], shutil.copytree(made[1], tmp_path / "aligned")
-    (aligned / "training_settings.json").write_text(json.dumps({"output": str(tmp_path / "runs"), "note": "x"}, indent=1))
+    (aligned / "training_settings.json").write_text(json.dumps({"output": str(aligned), "note": "x"}, indent=1))
     harden(base, aligned, tmp_path / "out")
-    refused(publisher.push(tmp_path / "out", "owner/leaky"), "training_settings.json, line 2, names a folder of this machine")
+    refused(publisher.push(tmp_path / "out", "owner/leaky"), "training_settings.json, line 2, names a path of this machine")
     (aligned / "training_settings.json").write_text('{"key": "hf_' + "a" * 34 + '"}')
     harden(base, aligned, tmp_path / "out2")
     refused(publisher.push(tmp_path / "out2", "owner/leaky"), "training_settings.json, line 1, holds an access token")
@@ -510,21 +510,26 @@ def test_a_branch_that_moved_meanwhile_is_left_alone(hub: LoopbackHub, publisher
     assert "other.txt" in stored(hub, repo)
 
 
-@pytest.mark.parametrize(("moment", "file"), [(CREATE, "config.json"), (CREATE, UP), (PREUPLOAD, UP), (STORAGE, UP), (STORAGE, "config.json")])
+@pytest.mark.parametrize(
+    ("moment", "file", "xet"),
+    [(CREATE, UP, False), (CREATE, UP, True), (PREUPLOAD, UP, False), (STORAGE, UP, False), (STORAGE, "config.json", False)],
+)
 def test_a_file_that_changes_after_the_check_is_not_committed(
-    moment: str, file: str, hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], repo: str, tmp_path: Path
+    moment: str, file: str, xet: bool, hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], repo: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     alpha = 3 + (1 + len(moment) + 50 * (file == UP)) / 1000
     harden(made[0], made[1], out, recipe=Recipe(rank=1, alpha=alpha))
 
     def change() -> None:
-        data = bytearray((out / file).read_bytes())
+        data, before = bytearray((out / file).read_bytes()), (out / file).stat()
         data[-3] ^= 1
         (out / file).write_bytes(data)
+        if moment == CREATE:  # so that only the bytes tell
+            os.utime(out / file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     hub.fail(moment.format(repo), meanwhile=change)
-    refused(publisher.push(out, repo), f"{file} changed after it was checked", code=1)
+    refused(publisher.push(out, repo, xet=xet), f"{file} changed after it was checked", code=1)
     assert stored(hub, repo) == {}
 
 
@@ -561,6 +566,18 @@ def test_a_killed_upload_is_gone_on_with(
     assert len(repository.commits) == 2 and repository.tags == {"lox-merge-v0.1.0": repository.branches["main"]}
     if moment == "while committing":
         assert sent_bytes(since(hub, start)) == 0
+
+
+def test_a_stopped_upload_says_how_to_go_on(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], repo: str, tmp_path: Path) -> None:
+    harden(made[0], made[1], tmp_path / "out", recipe=Recipe(rank=1, alpha=6.0))
+    hub.fail("PUT /lfs/", pause=1)
+    child = publisher.start("push", tmp_path / "out", repo, "--license", "mit")
+    deadline = time.monotonic() + 60
+    while hub.faults.left() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGTERM)
+    refused(publisher.finish(), "interrupted", "run the same command again to go on", code=1)
+    assert stored(hub, repo) == {}
 
 
 # Straight from hardening

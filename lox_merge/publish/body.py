@@ -63,8 +63,7 @@ def card_body(output: FinishedOutput, repo: str, sources: Mapping[str, SourceCar
 
 def _loading(output: FinishedOutput) -> dict[str, Any]:
     """How the model is loaded, as far as its own files tell."""
-    config = output.json("config.json")
-    names = [str(name) for name in config.get("architectures") or ()]
+    config = output.config
     task = pipeline_tag(config, None)
     auto_class = {"text-generation": "AutoModelForCausalLM", "image-text-to-text": "AutoModelForImageTextToText"}.get(task or "")
     processor = output.has("preprocessor_config.json", "processor_config.json")
@@ -72,7 +71,7 @@ def _loading(output: FinishedOutput) -> dict[str, Any]:
     template = output.has("chat_template.jinja") or bool(output.json("tokenizer_config.json").get("chat_template"))
     preprocessor = "AutoProcessor" if processor else "AutoTokenizer" if tokenizer else None
     return {
-        "auto_class": auto_class or ("AutoModelForCausalLM" if output.is_adapter and not names else "AutoModel"),
+        "auto_class": auto_class or "AutoModel",
         "preprocessor": preprocessor,
         "chat": preprocessor == "AutoTokenizer" and template and task == "text-generation",
         "remote_code": ", trust_remote_code=True" if "auto_map" in config else "",

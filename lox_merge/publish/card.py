@@ -67,7 +67,7 @@ def build_card(output: FinishedOutput, repo: str | None, settings: CardSettings)
     body = card_body(output, repo or output.name, sources, measured, with_picture=picture is not None)
     data = _metadata(output, repo or output.name, sources, licence, measured)
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
-    check_text(text, README, [output.folder], remedy="It stands in the result files or in the manifest; correct it there.")
+    check_text(text, README, [output.folder, output.folder.parent], remedy="It stands in the result files or in the manifest; correct it there.")
     mark = {"manifest": output.manifest_sha256, "repo": repo, "text": text_hash(text)}
     return Card(f"{text}\n<!-- lox-merge card {json.dumps(mark)} -->\n", picture)
 
@@ -75,13 +75,12 @@ def build_card(output: FinishedOutput, repo: str | None, settings: CardSettings)
 def _metadata(output: FinishedOutput, repo: str, sources: Mapping[str, SourceCard], licence: Licence, measured: Measured) -> ModelCardData:
     aligned = sources["aligned"]
     used = [aligned] if output.is_adapter else [aligned, sources["base"]]
-    config = output.json("config.json")
     return card_data(
         licence=licence.metadata(),
         base_model=base_models([source.identity for source in used]),
         relation="adapter" if output.is_adapter else "merge",
         library="peft" if output.is_adapter else "transformers",
-        pipeline_tag=pipeline_tag(config, aligned.metadata),
+        pipeline_tag=pipeline_tag(output.config, aligned.metadata),
         language=(aligned.metadata or {}).get("language"),
         tags=(*TAGS, "lox-merge", "adapter" if output.is_adapter else "merge"),
         model_name=repo.rpartition("/")[2],

@@ -12,13 +12,18 @@ from lox_merge.jobs.recipe import Recipe
 _REPEATED = {"include": "--include", "exclude": "--exclude"}
 _PATTERNS = {"rank_pattern": "--rank-pattern", "alpha_pattern": "--alpha-pattern"}
 _FLAGS = {"linear_only": "--linear-only", "skip_non_finite": "--skip-non-finite"}
+_FACTORS = "factors.safetensors"
 _VALUES = {"dtype": "--dtype", "rounding": "--rounding", "tolerance": "--tolerance", "seed": "--seed", "fused": "--fused"}
 
 
 def harden_command(manifest: Mapping[str, Any], out: str) -> str:
-    """`lox-merge harden …` with sources as org/name@commit (a folder's own name for local ones) and every setting that is not the default."""
+    """`lox-merge harden …` with sources as org/name@commit (a folder's own name for local ones) and every setting that is not the default.
+
+    Where its triplets came from a file of factors, the line before makes that file.
+    """
     recipe, default = manifest["job"]["recipe"], Recipe().to_json()
-    words = ["lox-merge", "harden", *(_reference(manifest["sources"][role]) for role in ("base", "aligned")), out]
+    pair = [_reference(manifest["sources"][role]) for role in ("base", "aligned")]
+    words = ["lox-merge", "harden", *pair, out]
     words += ["--rank", str(recipe["rank"]), "--alpha", f"{recipe['alpha']:g}"]
     for key, option in _REPEATED.items():
         words += [word for pattern in recipe[key] for word in (option, pattern)]
@@ -28,7 +33,12 @@ def harden_command(manifest: Mapping[str, Any], out: str) -> str:
     words += [word for key, option in _VALUES.items() if recipe[key] != default[key] for word in (option, str(recipe[key]))]
     if form_of(manifest) == "adapter":
         words.append("--as-adapter")
-    return shlex.join([*words, "--device", manifest["job"]["device"]])
+    words += ["--device", manifest["job"]["device"]]
+    factors = manifest["job"].get("factors")
+    if factors is None:
+        return shlex.join(words)
+    settings = [word for key in ("rank", "tolerance", "seed") for word in (f"--{key}", str(factors[key]))]
+    return "\n".join(shlex.join(line) for line in (["lox-merge", "decompose", *pair, _FACTORS, *settings], [*words, "--factors", _FACTORS]))
 
 
 def verify_command(manifest: Mapping[str, Any], target: str) -> str:

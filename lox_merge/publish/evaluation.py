@@ -149,7 +149,8 @@ def control_lines(measured: Measured) -> list[str]:
 
 def protocol_lines(measured: Measured) -> list[str]:
     """How the attacks were run."""
-    lines = []
+    asked = dict.fromkeys((str(point.prompts["source"]), point.prompts["n"]) for point in measured.attacks)
+    lines = [f"Measured with {n} prompts of {source}." for source, n in asked]
     for training in measured.training:
         kind = "LoRA" if training.get("lora") else "full"
         lines.append(f"Attacks: {kind} fine-tuning in float32, learning rate {training['learning_rate']:g}, batches of {training['batch_size']}.")

@@ -53,7 +53,7 @@ def pipeline_tag(config: Mapping[str, Any], aligned_card: Mapping[str, Any] | No
     if isinstance(stated, str):
         return stated
     names = [str(name) for name in config.get("architectures") or ()]
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) or config.get("task_type") == "CAUSAL_LM":  # the latter is PEFT's
         return "text-generation"
     if any(name.endswith("ForConditionalGeneration") for name in names) and "vision_config" in config:
         return "image-text-to-text"

@@ -60,6 +60,11 @@ class FinishedOutput:
         value = json.loads(file.path.read_text(encoding="utf-8")) if file else {}
         return value if isinstance(value, dict) else {}
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration, or the adapter's."""
+        return self.json("adapter_config.json" if self.is_adapter else "config.json")
+
     def has(self, *names: str) -> bool:
         return bool({file.name for file in self.files} & set(names))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,21 +16,35 @@ _TEXT = (".json", ".md", ".py", ".txt", ".yaml", ".yml", ".jinja", ".toml", ".cf
 # A vocabulary holds any string whatever, "/root/" included; nobody's settings are in it.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "model.safetensors.index.json")
 _LARGEST = 10 * 2**20
+# An absolute path of two parts or more; whether it is one of this machine is then looked up.
+_PATHS = re.compile(r"(?<![\w:/.<~])/(?:[^\s/\"'`<>|:,;()\[\]{}]+/)+[^\s/\"'`<>|:,;()\[\]{}]+")
+_EVERYWHERE = ("usr", "bin", "sbin", "etc", "dev", "proc", "sys", "lib", "lib64")
 
 
 def check_text(text: str, where: str, folders: Iterable[Path] = (), *, remedy: str) -> None:
-    """Raises RequestError where `text` holds an access token, or the path of one of this machine's own folders.
+    """Raises RequestError where `text` holds an access token, or a path that is one of this machine's.
 
-    folders: further ones beside home, working and temporary folder. The message names the line, never the secret.
+    folders: further ones that count, beside home and working folder, also where what is in them is gone. The message names the line
+    and the path, never a secret.
     """
     secrets = {token for token in _tokens_in_use() if len(token) >= 8}
-    places = sorted({str(folder) for folder in (*folders, *_own_folders()) if len(folder.parts) > 1}, key=len, reverse=True)
+    # A folder such as /data is on many machines and tells nothing.
+    places = sorted({str(folder) for folder in (*folders, *_own_folders()) if len(folder.parts) > 2}, key=len, reverse=True)
     for number, line in enumerate(text.splitlines(), 1):
         if _TOKENS.search(line) or any(secret in line for secret in secrets):
             raise RequestError(f"{where}, line {number}, holds an access token. Nothing was published. {remedy}")
-        found = next((place for place in places if re.search(rf"{re.escape(place)}(?=[/\\\s\"',:;)\]]|$)", line)), None)
+        found = next((place for place in places if re.search(rf"{re.escape(place)}(?=[/\\\s\"',:;)\]]|$)", line)), None) or _path_here(line)
         if found:
-            raise RequestError(f"{where}, line {number}, names a folder of this machine ({found}). Nothing was published. {remedy}")
+            raise RequestError(f"{where}, line {number}, names a path of this machine ({found}). Nothing was published. {remedy}")
+
+
+def _path_here(line: str) -> str | None:
+    """An absolute path in the line that exists on this machine and not on every one."""
+    for path in _PATHS.findall(line):
+        with suppress(OSError):
+            if path.split("/")[1] not in _EVERYWHERE and Path(path).exists():
+                return str(path)
+    return None
 
 
 def check_files(files: Mapping[str, bytes | Path], folder: Path) -> None:
@@ -45,11 +58,11 @@ def check_files(files: Mapping[str, bytes | Path], folder: Path) -> None:
                 continue
             content = content.read_bytes()
         remedy = "Correct it in the model that it was copied from, and harden again." if name != "README.md" else "Correct it, or write it anew."
-        check_text(content.decode("utf-8", errors="replace"), name, [folder.resolve()], remedy=remedy)
+        check_text(content.decode("utf-8", errors="replace"), name, [folder.resolve(), folder.resolve().parent], remedy=remedy)
 
 
 def _own_folders() -> list[Path]:
-    found = [Path.cwd(), Path(tempfile.gettempdir())]
+    found = [Path.cwd()]
     with suppress(RuntimeError):  # a user without a home folder
         found.append(Path.home())
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lox_merge._version import __version__
-from lox_merge.errors import RequestError
+from lox_merge.errors import Interrupted, RequestError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.verify import raise_for_problems, verify
 from lox_merge.publish.access import Target, check_can_push
@@ -126,16 +126,21 @@ def plan_push(
 
 def push(plan: PushPlan) -> PushResult:
     """Publishes a plan. Called again after a failure it goes on. Raises RequestError, PublishError or SourceChangedError."""
-    target, output = plan.target, plan.output
-    title = f"LoX-hardened weights (lox-merge {__version__}, manifest {output.manifest_sha256[:12]})"
-    with explained_push(target.repo), _quiet():
-        created = ensure_repository(target)
-        branch, url = target.branch, None
-        if target.pull_request:
-            branch, url = ensure_pull_request(target, title, "Made and verified with lox-merge; README.md and lox_merge.json say how.")
-        earlier = files_of_earlier_output(target.repo, look(target.repo, branch))
-        done = upload(target.repo, branch, plan.items, title, earlier=earlier)
-        tag = None if branch.startswith("refs/") else ensure_tag(target.repo, done.commit)
+    target = plan.target
+    title = f"LoX-hardened weights (lox-merge {__version__}, manifest {plan.output.manifest_sha256[:12]})"
+    try:
+        with explained_push(target.repo), _quiet():
+            created = ensure_repository(target)
+            branch, url = target.branch, None
+            if target.pull_request:
+                branch, url = ensure_pull_request(target, title, "Made and verified with lox-merge; README.md and lox_merge.json say how.")
+            earlier = files_of_earlier_output(target.repo, look(target.repo, branch))
+            done = upload(target.repo, branch, plan.items, title, earlier=earlier)
+            tag = None if branch.startswith("refs/") else ensure_tag(target.repo, done.commit)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted. What was uploaded to {target.repo} is kept and stays out of sight; run the same command again to go on."
+        ) from None
     return PushResult(
         repository=target.repo,
         branch=branch,

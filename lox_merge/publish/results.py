@@ -66,7 +66,7 @@ class AttackPoint:
 
 @dataclass(frozen=True)
 class UtilityRow:
-    """A utility of aligned or hardened before any attack, as robustness measures it. The result file records no n for it."""
+    """A utility of a model before any attack. The result file records no n for it."""
 
     role: str
     measure: str
@@ -159,6 +159,7 @@ def _asr(document: Mapping[str, Any], subject: Subject, found: Measured, file: s
         titles[evaluation["title"]] = role
         for judge, figures in evaluation["attack_success"].items():
             found.asr.append(AsrRow(role, judge, _smoke(evaluation["judges"][judge]), evaluation["prompts"], _rate(figures)))
+        found.utility += [UtilityRow(role, measure, value) for measure, value in evaluation.get("utility", {}).items()]
     if "hardened" not in titles.values():
         others = ", ".join(str(evaluation["title"]) for evaluation in document["evaluations"])
         raise RequestError(f"--results {file} holds no evaluation of this output, only of {others}. Evaluate it: lox-merge asr ALIGNED OUT --json.")
