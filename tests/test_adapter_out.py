@@ -187,6 +187,7 @@ def test_dry_run_and_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     written = _write(base, aligned, tmp_path / "written").manifest["adapter"]
     report = json.loads((tmp_path / "plan.json").read_text())
     assert report["bytes_written"] == 4 * written["parameters"] and report["modules"] == written["modules"] == 16
+    assert plan_adapter(plan_hardening(base, aligned, tmp_path / "out", recipe=Recipe(rank="energy:0.9"))).largest_bytes is None
     over = make_adapter(base, tmp_path / "over", target_modules=["q_proj"])
     for words, settings, second in (
         ("rank full is no low-rank update", {"rank": "full"}, aligned),
@@ -286,6 +287,8 @@ def test_verify_an_adapter(tmp_path: Path) -> None:
     )
     assert "is in no file" in forge(lambda tensors, *_: tensors.pop(name))[0]
     assert CONFIG in forge(lambda _, __, config: config.update(lora_alpha=config["lora_alpha"] * 2))[0]
+    assert CONFIG in forge(lambda _, __, config: config.update(of_another_version=True))[0]
+    assert forge(lambda _, __, config: config.update(of_another_version=None, peft_version="0.99")) == []
     edited = forge(lambda _, manifest, __: manifest["tensors"][2]["matrices"][0]["singular_values"].__setitem__(0, 9.0))
     assert edited and "figures" in edited[0]
     assert "summary" in forge(lambda _, manifest, __: manifest["summary"].update(mean_r_align=1.0))[0]

@@ -18,7 +18,7 @@ def plan_as_adapter(plan: Plan, *, overwrite: bool, json_file: str | None) -> No
     """Shows what the adapter of a plan would be."""
     made = plan_adapter(plan)
     check_output(plan.out, overwrite=overwrite)
-    check_room(plan.out, 2 * made.largest_bytes)
+    check_room(plan.out, 2 * (made.largest_bytes or 0))
     report = _report(made)
     if json_file:
         write_json(json_file, report)
@@ -65,7 +65,8 @@ def _print_plan(made: AdapterPlan, report: dict[str, Any]) -> None:
         ),
     ]
     rows += [("left out", f"{name}: {reason}") for name, reason in made.left_out.items()]
-    rows.append(("write", f"at most {size(made.largest_bytes)} in {made.dtype}"))
+    most = "not known before the spectra are" if made.largest_bytes is None else f"at most {size(made.largest_bytes)}"
+    rows.append(("write", f"{most}, in {made.dtype}"))
     for text in plan.warnings:
         click.echo(f"warning: {text}", err=True)
     print_pairs("Plan of an adapter (nothing was written)", rows)

@@ -56,7 +56,7 @@ from lox_merge.errors import RequestError
 @device_option
 @seed_option
 @cache_option
-@click.option("--as-adapter", is_flag=True, help="Write the edit as a PEFT LoRA adapter on top of ALIGNED instead of a whole model.")
+@click.option("--as-adapter", is_flag=True, help="Write the edit as a PEFT LoRA adapter on ALIGNED (float32, or --dtype), not a model.")
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @push_when_done

@@ -49,8 +49,8 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
         done = already_done(plan, journal)
         if done is not None:
             return HardenResult(plan.out, done, time.perf_counter() - started, len(plan.shards), 0, 0)
-    # Vectors of all edited tensors while it runs, and the adapter beside them.
-    check_room(plan.out, 2 * made.largest_bytes)
+    # Vectors of all edited tensors while it runs, and the adapter beside them; a disk that fills up later loses nothing.
+    check_room(plan.out, 2 * (made.largest_bytes or 0))
     plan.fetch()
     check_some_delta(plan)
     for text in plan.warnings:

@@ -106,9 +106,11 @@ class AdapterPlan:
         return self.plan.recipe.dtype or DEFAULT_DTYPE
 
     @property
-    def largest_bytes(self) -> int:
-        """Bytes of all factors, at most: deltas may have fewer directions than are asked for."""
-        return self.bytes({source.key: _most(source) for pair in self.pairs for source in pair.sources})
+    def largest_bytes(self) -> int | None:
+        """Bytes of all factors, at most: deltas may have fewer directions than are asked for. None where spectra decide the ranks."""
+        known = {source.key: _rank_from_shape(source) for pair in self.pairs for source in pair.sources}
+        ranks = {key: rank for key, rank in known.items() if rank is not None}
+        return self.bytes(ranks) if len(ranks) == len(known) else None
 
     def bytes(self, ranks: Mapping[tuple[str, str], int]) -> int:
         count = 0
@@ -225,10 +227,9 @@ def _pair(tensor: TensorPlan, place: Place, model: ModelMap, plan: Plan) -> Pair
     return Pair(place, view.shape, 0, (source,), kernel=shape[2:] if place.kind == "convolution" else ())
 
 
-def _most(source: Source) -> int:
+def _rank_from_shape(source: Source) -> int | None:
     assert source.tensor.rank is not None
-    known = source.tensor.rank.from_shape(min(source.view.shape))
-    return min(source.view.shape) if known is None else known
+    return source.tensor.rank.from_shape(min(source.view.shape))
 
 
 def _named(identity: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -49,7 +49,7 @@ def recompute(
     if problems:
         return 0, problems
     ranks = {(tensor["name"], matrix["part"]): matrix["rank"] for tensor in recorded.values() for matrix in tensor.get("matrices", ())}
-    if output.json(CONFIG) != _config(made, ranks, manifest):
+    if not _same_config(output.json(CONFIG) or {}, _config(made, ranks, manifest)):
         problems.append(f"{CONFIG} is not what belongs to these factors")
     pairs = made.pairs
     if sample is not None and sample < len(pairs):
@@ -68,8 +68,14 @@ def _config(made: AdapterPlan, ranks: Mapping[tuple[str, str], int], manifest: M
     source = manifest["sources"]["aligned"]
     pairs = [(pair, pair.rank(ranks)) for pair in made.pairs]
     values: dict[str, Any] = json.loads(json_bytes(lora_config(made.plan.aligned.config, (source["name"], source.get("commit")), pairs)))
-    # Another version of peft has other settings; which one wrote the file is in the manifest.
-    return values | {"peft_version": manifest["job"]["tool"]["peft"]}
+    return values
+
+
+def _same_config(written: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Equal but for what another version of peft does not have: such settings are unset, or they would change the adapter."""
+    shared = (written.keys() & expected.keys()) - {"peft_version"}
+    unknown = [value for key, value in written.items() if key not in expected]
+    return {"peft_type", "r", "lora_alpha", "target_modules"} <= shared and all(written[key] == expected[key] for key in shared) and not any(unknown)
 
 
 def _compare(
