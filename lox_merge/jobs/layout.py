@@ -48,16 +48,16 @@ class MatrixView:
         return matrix[piece] if self.axis == 0 else matrix[:, piece]
 
 
-def nested_configs(config: Config) -> Iterator[Config]:
+def _nested(config: Config) -> Iterator[Config]:
     """The config and the configs of its parts (text_config, thinker_config, …)."""
     yield config
     for value in config.values():
         if isinstance(value, Mapping):
-            yield from nested_configs(value)
+            yield from _nested(value)
 
 
 def _expert_counts(config: Config) -> set[int]:
-    return {part[key] for part in nested_configs(config) for key in _EXPERT_COUNT_KEYS if isinstance(part.get(key), int)}
+    return {part[key] for part in _nested(config) for key in _EXPERT_COUNT_KEYS if isinstance(part.get(key), int)}
 
 
 def is_expert_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
@@ -67,13 +67,13 @@ def is_expert_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
 
 def _gate_up_axis(shape: tuple[int, ...], config: Config) -> int | None:
     """Axis (0 or 1 of an expert's matrix) that holds gate and up together; None when it cannot be told."""
-    hidden = {part["hidden_size"] for part in nested_configs(config) if isinstance(part.get("hidden_size"), int)}
+    hidden = {part["hidden_size"] for part in _nested(config) if isinstance(part.get("hidden_size"), int)}
     fused = [axis for axis in (0, 1) if shape[1 + axis] not in hidden and shape[1 + axis] % 2 == 0]
     if len(fused) == 1:
         return fused[0]
     # Both sides equal the hidden size, or neither: (E, 2·I, H) is how transformers 5 stores it, except these models.
     transposed = {"gpt_oss", "llama4", "llama4_text"}
-    if any(part.get("model_type") in transposed for part in nested_configs(config)):
+    if any(part.get("model_type") in transposed for part in _nested(config)):
         return 1
     return 0 if shape[1] % 2 == 0 else None
 
@@ -99,7 +99,7 @@ def _expert_views(name: str, shape: tuple[int, ...], config: Config, fused: Fuse
     if axis is None:
         return [MatrixView((rows, columns), f"[{expert}]", expert)]
     length = shape[1 + axis]
-    if any(part.get("model_type") in _INTERLEAVED_MODELS for part in nested_configs(config)):
+    if any(part.get("model_type") in _INTERLEAVED_MODELS for part in _nested(config)):
         parts = {"gate": (0, length, 2), "up": (1, length, 2)}
     else:
         parts = {"gate": (0, length // 2, 1), "up": (length // 2, length, 1)}

@@ -7,8 +7,9 @@ as they are stored, rows are tokens: whether a token is their input or their out
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 
-from lox_merge.jobs.layout import Config, is_expert_stack, nested_configs
+from lox_merge.jobs.layout import Config, is_expert_stack
 
 # Models of transformers 5 that are made of Conv1D, and what they call them; other models have nn.Linear under the same names.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
@@ -20,9 +21,9 @@ _WRITES_HIDDEN = re.compile(r"(down|w2|fc2|wo|output_linear)(_\w+)?(\.weight)?$"
 
 def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
     """Whether the matrices of this tensor are stored (d_in, d_out). shape: of the whole tensor, experts included."""
-    kinds = {part.get("model_type") for part in nested_configs(config)}
+    kinds = {part.get("model_type") for part in _parts(config)}
     if is_expert_stack(name, shape, config):
-        hidden = {part["hidden_size"] for part in nested_configs(config) if isinstance(part.get("hidden_size"), int)}
+        hidden = {part["hidden_size"] for part in _parts(config) if isinstance(part.get("hidden_size"), int)}
         ends = [side in hidden for side in shape[1:]]
         if ends[0] != ends[1] and _READS_HIDDEN.search(name):
             return ends[0]
@@ -30,3 +31,11 @@ def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
             return ends[1]
         return bool(kinds & set(_TRANSPOSED_EXPERTS))
     return len(shape) == 2 and bool(kinds & set(_CONV1D_MODELS)) and bool(_CONV1D_NAME.search(name))
+
+
+def _parts(config: Config) -> Iterator[Config]:
+    """The config and those of its parts (text_config, …)."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _parts(value)
