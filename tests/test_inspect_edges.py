@@ -47,12 +47,21 @@ def test_a_model_that_went_back_to_base_or_most_of_the_way(tmp_path: Path) -> No
     most = rewritten(aligned, tmp_path / "most", lambda name, values: values - 0.9 * (values - start[name]))
     found = inspect(base, aligned, [back, most], device="cpu")
     assert found.document["reverting"] == ["back", "most"]
-    assert found.notes[0].startswith("back has the weights of base") and "most points back along −Δ_align (cosine 1.000)" in found.notes[1]
+    assert found.notes[0].startswith("back has the weights of base") and "most points back along −Δ_align (cosine 1.000 over" in found.notes[1]
     assert found.linear["finetuned"][0]["ratio"]["mean"] is None and found.matrices[0]["finetuned"][0]["r"] is None
     assert found.whole["finetuned"][0]["cosines"]["update_to_total"] is None
     # Less of the same directions: their share of the energy is as it was.
     assert found.linear["finetuned"][1]["ratio"]["mean"] == pytest.approx(1, abs=1e-3)
     assert found.whole["finetuned"][1]["cosines"]["safety_angle"] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_model_that_goes_back_in_a_few_modules_only(tmp_path: Path) -> None:
+    base, aligned = make_pair(tmp_path, "llama", dtype="float32")
+    start = read_tensors(base)
+    part = rewritten(aligned, tmp_path / "part", lambda name, values: start[name] if "v_proj" in name else values)
+    found = inspect(base, aligned, part, device="cpu")
+    assert found.document["reverting"] == ["part"] and found.document["reversals"] == [pytest.approx(1, abs=1e-6)]
+    assert found.whole["finetuned"][0]["cosines"]["safety_angle"] < 0.5  # over all parameters it would pass unnoticed
 
 
 def test_matrices_that_alignment_left_alone_are_undefined(tmp_path: Path) -> None:

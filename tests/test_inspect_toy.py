@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,15 @@ from lox_merge.jobs.harden import harden, plan_hardening
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.lab.attacks import benign_attack
 from lox_merge.lab.checkpoints import ToyPair
-from lox_merge.lab.language import new_task
 from lox_merge.lab.recipe import ToyRecipe
-from lox_merge.lab.requests import draw_requests
-from lox_merge.safety.attack import AttackSettings, fine_tune
-from lox_merge.safety.attack_data import load_attack
+from lox_merge.safety.attack import fine_tune
 from lox_merge.safety.dispersion import Dispersion
 from lox_merge.safety.loading import load_model
 
 
 def attacked(pair: ToyPair, start: Path, folder: Path) -> tuple[Path, float]:
     """`start` fine-tuned on the toy's harmless task in memory, put down only here in the test's own folder; and what robustness measures."""
-    recipe = ToyRecipe(seed=0)
-    requests = draw_requests(recipe)
-    data = folder / "benign.jsonl"
-    folder.mkdir()
-    rows = [{"prompt": request.text, "response": " ".join(new_task(request)[:-1])} for request in requests.benign]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    rate = benign_attack(recipe).training.learning_rate
-    settings = AttackSettings(steps=(40,), learning_rate=rate, batch_size=32, warmup_steps=3, adam_beta2=0.95, max_length=64)
+    attack = benign_attack(ToyRecipe(seed=0), (40,))
     loaded = load_model(start, dtype="float32", device="cpu")
     ratios = []
 
@@ -40,12 +29,12 @@ def attacked(pair: ToyPair, start: Path, folder: Path) -> tuple[Path, float]:
         plan = plan_hardening(pair.base, start, folder / "none", recipe=Recipe(rank=6))
         ratios.append(Dispersion(trained, plan).ratio(trained).mean)
 
-    fine_tune(loaded.model, loaded.tokenizer, load_attack(data), settings, observe)
+    fine_tune(loaded.model, loaded.tokenizer, attack.data, attack.settings, observe)
     return folder / "model", ratios[0]
 
 
 def test_alignment_energy_is_dispersed_less_where_the_model_was_hardened(toy_pair_seed0: ToyPair, tmp_path: Path) -> None:
-    """FACTS: R_ft/R_align after harmless fine-tuning, aligned .64, LoX .80; safe to order at seed 0. Robustness measures the same R_ft."""
+    """Only the order is asserted, at seed 0; robustness measures the same R_ft in memory."""
     hardened = harden(toy_pair_seed0.base, toy_pair_seed0.aligned, tmp_path / "hardened", recipe=Recipe(rank=6, alpha=1.25)).out
     found = {}
     for name, start in (("aligned", toy_pair_seed0.aligned), ("hardened", hardened)):

@@ -6,14 +6,23 @@ from collections.abc import Sequence
 
 from lox_merge.diagnostics.one_pass import Measured
 from lox_merge.diagnostics.settings import InspectSettings
-from lox_merge.maths.geometry import REVERTING_COSINE
+from lox_merge.maths.geometry import REVERTING_COSINE, Products
 
 
-def notes(measured: Measured, labels: Sequence[str], angles: Sequence[float | None], settings: InspectSettings) -> list[str]:
-    """angles: cos φ_T of each fine-tuned model over all parameters."""
+def reversals(measured: Measured, models: int) -> list[float | None]:
+    """cos φ_T of each fine-tuned model over the tensors that its fine-tuning changed.
+
+    One that undoes alignment in a few modules would hide behind all the others.
+    """
+    changed = [[products for products in _products(measured, place) if products.update] for place in range(models)]
+    return [sum(products, Products()).safety_angle for products in changed]
+
+
+def notes(measured: Measured, labels: Sequence[str], settings: InspectSettings) -> list[str]:
+    """About each fine-tuned model, then about what was computed."""
     found = []
-    for place, (label, angle) in enumerate(zip(labels, angles, strict=True)):
-        found += _about_model(measured, place, label, angle)
+    for place, (label, angle) in enumerate(zip(labels, reversals(measured, len(labels)), strict=True)):
+        found += _about_model(_products(measured, place), label, angle)
     zero = [matrix for matrix in measured.matrices if matrix.measures.spectrum is not None and matrix.measures.spectrum.total == 0]
     if zero:
         found.append(f"Alignment left {len(zero)} of {len(measured.matrices)} matrices as they were ({zero[0].label}): their ratios are undefined.")
@@ -34,17 +43,18 @@ def notes(measured: Measured, labels: Sequence[str], angles: Sequence[float | No
     return found
 
 
-def _about_model(measured: Measured, place: int, label: str, angle: float | None) -> list[str]:
-    updates = [matrix.measures.updates[place] for matrix in measured.matrices]
-    others = [vector.updates[place] for vector in measured.vectors]
-    everything = [update.products for update in updates] + others
+def _products(measured: Measured, place: int) -> list[Products]:
+    return [matrix.measures.updates[place].products for matrix in measured.matrices] + [vector.updates[place] for vector in measured.vectors]
+
+
+def _about_model(everything: Sequence[Products], label: str, angle: float | None) -> list[str]:
     if not any(products.update for products in everything):
         return [f"{label} has the weights of aligned: nothing was fine-tuned. R_ft/R_align is 1 where defined, cosines are undefined."]
     if not any(products.total for products in everything):
         return [f"{label} has the weights of base: its fine-tuning took all of the alignment back. R_ft is undefined."]
     if angle is not None and angle >= REVERTING_COSINE:
         return [
-            f"{label} points back along −Δ_align (cosine {angle:.3f}): its fine-tuning walks back towards the base model. "
+            f"{label} points back along −Δ_align (cosine {angle:.3f} over the tensors it changed): its fine-tuning walks back towards base. "
             "Filtering its update would write a model with its alignment removed."
         ]
     return []

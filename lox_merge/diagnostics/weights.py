@@ -13,7 +13,7 @@ import torch
 
 from lox_merge._version import __version__
 from lox_merge.diagnostics.groups import all_groups
-from lox_merge.diagnostics.notes import notes
+from lox_merge.diagnostics.notes import notes, reversals
 from lox_merge.diagnostics.one_pass import Measured, measure_all
 from lox_merge.diagnostics.records import matrix_record, vector_record
 from lox_merge.diagnostics.settings import InspectSettings
@@ -167,7 +167,7 @@ def execute_inspection(
 def _document(sources: Sources, measured: Measured, settings: InspectSettings, factors: Factors | None, device: torch.device) -> dict[str, Any]:
     labels = [label for label, _ in sources.finetuned]
     groups = all_groups(measured, len(labels), settings)
-    angles = [model["cosines"]["safety_angle"] for model in groups["whole"]["finetuned"]]
+    backwards = reversals(measured, len(labels))
     left_out = sources.left_out | dict.fromkeys(measured.left_out, "NaN or Inf in a delta")
     return {
         "command": "inspect",
@@ -183,8 +183,9 @@ def _document(sources: Sources, measured: Measured, settings: InspectSettings, f
         },
         "labels": labels,
         "warnings": sources.warnings,
-        "notes": notes(measured, labels, angles, settings),
-        "reverting": [label for label, angle in zip(labels, angles, strict=True) if angle is not None and angle >= REVERTING_COSINE],
+        "notes": notes(measured, labels, settings),
+        "reversals": backwards,
+        "reverting": [label for label, angle in zip(labels, backwards, strict=True) if angle is not None and angle >= REVERTING_COSINE],
         "reverting_cosine": REVERTING_COSINE,
         **groups,
         "matrices": [matrix_record(matrix, settings) for matrix in measured.matrices],

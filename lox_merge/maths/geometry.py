@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 ENERGY_LEVELS = (0.5, 0.9, 0.99)
-# A fine-tuned model whose change points this much against the alignment's walks back towards the base model.
-REVERTING_COSINE = 0.9
+# At a cosine of 0.7 half of an update's squared norm points straight back along −Δ_align: more of it undoes alignment than does
+# anything else.
+REVERTING_COSINE = 0.7
 # A cumulative energy that rounding left this far below its target has reached it.
 _ROUNDING = 1e-9
 
