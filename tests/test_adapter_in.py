@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import pytest
 import scipy.linalg
 import torch
 from adapters import TARGETS, edit_config, load_adapter, load_model, make_adapter, merge
-from conftest import RunCli
+from hub_clients import LoopbackHub
 from reference import load, lox_tensor
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
@@ -18,13 +23,22 @@ from transformers import AutoTokenizer
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_adapter, open_model
 from lox_merge.checkpoint.checkpoint import open_checkpoint
-from lox_merge.errors import NonFiniteDeltaError, NumericalError, PlanError, RequestError
+from lox_merge.checkpoint.files import HubFiles
+from lox_merge.checkpoint.hub import HubSnapshot
+from lox_merge.errors import LoxMergeWarning, NonFiniteDeltaError, NumericalError, PlanError, RequestError
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.harden import harden
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.verify import verify
+from lox_merge.lab.checkpoints import ToyPair
 from lox_merge.maths.factored import factored_svd
 from lox_merge.maths.rank import parse_rank
+from lox_merge.safety.decoding import Decoding
+from lox_merge.safety.generation import LocalModel
+from lox_merge.safety.judges.factory import make_judge
+from lox_merge.safety.prompts import prompt_set
+from lox_merge.safety.search_job import search
+from lox_merge.safety.types import Prompt
 
 
 def _over(base: Path, adapter: Path, **settings: bool) -> AdaptedCheckpoint:
@@ -163,10 +177,16 @@ def test_a_whole_model_is_opened_as_one(tmp_path: Path) -> None:
         _over(base, aligned)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
-def test_hardening_over_an_adapter_is_lox_of_the_merged_model(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        *((name, TARGETS[name]) for name in ("llama", "gpt2", "mixtral", "gpt_oss")),
+        ("llama", {"target_modules": ["o_proj"], "modules_to_save": ["lm_head", "k_proj"]}),
+    ],
+)
+def test_hardening_over_an_adapter_is_lox_of_the_merged_model(architecture: str, settings: dict[str, Any], tmp_path: Path) -> None:
     base, _ = make_pair(tmp_path, architecture, base_shards=2, aligned_shards=1)
-    adapter = make_adapter(base, tmp_path / "adapter", **TARGETS[architecture])
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
     merge(base, adapter, tmp_path / "merged")
     out = tmp_path / "out"
     result = harden(base, adapter, out, recipe=Recipe(rank=2, dtype="float32"))
@@ -217,14 +237,13 @@ def test_factored_svd_against_scipy() -> None:
         factored_svd(torch.full((4, 2), float("nan")), torch.ones(3, 2), 1)
 
 
-def test_decompose_and_verify_over_an_adapter(run_cli: RunCli, tmp_path: Path) -> None:
+def test_decompose_and_verify_over_an_adapter(tmp_path: Path) -> None:
     base, _ = make_pair(tmp_path, "llama", aligned_shards=1)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     out, factors, recipe = tmp_path / "out", tmp_path / "factors.safetensors", Recipe(rank=3, alpha=0.5)
     decompose(base, adapter, factors, recipe=Recipe(rank=8))
     harden(base, adapter, tmp_path / "plain", recipe=recipe)
-    ran = run_cli("harden", base, adapter, out, "--rank", 3, "--alpha", 0.5, "--factors", factors)
-    assert ran.returncode == 0, ran.stderr
+    harden(base, adapter, out, recipe=recipe, factors=factors)
     plain = load(tmp_path / "plain")
     assert load(out).keys() == plain.keys() and all(torch.equal(tensor, plain[name]) for name, tensor in load(out).items())
     result = verify(out, base=base, aligned=adapter)
@@ -262,3 +281,74 @@ def test_base_and_adapter_problems_are_told_together(tmp_path: Path) -> None:
         harden(base.rename(tmp_path / "elsewhere"), adapter, tmp_path / "out")
     with pytest.raises(RequestError, match="lies inside aligned"):
         harden(tmp_path / "elsewhere", adapter, adapter / "out", base_is_right=True)
+
+
+def test_a_hub_base_is_compared_by_name(tmp_path: Path) -> None:
+    folder, _ = make_pair(tmp_path, "llama")
+    adapter = make_adapter(folder, tmp_path / "adapter", target_modules=["q_proj"])
+    base = replace(open_checkpoint(folder, "base"), source=HubFiles(HubSnapshot("org/name", "main", "0" * 40, {})))
+    edit_config(adapter, base_model_name_or_path="org/other")
+    with pytest.raises(RequestError, match="adapter over org/other and was given over org/name@main"):
+        open_adapter(adapter, "aligned", base)
+    edit_config(adapter, base_model_name_or_path="Org/Name")
+    assert open_adapter(adapter, "aligned", base).notes == []
+    edit_config(adapter, base_model_name_or_path="/home/somebody/models/thing")
+    assert "over thing; whether org/name@main is that model" in open_adapter(adapter, "aligned", base).notes[0]
+
+
+def test_adapter_and_base_from_the_hub(loopback_hub: LoopbackHub, hub_home: Path, tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_config(adapter, base_model_name_or_path="owner/base")
+    commits = {name: loopback_hub.put(f"owner/{name}", tmp_path / name) for name in ("base", "adapter")}
+    out = tmp_path / "out"
+    # One process for both, since starting one takes longer than the work.
+    code = f"""
+from lox_merge.cli.main import cli
+cli(["harden", "owner/base", "owner/adapter@main", {str(out)!r}, "--rank", "2"], standalone_mode=False)
+cli(["verify", {str(out)!r}], standalone_mode=False)
+"""
+    environment = {**os.environ, **loopback_hub.environment(hub_home)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0 and "21 tensors made again from the sources: equal" in ran.stdout, ran.stderr
+    sources = json.loads((tmp_path / "out" / "lox_merge.json").read_text())["sources"]
+    assert sources["aligned"]["commit"] == commits["adapter"] and sources["aligned"]["form"] == "adapter"
+    harden(base, adapter, tmp_path / "local", recipe=Recipe(rank=2), base_is_right=True)
+    local = load(tmp_path / "local")
+    assert all(torch.equal(tensor, local[name]) for name, tensor in load(tmp_path / "out").items())
+
+
+def test_a_rank_search_over_an_adapter_measures_the_merged_model(toy_pair_seed0: ToyPair, tmp_path: Path) -> None:
+    """theta_r at the adapter's own rank is base + adapter, and rank 0 the base model."""
+    base = toy_pair_seed0.base
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"], chat=False)
+    # The base model has no chat template: that the prompts can be rendered shows that the adapter's tokenizer is used.
+    AutoTokenizer.from_pretrained(toy_pair_seed0.aligned).save_pretrained(adapter)
+    merged = merge(base, adapter, tmp_path / "merged")
+    prompts = prompt_set([Prompt(str(number), f"v{number} a{number} n{number}") for number in range(12)], "prompts")
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def utility(model: LocalModel) -> dict[str, float | None]:
+        seen[len(seen)] = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+        return {"seen": float(len(seen))}
+
+    decoding = Decoding(max_new_tokens=2)
+    search(base, adapter, prompts, make_judge("keyword"), ranks=(0, 2, 4), model={"decoding": decoding}, utility=utility)
+    assert any(all(torch.allclose(state[name], merged[name], atol=1e-6) for name in merged) for state in seen.values())
+    before = load_model(base).state_dict()
+    assert any(all(torch.equal(state[name], before[name]) for name in before) for state in seen.values())
+
+
+def test_a_pickled_adapter_is_read_and_a_missing_weight_file_named(tmp_path: Path) -> None:
+    base, _ = make_pair(tmp_path, "llama")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    before = {name: _over(base, adapter).tensor(name).clone() for name in _over(base, adapter).changes}
+    torch.save(load_file(file), adapter / "adapter_model.bin")
+    file.unlink()
+    with pytest.warns(LoxMergeWarning, match=r"adapter_model\.bin is read with"):
+        read = _over(base, adapter)
+    assert len(before) == 2 and all(torch.equal(read.tensor(name), tensor) for name, tensor in before.items())
+    (adapter / "adapter_model.bin").unlink()
+    with pytest.raises(RequestError, match="neither adapter_model"):
+        _over(base, adapter)

@@ -5,19 +5,17 @@ W = W_base + scale · B·A (LoRA, arXiv 2106.09685). The factors stay factors: w
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.adapter_config import CONFIG, AdapterConfig, read_config
+from lox_merge.checkpoint.adapter_files import PICKLED_WEIGHTS, WEIGHTS, OverBase
 from lox_merge.checkpoint.adapter_names import Change, LowRank, Resolver
 from lox_merge.checkpoint.checkpoint import PICKLE, PICKLE_INDEX, SINGLE, SINGLE_INDEX, Checkpoint, assemble, open_checkpoint
 from lox_merge.checkpoint.files import FileSource, find_source
@@ -25,13 +23,6 @@ from lox_merge.checkpoint.modules import map_model
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo
 from lox_merge.checkpoint.weights import warn_pickle
 from lox_merge.errors import PlanError, SourceError
-
-WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
-# What an adapter may bring along for the tokenizer; everything else in its folder belongs to its training.
-_TOKENIZER_FILE = re.compile(
-    r"(tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
-    r"|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja)"
-)
 
 
 def is_adapter(reference: str | Path | FileSource, role: str = "model", cache_dir: Path | None = None) -> bool:
@@ -43,9 +34,8 @@ def is_adapter(reference: str | Path | FileSource, role: str = "model", cache_di
 
 def open_model(reference: str | Path, role: str, base: Checkpoint, cache_dir: Path | None = None, *, base_is_right: bool = False) -> Checkpoint:
     """A checkpoint, or an adapter over `base`; headers only. Raises what `open_checkpoint` and `open_adapter` raise."""
-    if is_adapter(reference, role, cache_dir):
-        return open_adapter(reference, role, base, cache_dir, base_is_right=base_is_right)
-    return open_checkpoint(reference, role, cache_dir)
+    source = find_source(reference, role, cache_dir)
+    return open_adapter(source, role, base, base_is_right=base_is_right) if is_adapter(source) else open_checkpoint(source, role)
 
 
 def open_adapter(
@@ -60,7 +50,7 @@ def open_adapter(
     where = f"{role}: {source.title}"
     if CONFIG not in source.names():
         raise SourceError(f"{where} has no {CONFIG}: it is no PEFT adapter. Give the folder that peft's save_pretrained wrote.")
-    own = _own_files(role, source)
+    own = open_factors_only(role, source)
     config = read_config(own.json(CONFIG) or {}, f"{where}/{CONFIG}")
     notes = _check_base(config, base, where, base_is_right=base_is_right)
     found = Resolver(next(iter(own.headers.values())), config, base, map_model(base), where)
@@ -84,7 +74,7 @@ def open_adapter(
     return adapted
 
 
-def _own_files(role: str, source: FileSource) -> Checkpoint:
+def open_factors_only(role: str, source: FileSource) -> Checkpoint:
     """The adapter's weight file as a checkpoint of its own."""
     files = source.names()
     if WEIGHTS in files:
@@ -116,49 +106,6 @@ def _check_base(config: AdapterConfig, base: Checkpoint, where: str, *, base_is_
             "add --base-is-right."
         )
     return [f"{where} is an adapter over {shown}; whether {base.title} is that model could not be compared, only its shapes."]
-
-
-@dataclass(frozen=True)
-class OverBase:
-    """The files of an adapter, with those of its base behind them."""
-
-    adapter: FileSource
-    base: FileSource
-
-    @property
-    def title(self) -> str:
-        return self.adapter.title
-
-    def own(self, name: str) -> bool:
-        return name in (CONFIG, WEIGHTS, PICKLED_WEIGHTS) or _TOKENIZER_FILE.fullmatch(name) is not None
-
-    def names(self) -> dict[str, int]:
-        own = {name: size for name, size in self.adapter.names().items() if self.own(name)}
-        behind = self.base.names()
-        if "tokenizer_config.json" in own:
-            # A template file would win over the template inside the adapter's tokenizer_config.json.
-            behind = {name: size for name, size in behind.items() if "chat_template" not in name}
-        return behind | own
-
-    def _holder(self, name: str) -> FileSource:
-        return self.adapter if self.own(name) and name in self.adapter.names() else self.base
-
-    def path(self, name: str) -> Path:
-        return self._holder(name).path(name)
-
-    def header(self, name: str) -> Header:
-        return self._holder(name).header(name)
-
-    def fetch(self, names: Sequence[str]) -> None:
-        for source in (self.adapter, self.base):
-            wanted = [name for name in names if self._holder(name) is source]
-            if wanted:
-                source.fetch(wanted)
-
-    def identity(self) -> dict[str, Any]:
-        # Ranks and factors of the update are in this file, so it is as much a source as the weights.
-        digest = hashlib.sha256(self.adapter.path(CONFIG).read_bytes()).hexdigest()
-        return self.adapter.identity() | {"form": "adapter", "config_sha256": digest}
 
 
 @dataclass
@@ -234,7 +181,7 @@ class AdaptedCheckpoint(Checkpoint):
         return self._factors(change.added, expert)
 
     def _factors(self, added: LowRank, expert: int | None) -> tuple[Tensor, Tensor]:
-        first, second = (self.own.tensor(name).float() for name in (added.first, added.second))
+        first, second = self.own.tensor(added.first), self.own.tensor(added.second)
         first, second = first.reshape(first.shape[0], -1), second.reshape(second.shape[0], -1)
         position = added.expert if added.expert is not None else expert
         if added.experts:
@@ -245,6 +192,7 @@ class AdaptedCheckpoint(Checkpoint):
         if added.part is not None:
             rows = second.shape[0] // added.part[1]
             second = second[added.part[0] * rows : (added.part[0] + 1) * rows]
+        first, second = first.float(), second.float()
         left, right = (first.T * added.scale, second) if added.transposed else (second * added.scale, first.T)
         return left.contiguous(), right.contiguous()
 

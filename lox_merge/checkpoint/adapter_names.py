@@ -183,5 +183,5 @@ class Resolver:
                 source = change.replaced_by or (change.added.first if change.added else "")
                 self._problem(
                     f"{source} changes {name}, which {self._base.title} uses as token embedding and as output head. PEFT changes one of them while "
-                    "the adapter is loaded and both once it is merged; which is meant cannot be told. Merge it as you mean it and give that model."
+                    "the adapter is loaded and both when it is merged; which is meant cannot be told. Merge it as you mean it and give that model."
                 )

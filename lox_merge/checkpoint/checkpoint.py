@@ -127,9 +127,9 @@ class Checkpoint:
         self._open.clear()
 
 
-def open_checkpoint(text: str | Path, role: str, cache_dir: Path | None = None) -> Checkpoint:
-    """Opens a local folder or Hub id, reading headers only. Raises SourceError, CheckpointFormatError or PlanError."""
-    source = find_source(text, role, cache_dir)
+def open_checkpoint(text: str | Path | FileSource, role: str, cache_dir: Path | None = None) -> Checkpoint:
+    """Opens a local folder or Hub id (or one found before), reading headers only. Raises SourceError, CheckpointFormatError or PlanError."""
+    source = find_source(text, role, cache_dir) if isinstance(text, (str, Path)) else text
     files = source.names()
     # The order in which transformers itself looks.
     if SINGLE in files:

@@ -64,7 +64,7 @@ class ModelMap:
 
 def map_model(checkpoint: Checkpoint) -> ModelMap | None:
     """Reads config.json only; no weights. None for a model that transformers does not build by itself (code of its own)."""
-    model = _empty_model(checkpoint.config)
+    model = empty_model(checkpoint.config)
     if model is None:
         return None
     groups, _ = place(model, checkpoint.names)
@@ -86,7 +86,7 @@ def map_model(checkpoint: Checkpoint) -> ModelMap | None:
     return ModelMap(places, order, _tied(model))
 
 
-def _empty_model(config: dict[str, Any]) -> Any:
+def empty_model(config: dict[str, Any]) -> Any:
     """The model on the meta device: shapes and types, no memory."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -104,7 +104,7 @@ def _kind(module: Any, leaf: str) -> tuple[Kind, bool]:
     from transformers.pytorch_utils import Conv1D
 
     if leaf == "weight":
-        for kind, types in (("linear", torch.nn.Linear), ("embedding", torch.nn.Embedding), ("convolution", torch.nn.Conv2d)):
+        for kind, types in (("linear", torch.nn.Linear), ("embedding", torch.nn.Embedding), ("convolution", (torch.nn.Conv2d, torch.nn.Conv3d))):
             if isinstance(module, types):
                 return kind, False  # type: ignore[return-value]
         if isinstance(module, Conv1D):

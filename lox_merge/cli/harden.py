@@ -55,6 +55,7 @@ from lox_merge.errors import RequestError
 @device_option
 @seed_option
 @cache_option
+@click.option("--as-adapter", is_flag=True, help="Write the edit as a PEFT LoRA adapter on top of ALIGNED instead of a whole model.")
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @json_option
@@ -82,6 +83,7 @@ def harden_command(
     device: str,
     seed: int,
     cache_dir: Path | None,
+    as_adapter: bool,
     overwrite: bool,
     dry_run: bool,
     json_file: str | None,
@@ -133,6 +135,11 @@ def harden_command(
             settings = {"device": device, "factors": factors, **sources}
             found = effective_rank(base, aligned, recipe, prompts=str(prompts), judge_text=judge, show=json_file != "-", **settings)
             plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), factors=held, **sources)
+        if as_adapter:
+            from lox_merge.cli.adapter import harden_as_adapter
+
+            harden_as_adapter(plan, device=device, overwrite=overwrite, dry_run=dry_run, json_file=json_file)
+            return
         if dry_run:
             check_output(out, overwrite=overwrite)
             check_disk(plan)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.options import cache_option, device_option, json_option, number, order_option, seed_option
+from lox_merge.cli.options import base_option, cache_option, device_option, json_option, number, order_option, seed_option
 from lox_merge.errors import LoxMergeError, RequestError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ DEFAULT_BISECT_LIMIT = 64
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg or .png).")
 @order_option
+@base_option
 @device_option
 @seed_option
 @cache_option
@@ -99,7 +100,7 @@ def effective_rank(base: str, aligned: str, recipe: Recipe, *, prompts: str, sho
 
 
 def _source_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {"order_is_right": options["order_is_right"], "cache_dir": options["cache_dir"]}
+    return {name: options[name] for name in ("order_is_right", "base_is_right", "cache_dir")}
 
 
 def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None, *, show: bool) -> RankSearch:

@@ -96,7 +96,7 @@ def carry_out(
     check_output(plan.out, overwrite=overwrite)
     if not overwrite:
         journal.check(job)
-        done = _already_done(plan, journal)
+        done = already_done(plan, journal)
         if done is not None:
             return JobResult(plan.out, done, time.perf_counter() - started, len(plan.shards), 0, 0)
     fresh = not (plan.out / WORK_FOLDER).exists()
@@ -129,7 +129,7 @@ def carry_out(
     return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written)
 
 
-def _already_done(plan: Plan, journal: Journal) -> dict[str, Any] | None:
+def already_done(plan: Plan, journal: Journal) -> dict[str, Any] | None:
     """The manifest of a finished output of this very job, after checking its files. None when there is work to do."""
     manifest = journal.manifest()
     if manifest is None:

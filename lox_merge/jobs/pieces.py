@@ -11,9 +11,9 @@ import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,14 @@ class _Decomposed:
     subspace: Subspace | None
     noise_edge: float = 0.0
     bad: int = 0
+    examined: dict[str, Any] = field(default_factory=dict)
 
 
-def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
+# More to know of a matrix while it is in memory: plain values for its record. (aligned, tensor, triplets)
+Examine = Callable[[Tensor, TensorPlan, Subspace], dict[str, Any]]
+
+
+def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: Progress, examine: Examine = lambda *_: {}) -> list[dict[str, Any]]:
     """Decomposes every shard that is not finished yet. Returns one record per shard with edited tensors, in order.
 
     Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished pieces stay.
@@ -61,7 +66,7 @@ def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: P
                 record = journal.finished(piece_name(shard))
                 if record is None:
                     hasher.start_shard(position)
-                    record = _write_piece(plan, shard, journal, crew, progress)
+                    record = _write_piece(plan, shard, journal, crew, progress, examine)
                     record["sources"] = by_role(hasher.hashes(position), plan.checkpoints)
                     journal.partial(piece_name(shard)).replace(journal.out / piece_name(shard))
                     journal.record(piece_name(shard), record)
@@ -88,14 +93,14 @@ def _bytes(shard: ShardPlan) -> int:
     return sum(tensor.info.bytes for tensor in _edited(shard))
 
 
-def _write_piece(plan: Plan, shard: ShardPlan, journal: Journal, crew: Crew, progress: Progress) -> dict[str, Any]:
+def _write_piece(plan: Plan, shard: ShardPlan, journal: Journal, crew: Crew, progress: Progress, examine: Examine) -> dict[str, Any]:
     path = journal.partial(piece_name(shard))
     digest, size = hashlib.sha256(), 0
     matrices: list[dict[str, Any]] = []
     skipped: list[str] = []
     try:
         with path.open("wb") as file:
-            for tensor, view, result in _in_order(plan, shard, crew):
+            for tensor, view, result in _in_order(plan, shard, crew, examine):
                 if result.subspace is None:
                     if not plan.recipe.skip_non_finite:
                         raise NonFiniteDeltaError(count_non_finite(plan))
@@ -106,7 +111,7 @@ def _write_piece(plan: Plan, shard: ShardPlan, journal: Journal, crew: Crew, pro
                         file.write(data)
                         digest.update(data)
                         size += data.nbytes
-                    matrices.append(_record(tensor, view, result.subspace, result.noise_edge))
+                    matrices.append(_record(tensor, view, result.subspace, result.noise_edge) | result.examined)
                 progress.advance(tensor.info.bytes // len(tensor.views))
             file.flush()
             os.fsync(file.fileno())
@@ -125,13 +130,13 @@ def _record(tensor: TensorPlan, view: MatrixView, subspace: Subspace, noise_edge
         "rank": subspace.rank,
         "norm": subspace.norm,
         "noise_edge": noise_edge,
-        "complete": subspace.rank < tensor.rank.value or subspace.rank == min(view.shape),
+        "complete": (tensor.rank.kind == "fixed" and subspace.rank < tensor.rank.value) or subspace.rank == min(view.shape),
         "certificate": certificate_record(subspace.certificate),
         "values": subspace.singular_values.tolist(),
     }
 
 
-def _in_order(plan: Plan, shard: ShardPlan, crew: Crew) -> Iterator[tuple[TensorPlan, MatrixView, _Decomposed]]:
+def _in_order(plan: Plan, shard: ShardPlan, crew: Crew, examine: Examine) -> Iterator[tuple[TensorPlan, MatrixView, _Decomposed]]:
     """Results in the order of the file; matrices are decomposed ahead while the memory budget allows."""
     waiting = deque((tensor, view) for tensor in _edited(shard) for view in tensor.views)
     started: deque[tuple[TensorPlan, MatrixView, Future[_Decomposed], int]] = deque()
@@ -145,7 +150,7 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew) -> Iterator[tuple[Tensor
                 break
             waiting.popleft()
             base, aligned = view.select(plan.base.tensor(tensor.base_name)), view.select(plan.aligned.tensor(tensor.name))
-            started.append((tensor, view, crew.submit(_decompose, base, aligned, tensor, view, plan.triplets, crew.device), cost))
+            started.append((tensor, view, crew.submit(_decompose, base, aligned, tensor, view, plan.triplets, examine, crew.device), cost))
             in_flight += cost
         tensor, view, future, cost = started.popleft()
         result = future.result()
@@ -153,23 +158,26 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew) -> Iterator[tuple[Tensor
         yield tensor, view, result
 
 
-def _decompose(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, device: torch.device) -> _Decomposed:
+def _decompose(
+    base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, examine: Examine, device: torch.device
+) -> _Decomposed:
     try:
-        return _triplets(base.to(device), aligned.to(device), tensor, view, triplets)
+        return _triplets(base.to(device), aligned.to(device), tensor, view, triplets, examine)
     except torch.cuda.OutOfMemoryError:
         warnings.warn(
             f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was decomposed on the CPU", LoxMergeWarning, stacklevel=2
         )
-        return _triplets(base, aligned, tensor, view, triplets)
+        return _triplets(base, aligned, tensor, view, triplets, examine)
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 
 
-def _triplets(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource) -> _Decomposed:
+def _triplets(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, examine: Examine) -> _Decomposed:
     delta, _, bad = form_delta(base, aligned)
     if bad:
         return _Decomposed(None, bad=bad)
-    return _Decomposed(triplets.subspace(tensor, view, delta, aligned), rounding_noise_edge(aligned))
+    subspace = triplets.subspace(tensor, view, delta, aligned)
+    return _Decomposed(subspace, rounding_noise_edge(aligned), examined=examine(aligned, tensor, subspace))
 
 
 def assemble(path: Path, records: list[dict[str, Any]], document: dict[str, Any], journal: Journal) -> None:

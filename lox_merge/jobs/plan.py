@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lox_merge.checkpoint import dtypes
-from lox_merge.checkpoint.adapter import AdaptedCheckpoint, OverBase
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint
+from lox_merge.checkpoint.adapter_files import OverBase
 from lox_merge.checkpoint.checkpoint import PICKLE, SINGLE, SINGLE_INDEX, Checkpoint
 from lox_merge.checkpoint.files import LocalFolder
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
-from lox_merge.checkpoint.adapter import open_adapter
+from lox_merge.checkpoint.adapter import is_adapter, open_adapter, open_factors_only
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from lox_merge.checkpoint.files import FileSource
+from lox_merge.checkpoint.files import FileSource, find_source
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import LoxMergeError, RequestError, SourceError
 from lox_merge.jobs.atomic import sha256_of
@@ -27,6 +27,7 @@ from lox_merge.jobs.methods import recorded_edit
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, make_plan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import recorded_triplets
+from lox_merge.jobs.verify_adapter import check_structure, recompute
 
 # Another CPU or torch version adds in another order: a value at the midpoint of two neighbours may then round the other way.
 _LARGEST_SHARE_OF_NEIGHBOURS = 0.02
@@ -76,12 +77,18 @@ def verify(
     sample: recompute this many tensors, drawn with `seed`, instead of all. Raises RequestError or SourceError where there is
     nothing to verify or a source is not to be had; what differs is in the result's problems.
     """
-    output = open_checkpoint(out, "output", cache_dir)
+    source = find_source(out, "output", cache_dir)
+    adapter = is_adapter(source)
+    output = open_factors_only("output", source) if adapter else open_checkpoint(source, "output")
     manifest = _read_manifest(output)
     result = Verification(output.title)
     _check_files(output, manifest, result)
     recipe, edit = recorded_edit(manifest)
-    _check_structure(output, manifest, edit, result)
+    if adapter:
+        result.tensors = len(output.names)
+        result.problems += check_structure(output, manifest)
+    else:
+        _check_structure(output, manifest, edit, result)
     if offline or result.problems:
         output.close()
         return result
@@ -92,7 +99,11 @@ def verify(
         # A place that is never written: the plan wants one.
         plan = make_plan(sources, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, edit, order_confirmed=True)
         plan.triplets = recorded_triplets(manifest["job"].get("factors"), plan.aligned, recipe)
-        _recompute(output, plan, manifest, result, sample, seed, device or torch.device("cpu"), progress)
+        if adapter:
+            result.tensors_recomputed, found = recompute(output, plan, manifest, sample, seed, device or torch.device("cpu"), progress)
+            result.problems += found
+        else:
+            _recompute(output, plan, manifest, result, sample, seed, device or torch.device("cpu"), progress)
         result.sources_checked = True
     for checkpoint in (output, *sources.values()):
         checkpoint.close()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.errors import RequestError
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.engine import Progress
@@ -15,6 +16,7 @@ from lox_merge.jobs.factors import SELECTION, Factors
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
+from lox_merge.safety.adapted import load_adapted
 from lox_merge.safety.asr import check_judges
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.generation import LocalModel
@@ -44,10 +46,12 @@ def search(
     device: str = "auto",
     cache_dir: Path | None = None,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     decomposing: Progress | None = None,
     progress: Callable[[RankPoint], None] | None = None,
 ) -> RankSearch:
-    """The effective rank of a pair; see `search_rank` for the criterion.
+    """The effective rank of a pair; see `search_rank` for the criterion. aligned may be a PEFT adapter over base (base_is_right: although
+    it names another one).
 
     factors: what `lox-merge decompose` wrote for this pair; without them the deltas are decomposed now, in a temporary
     folder. recipe: which matrices (its rank and alpha do not matter); with factors, None takes theirs. model: settings of
@@ -58,6 +62,7 @@ def search(
     check_judges([judge])
     if not len(prompts):
         raise RequestError(f"{prompts.source} holds no prompts, so there is no attack to measure. Name a file with at least one prompt.")
+    sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with tempfile.TemporaryDirectory(prefix="lox-merge-") as scratch:
         held = None
         try:
@@ -65,12 +70,12 @@ def search(
                 held = Factors.open(factors)
                 held.require(highest)
                 chosen = _chosen(recipe, held)
-                plan = _plan(base, aligned, scratch, chosen, order_is_right, cache_dir)
+                plan = _plan(base, aligned, scratch, chosen, **sources)
                 held.check(plan.base, plan.aligned)
                 plan.fetch()
             else:
                 chosen = replace(recipe or Recipe(), rank=highest, alpha=1.0, rank_pattern=(), alpha_pattern=())
-                plan = _plan(base, aligned, scratch, chosen, order_is_right, cache_dir)
+                plan = _plan(base, aligned, scratch, chosen, **sources)
                 file = Path(scratch) / "factors.safetensors"
                 held = decompose(
                     base,
@@ -78,11 +83,10 @@ def search(
                     file,
                     recipe=chosen,
                     device=device,
-                    order_is_right=order_is_right,
-                    cache_dir=cache_dir,
                     progress=decomposing,
+                    **sources,
                 ).factors
-            source = LocalModel.load(aligned, device=device, cache_dir=cache_dir, **(model or {}))
+            source = _load(plan, aligned, model or {}, device=device, cache_dir=cache_dir)
             return search_rank(
                 source,
                 RankSwapper(source.model, plan, held, rank=highest),
@@ -102,9 +106,18 @@ def search(
                 held.close()  # before its folder goes: some file systems keep open files
 
 
-def _plan(base: str | Path, aligned: str | Path, scratch: str, recipe: Recipe, order_is_right: bool, cache_dir: Path | None) -> Plan:
+def _plan(base: str | Path, aligned: str | Path, scratch: str, recipe: Recipe, **sources: Any) -> Plan:
     """Which tensors are decomposed. Nothing is ever written to the plan's output."""
-    return plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
+    return plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, **sources)
+
+
+def _load(plan: Plan, aligned: str | Path, settings: Mapping[str, Any], **where: Any) -> LocalModel:
+    """The aligned model, a whole one or an adapter on its base."""
+    if not isinstance(plan.aligned, AdaptedCheckpoint):
+        return LocalModel.load(aligned, **where, **settings)
+    loading = {key: settings[key] for key in ("dtype", "device_map", "trust_remote_code") if key in settings}
+    rest = {key: value for key, value in settings.items() if key not in loading}
+    return LocalModel.of(load_adapted(plan.aligned, **where, **loading), **rest)
 
 
 def _chosen(recipe: Recipe | None, factors: Factors) -> Recipe:
