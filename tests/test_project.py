@@ -123,6 +123,15 @@ def test_same_values_as_the_pure_function_and_modes_share_the_update(floats: Thr
         torch.testing.assert_close(both, tensor - aligned[name], rtol=0, atol=1e-6)
 
 
+def test_every_matrix_draws_its_own_directions() -> None:
+    from lox_merge.jobs.filter_edit import direction_seed
+    from lox_merge.jobs.work import matrix_seed
+
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(50)]
+    seeds = {found for seed in (0, 1) for name in names for found in (direction_seed(seed, name), matrix_seed(seed, name))}
+    assert len(seeds) == 4 * len(names)  # other matrices, other seeds, and directions apart from rounding noise
+
+
 def test_the_output_mirrors_the_fine_tuned_checkpoint(three: Three, tmp_path: Path) -> None:
     finetuned = shutil.copytree(three[2], tmp_path / "ft")
     (finetuned / "chat_template.jinja").write_text("{{ 'the fine-tuned one' }}")

@@ -55,14 +55,12 @@ def _report(made: AdapterPlan) -> dict[str, Any]:
 
 
 def _print_plan(made: AdapterPlan, report: dict[str, Any]) -> None:
-    plan, recipe = made.plan, report["recipe"]
+    plan = made.plan
+    recipe = report["recipe"]
     rows = [
         ("base", f"{plan.base.title} ({size(plan.base.bytes)})"),
         ("aligned", f"{plan.aligned.title} ({size(plan.aligned.bytes)}), which the adapter goes on"),
-        (
-            "adapted",
-            f"{report['edited_tensors']} tensors as {len(made.pairs)} modules, rank {recipe['rank']}, alpha {recipe['alpha']:g}",
-        ),
+        ("adapted", f"{report['edited_tensors']} tensors as {len(made.pairs)} modules, rank {recipe['rank']}, alpha {recipe['alpha']:g}"),
     ]
     rows += [("left out", f"{name}: {reason}") for name, reason in made.left_out.items()]
     most = "not known before the spectra are" if made.largest_bytes is None else f"at most {size(made.largest_bytes)}"

@@ -11,6 +11,7 @@ import torch
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.files import find_source
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import WANTED_GAIN, JobResult, Silent, carry_out, resolve_device, warn_about_gain
@@ -26,6 +27,7 @@ __all__ = [
     "WANTED_GAIN",
     "HardenResult",
     "Silent",
+    "already_done",
     "check_some_delta",
     "execute",
     "harden",
@@ -61,9 +63,9 @@ def open_checkpoints(sources: Mapping[str, str | Path], cache_dir: Path | None =
             if position == 0:
                 opened[role] = open_checkpoint(source, role, cache_dir)
             elif before is None:
-                if not is_adapter(source, role, cache_dir):
-                    open_checkpoint(source, role, cache_dir).close()  # for what is wrong with it, too
-            elif isinstance(before, AdaptedCheckpoint) and is_adapter(source, role, cache_dir):
+                if not is_adapter(found := find_source(source, role, cache_dir)):
+                    open_checkpoint(found, role).close()  # for what is wrong with it, too
+            elif isinstance(before, AdaptedCheckpoint) and is_adapter(find_source(source, role, cache_dir)):
                 problems.append(f"{role} ({source}) and {before.role} ({before.title}) are both adapters. Merge {before.role} with peft first.")
             else:
                 opened[role] = open_model(source, role, before, cache_dir, base_is_right=base_is_right)

@@ -34,7 +34,7 @@ def check_structure(output: Checkpoint, manifest: Mapping[str, Any]) -> list[str
     problems += [f"tensor {name} of the manifest is in no file" for name in sorted(named) if name not in output]
     code = dtypes.OUTPUT_CODES.get(manifest["adapter"]["dtype"])
     problems += [f"tensor {name} is {output.info(name).describe()}, not {code}" for name in output.names if output.info(name).dtype != code]
-    if asdict(summarise(list(manifest["tensors"]))) != manifest["summary"]:
+    if asdict(summarise(manifest["tensors"])) != manifest["summary"]:
         problems.append("the manifest was edited: its summary does not follow from its tensors")
     return problems
 
