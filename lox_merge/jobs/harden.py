@@ -27,7 +27,6 @@ __all__ = [
     "WANTED_GAIN",
     "HardenResult",
     "Silent",
-    "already_done",
     "check_some_delta",
     "execute",
     "harden",
