@@ -217,6 +217,7 @@ def test_text_from_the_json_stays_text(documents: dict[str, dict[str, Any]], tmp
     asr, attack, harden = documents["asr"], documents["one_seed"], documents["decompose"]
     asr["evaluations"][0]["title"] = asr["comparisons"][0]["first"] = evil
     text = json.dumps(attack).replace('"harmful"', json.dumps(evil)).replace('"keyword"', json.dumps("_" + evil)).replace('"LoX"', '"<i>"')
+    asr["evaluations"][1]["title"] = asr["comparisons"][0]["second"] = asr["comparisons"][1]["second"] = "$\\frac{$"
     harden["sources"]["base"]["name"] = "a\ud800<u>b"
     harden["matrices"][0]["name"] = "model.layers.0.<img src=x onerror=alert(1)>.weight"
     runs = [run_of(asr, tmp_path, "<s>"), run_of(json.loads(text), tmp_path, "two"), run_of(harden, tmp_path, "three")]

@@ -274,6 +274,22 @@ def test_a_study_shows_its_front_and_every_trial(documents: Documents) -> None:
     assert nothing.summary.endswith("gave figures.") and "<svg" in inline_svg(nothing.pictures[0].build, "front", "front")
 
 
+def test_a_filtered_fine_tuning_stands_beside_a_random_subspace(documents: Documents) -> None:
+    realised = documents["harden"]["tensors"][1]["matrices"][0]["realised"]
+    own = {"part": "", "shape": [64, 64], "decision": "filtered", "finetuned_norm": 0.25, "rank": 6, "kept": 0.266, "kept_random": 0.306}
+    tensor = {"name": "model.layers.0.self_attn.k_proj.weight", "action": "edited", "matrices": [own | {"energy_kept": 0.07, "realised": realised}]}
+    summary = {"edited_tensors": 1, "edited_matrices": 1, "copied_tensors": 0, "mean_rank": 6.0, "mean_kept": 0.266, "mean_kept_random": 0.306}
+    summary |= {"energy_kept": 0.07, "energy_kept_random": 0.09, "realised_gain": None}
+    recipe = {"mode": "orthogonal", "fraction": 0.1, "rank": None, "basis": "top", "side": "left"}
+    document = {"format": 1, "job": {"method": "project", "recipe": recipe}, "tensors": [tensor], "summary": summary, "warnings": []}
+    document["sources"] = {role: {"kind": "folder", "name": role} for role in ("base", "aligned", "finetuned")}
+    for found in (document, {"command": "project", **document}):
+        (section,) = sections(found)
+        assert values(section.tables[0])[0][3:] == (6, 0.25, 0.266, 0.306, 0.07, realised["gain"])
+        assert "finetuned's update" in section.summary and "0.266 of the norm of an update; a random one of the same rank 0.306" in section.words[0]
+        assert "undefined was written" in section.words[2] and any("--basis random" in note for note in section.not_shown)
+
+
 def test_a_failed_verification_lists_its_problems(documents: Documents) -> None:
     problems = ["tensor a is not what the recipe gives", "shard b is missing"]
     (section,) = sections(documents["verify"] | {"ok": False, "problems": problems})

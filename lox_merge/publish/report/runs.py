@@ -26,11 +26,14 @@ class Run:
 
     @property
     def command(self) -> str | None:
-        """The command that wrote it; 'manifest' for that of an output, None where neither can be told."""
+        """The command that wrote it; 'manifest' or 'project' for that of an output, None where neither can be told."""
         command = self.document.get("command")
         if isinstance(command, str):
             return command
-        return "manifest" if {"format", "job", "tensors", "summary"} <= self.document.keys() else None
+        if not {"format", "job", "tensors", "summary"} <= self.document.keys():
+            return None
+        job = self.document["job"]
+        return "project" if isinstance(job, dict) and job.get("method") == "project" else "manifest"
 
 
 def read_run(path: Path) -> Run:
