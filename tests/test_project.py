@@ -28,10 +28,11 @@ from lox_merge import FilterRecipe, filter_matrix, harden, project
 from lox_merge.cli.main import cli
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, NonFiniteDeltaError, OutputError, PlanError, RecipeError, RequestError, SourceError
 from lox_merge.jobs.decompose import decompose
-from lox_merge.jobs.filter_checks import LARGEST_REVERSAL, measure_direction
+from lox_merge.jobs.filter_checks import measure_direction
 from lox_merge.jobs.project import plan_projection
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.verify import verify
+from lox_merge.maths.geometry import REVERTING_COSINE
 
 Three = tuple[Path, Path, Path]
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -420,7 +421,7 @@ def test_the_limit_lies_where_half_of_the_update_points_back(floats: Three, tmp_
         folder = finetune(aligned, tmp_path / str(share), change)
         plan = plan_projection(base, aligned, folder, tmp_path / "plan", recipe=FilterRecipe(fraction=0.2))
         found = measure_direction(plan).reversal
-        assert found == pytest.approx(share, abs=0.03) and (found < LARGEST_REVERSAL) == allowed
+        assert found == pytest.approx(share, abs=0.03) and (found < REVERTING_COSINE) == allowed
 
 
 def test_nothing_was_fine_tuned(three: Three, refused: Callable[..., str], tmp_path: Path) -> None:

@@ -18,10 +18,8 @@ from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.work import Crew, available_cores, form_delta
+from lox_merge.maths.geometry import REVERTING_COSINE
 
-# At a cosine of 0.7 half of the update's squared norm points straight back along −Δ_align: more of it undoes alignment than
-# does anything else. Fine-tuning, harmful too, stays far below (on the toy under 0.2, see docs/project.md).
-LARGEST_REVERSAL = 0.7
 # float32 pieces that stay in a core's cache.
 _PIECE = 2**18
 
@@ -71,10 +69,10 @@ def check_direction(plan: Plan) -> None:
             f"all {len(plan.edited)} fine-tuning deltas are zero: finetuned ({names['finetuned']}) and aligned ({names['aligned']}) hold the same "
             "weights, and the output would be the aligned model. Give the model that was fine-tuned from aligned."
         )
-    if found.reversal is not None and found.reversal >= LARGEST_REVERSAL:
+    if found.reversal is not None and found.reversal >= REVERTING_COSINE:
         raise RequestError(
             f"finetuned ({names['finetuned']}) points back along the alignment delta: the cosine of finetuned − aligned with base − aligned is "
-            f"{found.reversal:.3f}, and the limit is {LARGEST_REVERSAL:g}. Filtering would write a model with its alignment removed, which is "
+            f"{found.reversal:.3f}, and the limit is {REVERTING_COSINE:g}. Filtering would write a model with its alignment removed, which is "
             f"not supported. The likely mistake: the base model ({names['base']}) or a copy of it was given as finetuned."
         )
 

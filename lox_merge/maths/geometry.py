@@ -15,7 +15,7 @@ from torch import Tensor
 
 ENERGY_LEVELS = (0.5, 0.9, 0.99)
 # At a cosine of 0.7 half of an update's squared norm points straight back along −Δ_align: more of it undoes alignment than does
-# anything else.
+# anything else. Fine-tuning, harmful too, stays far below (on the toy under 0.2, see docs/project.md).
 REVERTING_COSINE = 0.7
 # A cumulative energy that rounding left this far below its target has reached it.
 _ROUNDING = 1e-9
