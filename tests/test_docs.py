@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT / "docs"))
 from check_commands import commands, pages, problem  # noqa: E402
 
 DOCUMENTED = list(dict.fromkeys(command for page in pages() for command in commands(page.read_text(encoding="utf-8"))))
-# Prompts and judges of one's own are not at hand here, nor is the Hub.
+# Prompts, judges and files of one's own are not at hand here, nor is the Hub.
 HARDENINGS = [line for line in DOCUMENTED if line.startswith("lox-merge harden BASE ALIGNED OUT")]
-ON_BASE_AND_ALIGNED = [line for line in HARDENINGS if "--prompts" not in line and "--push" not in line]
+ON_BASE_AND_ALIGNED = [line for line in HARDENINGS if not any(option in line for option in ("--prompts", "--factors", "--push"))]
 
 
 @pytest.fixture(scope="module")
