@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
 from hub_clients import TOKENS, LoopbackHub, files_under, names_a_server, run_client
 from hub_server import Request
 from publishers import Done, Publisher
 from tiny_models import make_pair
+from transformers import AutoModelForCausalLM
 
 from lox_merge import Recipe, harden
 
@@ -601,6 +604,29 @@ def test_harden_publishes_at_the_end(hub: LoopbackHub, publisher: Publisher, mad
     assert again.returncode == 0 and "Nothing to upload" in again.stdout
     checked = publisher.run("verify", "owner/hardened")
     assert checked.returncode == 0 and "equal" in checked.stdout, checked.stderr
+
+
+def test_an_adapter_is_published_and_loads_on_aligned(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    aligned = shutil.copytree(made[1], tmp_path / "aligned")
+    (aligned / "README.md").write_text("---\nlicense: mit\n---\n")
+    for role, folder in (("base", made[0]), ("aligned", aligned)):
+        hub.put(f"adapted/{role}", folder)
+    arguments = ("harden", "adapted/base", "adapted/aligned", tmp_path / "out", "--rank", 3, "--as-adapter", "--push", "owner/adapter")
+    done = publisher.run(*arguments, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert_published(hub, "owner/adapter", tmp_path / "out")
+    card = stored(hub, "owner/adapter")["README.md"].decode()
+    for words in ("library_name: peft\n", "base_model:\n- adapted/aligned\n", "base_model_relation: adapter\n", "PeftModel.from_pretrained"):
+        assert words in card
+    checked = publisher.run("verify", "owner/adapter")
+    assert checked.returncode == 0, checked.stderr
+    body = f"from huggingface_hub import snapshot_download; result = snapshot_download('owner/adapter', revision={done.json['push']['commit']!r})"
+    folder = run_client(hub.environment(tmp_path / "reader", token="read-token"), body)
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made[1], dtype=torch.float32), folder)
+    merged = adapted.merge_and_unload().state_dict()
+    harden(made[0], made[1], tmp_path / "whole", recipe=Recipe(rank=3, dtype="float32"), device="cpu")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    assert all(torch.allclose(value, whole[name], atol=1e-5) for name, value in merged.items())
 
 
 HARDEN_REFUSALS: dict[str, tuple[str | None, list[str], str]] = {
