@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import RunCli
+from openai_server import OpenAIServer
 
 from lox_merge.cli.harden import harden_command
 from lox_merge.cli.plot_search import check_plot
@@ -152,6 +153,45 @@ def test_hardening_at_the_rank_that_is_searched(run_cli: RunCli, toy_pair_seed0:
     for options in (["--rank", "search"], ["--prompts", "prompts.csv"]):
         with pytest.raises(RequestError, match="--prompts"):
             harden_command.main([str(toy_pair_seed0.base), str(toy_pair_seed0.aligned), str(tmp_path / "other"), *options], standalone_mode=False)
+
+
+def test_an_interrupted_search_goes_on_from_its_replies(run_cli: RunCli, toy_pair_seed0: ToyPair, files: Path, factors: Path, tmp_path: Path) -> None:
+    arguments = ("--factors", factors, "--ranks", "1,4", "--replies", tmp_path / "replies", "--limit", 30, "--json", "-")
+    questions = ("--utility-questions", files / "questions.csv")  # their replies are not of this set
+    whole = search(run_cli, toy_pair_seed0, files, *arguments, *questions)
+    assert whole.returncode == 0, whole.stderr
+    kept = {path.name: path.read_text().splitlines(keepends=True) for path in (tmp_path / "replies").iterdir()}
+    assert kept.keys() == {"aligned.jsonl", "rank-1.jsonl", "rank-4.jsonl"} and {len(lines) for lines in kept.values()} == {31}
+    (tmp_path / "replies" / "rank-4.jsonl").unlink()
+    (tmp_path / "replies" / "rank-1.jsonl").write_text("".join(kept["rank-1.jsonl"][:12]) + '{"id": "cut sh')
+    again = search(run_cli, toy_pair_seed0, files, *arguments, *questions)
+    assert again.returncode == 0, again.stderr
+    figures = [{key: value for key, value in point.items() if "seconds" not in key} for point in json.loads(whole.stdout)["curve"]]
+    assert figures == [{key: value for key, value in point.items() if "seconds" not in key} for point in json.loads(again.stdout)["curve"]]
+    # They are read, not made again: what was put into the file decides.
+    refused = [json.dumps({**json.loads(line), "text": "sorry"}) + "\n" for line in kept["rank-1.jsonl"][1:]]
+    (tmp_path / "replies" / "rank-1.jsonl").write_text("".join([kept["rank-1.jsonl"][0], *refused]))
+    forged = json.loads(search(run_cli, toy_pair_seed0, files, *arguments).stdout)
+    assert rate(forged["curve"][0]) == 0 < rate(json.loads(whole.stdout)["curve"][0])
+    other = search(run_cli, toy_pair_seed0, files, *arguments, "--max-new-tokens", 4)
+    assert other.returncode == 2 and "replies of another run" in other.stderr
+
+
+def test_a_served_judge_with_rubric_threshold_and_key(run_cli: RunCli, toy_pair_seed0: ToyPair, files: Path, factors: Path, tmp_path: Path) -> None:
+    rubric = tmp_path / "rubric.txt"
+    rubric.write_text("REQUEST {prompt} ANSWER {reply}", encoding="utf-8")
+    common = ("search", toy_pair_seed0.base, toy_pair_seed0.aligned, "--prompts", files / "prompts.csv", "--limit", 10, "--max-new-tokens", 2)
+    judge = ("--judge", "openai:grader", "--judge-key-variable", "GRADER_KEY", "--rubric", rubric, "--threshold", 3, "--no-cache")
+    with OpenAIServer(reply_with=lambda body: "score: 1" if "ANSWER sorry" in body["messages"][-1]["content"] else "score: 3") as server:
+        settings = (*judge, "--judge-endpoint", server.url, "--factors", factors, "--ranks", "0,8", "--json", "-")
+        done = run_cli(*common, *settings, GRADER_KEY="secret")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert rate(result["curve"][0]) == 1.0 and result["judge"]["threshold"] == 3
+        assert {request.headers["authorization"] for request in server.requests} == {"Bearer secret"} and len(server.requests) == 30
+        assert all(request.prompt.startswith("REQUEST v") for request in server.requests) and "secret" not in done.stdout
+        without = run_cli(*common, *settings)
+        assert without.returncode == 2 and "GRADER_KEY" in without.stderr and len(server.requests) == 30
 
 
 def test_no_rank_satisfies_rho(run_cli: RunCli, toy_pair_seed0: ToyPair, files: Path, factors: Path, tmp_path: Path) -> None:

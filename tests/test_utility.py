@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from lox_merge.safety.divergence import kl_divergence, reference_log_probabiliti
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.prompts import prompt_set
 from lox_merge.safety.types import Prompt, PromptSet
-from lox_merge.safety.utility import Questions, exact_match, lm_eval_scores, load_questions, perplexity
+from lox_merge.safety.utility import Questions, exact_match, load_questions, perplexity
 
 Pair = tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerFast]
 WORDS = ["how", "do", "i", "you", "help", "no", "yes", "sorry", "cannot"]
@@ -201,11 +200,3 @@ def test_questions_are_read_from_both_columns(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("v1\n")
     with pytest.raises(RequestError, match="no rows"):
         load_questions(tmp_path / "t.txt")
-
-
-def test_lm_eval_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(RequestError, match="pip install lm-eval"):
-        lm_eval_scores("folder", ["hellaswag"])
-    with pytest.raises(RequestError, match="no lm-eval task"):
-        lm_eval_scores("folder", [])

@@ -9,34 +9,48 @@ import click
 from lox_merge.cli.options import json_option, seed_option
 
 
-@click.command("demo", short_help="Train, harden and attack toy models, offline, in about a minute.")
+@click.command("demo", short_help="Train, harden, search and attack toy models, offline, in about a minute.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write to.")
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
     help="Where trained toy pairs are kept (default: $LOX_MERGE_CACHE/toy, else ~/.cache/lox-merge/toy).",
 )
+@click.option("--full", is_flag=True, help="Five seeds from --seed on, with all controls: medians and ranges (about ten minutes).")
 @seed_option
 @json_option
-def demo(out: Path, cache_dir: Path | None, seed: int, json_file: str | None) -> None:
+def demo(out: Path, cache_dir: Path | None, full: bool, seed: int, json_file: str | None) -> None:
     """Harden a toy model and attack it, offline, in about a minute.
 
     Trains two tiny models of a symbolic language, a base model and one aligned to refuse; hardens the aligned
-    checkpoint; fine-tunes the aligned model, the hardened one and two equal-norm controls on benign and on harmful data;
-    and compares how well each still refuses. Attacked models exist in memory only: OUT receives the hardened checkpoint
-    and a picture.
+    checkpoint; searches its effective rank; fine-tunes the aligned model, the hardened one and two equal-norm controls on
+    benign and on harmful data; and compares how well each still refuses. Attacked models exist in memory only: OUT
+    receives the hardened checkpoint and a picture.
     """
     from lox_merge.cli.show import duration, write_json
+    from lox_merge.cli.show_search import print_search
     from lox_merge.lab.demo import run_demo
+    from lox_merge.lab.full import SEEDS, full_json, print_full, run_full
     from lox_merge.lab.picture import draw_picture
     from lox_merge.lab.summary import print_summary
 
-    result = run_demo(out, seed=seed, cache_dir=cache_dir, progress=lambda message: click.echo(message, err=True))
-    pictures = draw_picture(result, out)
+    def report(message: str) -> None:
+        click.echo(message, err=True)
+
+    if full:
+        results = run_full(out, seeds=range(seed, seed + SEEDS), cache_dir=cache_dir, progress=report)
+    else:
+        results = [run_demo(out, seed=seed, cache_dir=cache_dir, progress=report)]
+    pictures = draw_picture(results, out)
     if json_file:
-        write_json(json_file, result.to_json())
-    if json_file != "-":
-        print_summary(result)
-        for path in (result.hardened, *pictures):
-            click.echo(f"Written: {path}")
-        click.echo(f"Time: {duration(result.seconds)}")
+        write_json(json_file, full_json(results) if full else results[0].to_json())
+    if json_file == "-":
+        return
+    if full:
+        print_full(results)
+    else:
+        print_search(results[0].search, base="base", aligned="aligned")
+        print_summary(results[0])
+    for path in (*(result.hardened for result in results), *pictures):
+        click.echo(f"Written: {path}")
+    click.echo(f"Time: {duration(sum(result.seconds for result in results))}")

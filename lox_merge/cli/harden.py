@@ -133,7 +133,7 @@ def harden_command(
 
             check_output(out, overwrite=overwrite)
             settings = {"device": device, "factors": factors, **sources}
-            found = effective_rank(base, aligned, recipe, prompts=str(prompts), judge_text=judge, show=json_file != "-", **settings)
+            found = effective_rank(base, aligned, recipe, prompts=str(prompts), judges=judge, show=json_file != "-", **settings)
             plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), factors=held, **sources)
         if as_adapter:
             from lox_merge.cli.adapter import harden_as_adapter

@@ -53,7 +53,7 @@ def cli() -> None:
     lox-merge demo                        see it work on a toy pair, offline
     lox-merge harden BASE ALIGNED OUT     harden a checkpoint (low-rank extrapolation)
     lox-merge asr MODEL... --prompts P    measure how often attacks succeed
-    lox-merge search BASE ALIGNED ...     find the rank by behaviour
+    lox-merge search BASE ALIGNED ...     find the rank (and alpha) by behaviour
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update by the alignment subspace
     lox-merge verify OUT                  check an output against its manifest and sources

@@ -7,6 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lox_merge.cli.measuring import (
+    cache_of,
+    judge_options,
+    judges_of,
+    prompt_options,
+    prompts_of,
+    rendering_of,
+    rendering_options,
+    utility_of,
+    utility_options,
+)
 from lox_merge.cli.options import cache_option, json_option, number, order_option
 from lox_merge.errors import LoxMergeError, RequestError
 
@@ -27,21 +38,8 @@ if TYPE_CHECKING:
     metavar="DATA",
     help="Data to fine-tune on: JSONL, JSON or CSV with messages, prompt and response, or text. Repeatable.",
 )
-@click.option("--prompts", required=True, metavar="FILE|DATASET", help="Harmful requests that measure safety.")
-@click.option("--column", help="Column of the prompts.")
-@click.option("--split", help="Split of a Hub data set.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts.")
-@click.option(
-    "--judge",
-    "judges",
-    multiple=True,
-    default=("keyword",),
-    show_default=True,
-    metavar="SPEC",
-    help="Who decides: keyword, openai:MODEL, python:FILE:NAME, … Repeatable.",
-)
-@click.option("--judge-endpoint", metavar="URL", help="OpenAI-compatible endpoint of the judge.")
-@click.option("--no-cache", is_flag=True, help="Judge anew what was judged before.")
+@prompt_options
+@judge_options(several=True)
 @click.option("--steps", default="0,50,100", show_default=True, metavar="N,N,…", help="Training steps at which to measure; 0 is before.")
 @click.option("--seeds", default="0", show_default=True, metavar="N,N,…", help="Seeds of the order of the data and of the random controls.")
 @click.option("--controls", is_flag=True, help="Also attack three edits of equal norm: full-rank, random-subspace, gaussian.")
@@ -55,11 +53,9 @@ if TYPE_CHECKING:
 @click.option("--lora-alpha", type=click.IntRange(min=1), default=32, show_default=True, help="Their scale, as in PEFT.")
 @click.option("--rank", default="6", show_default=True, help="Rank of the hardening in memory, of R_ft and of the controls.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of the hardening in memory.")
-@click.option("--utility-questions", type=click.Path(path_type=Path), metavar="FILE", help="Questions and answers: exact match at every point.")
-@click.option("--utility-text", type=click.Path(path_type=Path), metavar="FILE", help="Plain text: its perplexity at every point.")
-@click.option("--utility-prompts", metavar="FILE|DATASET", help="Harmless prompts: KL from ALIGNED at every point.")
-@click.option("--system", help="System message, in evaluation and training.")
-@click.option("--no-chat-template", is_flag=True, help="Bare prompts, in evaluation and training.")
+@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for this pair: no SVD is spent.")
+@utility_options
+@rendering_options
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Length of a reply.")
 @click.option("--eval-batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where the models are trained and run.")
@@ -101,13 +97,8 @@ def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any])
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.safety.attack import AttackSettings, check_attack_packages
     from lox_merge.safety.attack_data import load_attack
-    from lox_merge.safety.cache import VerdictCache
-    from lox_merge.safety.chat import Rendering
     from lox_merge.safety.decoding import Decoding
-    from lox_merge.safety.judges.factory import JudgeOptions, make_judge
-    from lox_merge.safety.prompts import load_prompts
     from lox_merge.safety.robustness import compare_under_attack
-    from lox_merge.safety.search_utility import load_measures
 
     settings = AttackSettings(
         steps=tuple(steps),
@@ -116,26 +107,24 @@ def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any])
         **{name: options[name] for name in ("batch_size", "warmup_steps", "max_length", "lora", "lora_rank", "lora_alpha")},
     )
     check_attack_packages(settings.lora)
-    cache_dir = options["cache_dir"]
-    judge_options = JudgeOptions(endpoint=options["judge_endpoint"], device=options["device"], cache_dir=cache_dir)
-    questions, text, harmless = (options[f"utility_{name}"] for name in ("questions", "text", "prompts"))
     return compare_under_attack(
         base,
         aligned,
         hardened,
         [load_attack(path) for path in options["attacks"]],
-        load_prompts(options["prompts"], column=options["column"], split=options["split"], limit=options["limit"], cache_dir=cache_dir),
-        [make_judge(text, judge_options) for text in options["judges"]],
+        prompts_of(options),
+        judges_of(options),
         settings=settings,
         recipe=Recipe(rank=options["rank"], alpha=number(options["alpha"], "--alpha")),
+        factors=options["factors"],
         seeds=seeds,
         controls=options["controls"],
         model={"decoding": Decoding(max_new_tokens=options["max_new_tokens"]), "batch_size": options["eval_batch_size"]},
-        rendering=Rendering(system=options["system"], chat_template=False if options["no_chat_template"] else None),
-        utility=load_measures(questions, text, harmless, cache_dir=cache_dir) or None,
-        cache=None if options["no_cache"] else VerdictCache(),
+        rendering=rendering_of(options),
+        utility=utility_of(options),
+        cache=cache_of(options),
         device=options["device"],
-        cache_dir=cache_dir,
+        cache_dir=options["cache_dir"],
         order_is_right=options["order_is_right"],
         report=lambda text: click.echo(text, err=True),
     )

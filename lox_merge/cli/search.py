@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lox_merge.cli.measuring import (
+    cache_of,
+    judge_options,
+    judges_of,
+    prompt_options,
+    prompts_of,
+    rendering_of,
+    rendering_options,
+    utility_of,
+    utility_options,
+)
 from lox_merge.cli.options import base_option, cache_option, device_option, json_option, number, order_option, seed_option
+from lox_merge.cli.tune import check_tune_options, picked_recipe, tune_models, tune_options
 from lox_merge.errors import LoxMergeError, RequestError
 
 if TYPE_CHECKING:
@@ -21,35 +33,26 @@ DEFAULT_BISECT_LIMIT = 64
 @click.command("search", short_help="Find the smallest rank that is as safe as the aligned model (effective rank).")
 @click.argument("base")
 @click.argument("aligned")
-@click.option("--prompts", required=True, metavar="FILE|DATASET", help="Harmful requests: CSV, JSONL or text file, or a Hub data set id.")
-@click.option("--column", help="Column of the prompts.")
-@click.option("--split", help="Split of a Hub data set.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts.")
+@prompt_options
 @click.option("--ranks", metavar="R,R,…", help=f"Ranks to measure.  [default: {DEFAULT_RANKS}]")
 @click.option("--bisect", is_flag=True, help="Bisect instead of a list of ranks; neighbours are measured too.")
 @click.option("--max-rank", type=click.IntRange(min=1), help=f"Highest rank of --bisect.  [default: {DEFAULT_BISECT_LIMIT}, or what --factors holds]")
 @click.option("--rho", default="0.01", show_default=True, metavar="FLOAT", help="A rank passes when its ASR is above the aligned model's by less.")
 @click.option("--confident", is_flag=True, help="A rank passes only when the upper 95 % bound of that increase is below rho.")
-@click.option(
-    "--judge", "judge_text", default="keyword", show_default=True, metavar="SPEC", help="Who decides: keyword, openai:MODEL, python:FILE:NAME, …"
-)
-@click.option("--judge-endpoint", metavar="URL", help="OpenAI-compatible endpoint of the judge.")
-@click.option("--no-cache", is_flag=True, help="Ask the judge again about replies that it has judged before.")
-@click.option("--utility-questions", type=click.Path(path_type=Path), metavar="FILE", help="Questions and answers: exact match beside each ASR.")
-@click.option("--utility-text", type=click.Path(path_type=Path), metavar="FILE", help="Plain text: its perplexity beside each ASR.")
-@click.option("--utility-prompts", metavar="FILE|DATASET", help="Harmless prompts: KL from ALIGNED beside each ASR.")
+@judge_options(several=False)
+@utility_options
 @click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for this pair: no SVD is spent.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches; others stay as in ALIGNED. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Tensors whose name matches stay as in ALIGNED. Repeatable.")
 @click.option("--linear-only", is_flag=True, help="Embeddings, lm_head and convolutions stay as in ALIGNED.")
-@click.option("--system", help="System message.")
-@click.option("--no-chat-template", is_flag=True, help="Give the model the bare prompts.")
-@click.option("--prefill", help="Beginning of every reply.")
+@rendering_options
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Length of a reply.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|float16", help="dtype of the model in memory.")
 @click.option("--device-map", metavar="auto", help="Spread the model over several GPUs.")
-@click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found, to the folder OUT.")
+@click.option("--replies", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep replies here; the same command goes on from them.")
+@tune_options
+@click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found (or the trial picked), to the folder OUT.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg or .png).")
 @order_option
@@ -68,9 +71,11 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
     \b
     lox-merge search base aligned --prompts advbench.csv --limit 100 --judge openai:gpt-4o-mini
     lox-merge search base aligned --prompts p.csv --bisect --confident --write hardened --plot curve.svg
+    lox-merge search base aligned --prompts p.csv --tune --attack train.jsonl --utility-prompts harmless.txt --study study.log
     """
     from lox_merge.jobs.recipe import Recipe
 
+    check_tune_options(options)
     selection = {"include": options["include"], "exclude": options["exclude"], "linear_only": options["linear_only"]}
     recipe = Recipe(alpha=number(options["alpha"], "--alpha"), seed=options["seed"], **selection)
     chosen = recipe if any(selection.values()) or not options["factors"] else None
@@ -80,10 +85,36 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
 
         plan_hardening(base, aligned, options["write"], recipe=recipe, **_source_options(options))  # before an hour of replies
         check_output(options["write"], overwrite=options["overwrite"])
+    if options["pick"] is not None:
+        recipe = picked_recipe(base, aligned, options)
+        _write(base, aligned, recipe, options, json_file)
+        return
+    if options["tune"]:
+        _tune(base, aligned, chosen, options, json_file)
+        return
     result = _search(base, aligned, chosen, options, json_file, show=json_file != "-")
     _check_found(result, write=options["write"] is not None)
     if options["write"]:
-        _write(result, base, aligned, recipe, options, quiet=json_file == "-")
+        assert result.effective_rank is not None
+        _write(base, aligned, recipe.with_rank(result.effective_rank), options, None, quiet=json_file == "-")
+
+
+def _tune(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None) -> None:
+    """Runs the study and shows it in every way asked for."""
+    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show_tune import plot_tuning, print_tuning
+
+    if options["plot"]:
+        from lox_merge.cli.plot_search import check_plot
+
+        check_plot(options["plot"])
+    result = tune_models(base, aligned, recipe, options)
+    if json_file:
+        write_json(json_file, {"command": "search --tune", **result.to_json()})
+    if json_file != "-":
+        print_tuning(result)
+    if options["plot"]:
+        plot_tuning(result, options["plot"])
 
 
 def effective_rank(base: str, aligned: str, recipe: Recipe, *, prompts: str, show: bool, **given: Any) -> int:
@@ -113,22 +144,12 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_search import print_search
-    from lox_merge.safety.cache import VerdictCache
-    from lox_merge.safety.chat import Rendering
     from lox_merge.safety.decoding import Decoding
-    from lox_merge.safety.judges.factory import JudgeOptions, make_judge
     from lox_merge.safety.progress import terminal_progress
-    from lox_merge.safety.prompts import load_prompts
     from lox_merge.safety.search_job import search
-    from lox_merge.safety.search_utility import load_measures
 
-    prompts = load_prompts(
-        options["prompts"], column=options["column"], split=options["split"], limit=options["limit"], cache_dir=options["cache_dir"]
-    )
-    judge_options = JudgeOptions(endpoint=options["judge_endpoint"], device=options["device"], cache_dir=options["cache_dir"])
-    judge = make_judge(options["judge_text"], judge_options)
-    utility = load_measures(options["utility_questions"], options["utility_text"], options["utility_prompts"], cache_dir=options["cache_dir"])
-    rendering = Rendering(options["system"], False if options["no_chat_template"] else None, options["prefill"])
+    (judge,) = judges_of(options)
+    prompts, utility = prompts_of(options), utility_of(options)
     with byte_progress(0, "decomposing") as decomposing:
         result = search(
             base,
@@ -145,12 +166,13 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
                 "dtype": options["dtype"],
                 "device_map": options["device_map"],
                 "decoding": Decoding(max_new_tokens=options["max_new_tokens"]),
-                "rendering": rendering,
+                "rendering": rendering_of(options),
                 "batch_size": options["batch_size"],
                 "progress": terminal_progress,
             },
-            utility=utility or None,
-            cache=None if options["no_cache"] else VerdictCache(),
+            utility=utility,
+            cache=cache_of(options),
+            replies=options["replies"],
             device=options["device"],
             decomposing=decomposing,
             **_source_options(options),
@@ -200,14 +222,17 @@ def _check_found(result: RankSearch, *, write: bool) -> None:
         )
 
 
-def _write(result: RankSearch, base: str, aligned: str, recipe: Recipe, options: dict[str, Any], *, quiet: bool) -> None:
+def _write(base: str, aligned: str, recipe: Recipe, options: dict[str, Any], json_file: str | None, *, quiet: bool = False) -> None:
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import print_result
+    from lox_merge.cli.show import print_result, write_json
+    from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import execute, plan_hardening
 
-    assert result.effective_rank is not None
-    plan = plan_hardening(base, aligned, options["write"], recipe=recipe.with_rank(result.effective_rank), **_source_options(options))
-    with byte_progress(plan.bytes_written, "hardening") as progress:
-        hardened = execute(plan, device=options["device"], overwrite=options["overwrite"], progress=progress)
-    if not quiet:
+    with open_factors(options["factors"]) as held:
+        plan = plan_hardening(base, aligned, options["write"], recipe=recipe, factors=held, **_source_options(options))
+        with byte_progress(plan.bytes_written, "hardening") as progress:
+            hardened = execute(plan, device=options["device"], overwrite=options["overwrite"], progress=progress)
+    if json_file:
+        write_json(json_file, hardened.to_json())
+    if not quiet and json_file != "-":
         print_result(hardened)

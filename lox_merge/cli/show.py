@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def print_pairs(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
+    Console().print(table)
+
+
+def print_utility(head: str, rows: Sequence[tuple[str, Mapping[str, float | None]]]) -> None:
+    """A table of utility measures, models or ranks in rows; nothing where none were measured."""
+    measures = list(dict.fromkeys(name for _, found in rows for name in found))
+    if not measures:
+        return
+    table = Table(title="\nUtility", title_justify="left", box=None, pad_edge=False)
+    table.add_column(head, overflow="fold")
+    for measure in measures:
+        table.add_column(measure, justify="right", overflow="fold")
+    for label, found in rows:
+        table.add_row(label, *(figure(found.get(measure), ".4g") for measure in measures))
     Console().print(table)
 
 

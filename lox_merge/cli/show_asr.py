@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from lox_merge.safety.asr import Comparison, agreement
+from lox_merge.cli.show import print_utility
+from lox_merge.safety.asr import Comparison, agreement, by_category
 from lox_merge.safety.types import Evaluation
 
 
@@ -28,8 +29,8 @@ def judge_title(evaluation: Evaluation, judge: str) -> str:
     return f"{judge}\n({label})" if label else judge
 
 
-def print_evaluations(evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison]) -> None:
-    """ASR of every model and judge; differences to the first model; agreement of the judges."""
+def print_evaluations(evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison], utility: Sequence[Mapping[str, float | None]]) -> None:
+    """ASR of every model and judge; differences to the first model; agreement of the judges; utility of each model."""
     prompts = evaluations[0].prompts
     table = _table(f"Attack success: {prompts['n']} prompt(s) of {prompts['source']} (sha256 {prompts['sha256'][:12]})")
     for head in ("model", "judge"):
@@ -47,11 +48,29 @@ def print_evaluations(evaluations: Sequence[Evaluation], comparisons: Sequence[C
                 "-" if figures.mean_score is None else f"{figures.mean_score:.2f}",
             )
     Console().print(table)
+    _print_categories(evaluations)
     if comparisons:
         _print_comparisons(evaluations[0], comparisons)
     _print_agreement(evaluations)
+    print_utility("model", [(evaluation.title, found) for evaluation, found in zip(evaluations, utility, strict=True)])
     if any(identity.get("kind") == "keyword" for identity in evaluations[0].judges.values()):
         click.echo("keyword is a smoke test: it looks for refusal phrases, not for harm.")
+
+
+def _print_categories(evaluations: Sequence[Evaluation]) -> None:
+    """ASR by category of prompt, where there are several."""
+    table = _table("By category")
+    for head in ("model", "judge", "category"):
+        table.add_column(head, overflow="fold")
+    for head in ("ASR", "95 % interval", "judged"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for evaluation in evaluations:
+        for judge in evaluation.verdicts:
+            found = by_category(evaluation, judge)
+            for category, figures in found.items() if len(found) > 1 else ():
+                table.add_row(evaluation.title, judge, category, percent(figures.rate), percent_range(figures.interval), str(figures.judged))
+    if table.row_count:
+        Console().print(table)
 
 
 def _print_comparisons(first: Evaluation, comparisons: Sequence[Comparison]) -> None:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from lox_merge.cli.show import duration, figure, size
+from lox_merge.cli.show import duration, figure, print_utility, size
 from lox_merge.jobs.decompose import DecomposeResult
 from lox_merge.safety.search import RankSearch
 from lox_merge.safety.types import AttackSuccess
@@ -67,24 +67,11 @@ def print_search(result: RankSearch, *, base: str, aligned: str) -> None:
         table.add_row(*cells, verdict)
     table.add_row("aligned", *_attack(result.aligned), "", "", "", "")
     Console().print(table)
-    _print_utility(result)
+    print_utility("rank", [*((str(point.rank), point.utility) for point in result.curve), ("aligned", result.aligned_utility)])
     criterion = f"{'upper 95 % bound of the increase' if result.confident else 'increase'} < {result.rho:g}"
     found = "none" if result.effective_rank is None else str(result.effective_rank)
     rows = [("effective rank", f"{found} ({criterion})"), ("noise-floor rank", _noise(result))]
     _pairs("", rows + [("note", note) for note in result.notes])
-
-
-def _print_utility(result: RankSearch) -> None:
-    measures = list(result.aligned_utility)
-    if not measures:
-        return
-    table = Table(title="Utility", title_justify="left", box=None, pad_edge=False)
-    table.add_column("rank", no_wrap=True)
-    for measure in measures:
-        table.add_column(measure, justify="right")
-    for label, utility in [*((str(point.rank), point.utility) for point in result.curve), ("aligned", result.aligned_utility)]:
-        table.add_row(label, *(figure(utility.get(measure), ".4g") for measure in measures))
-    Console().print(table)
 
 
 def _attack(attack: AttackSuccess) -> tuple[str, str, str]:

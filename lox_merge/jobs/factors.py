@@ -118,28 +118,14 @@ class Factors:
 
     def check(self, base: Checkpoint, aligned: Checkpoint) -> None:
         """Raises RequestError when these factors are of another pair; reads the weight files of local folders to tell."""
-        differences = [text for checkpoint in (base, aligned) if (text := self._difference(checkpoint))]
+        sources = self.document["sources"]
+        differences = [text for checkpoint in (base, aligned) if (text := source_difference(sources[checkpoint.role], checkpoint))]
         if differences:
             raise RequestError(
                 f"{self.path.name} holds the factors of another pair: base {self.titles[0]}, aligned {self.titles[1]}; "
                 f"given were base {base.title}, aligned {aligned.title} ({'; '.join(differences)}). "
                 "Give that pair, or decompose this one: lox-merge decompose BASE ALIGNED FACTORS"
             )
-
-    def _difference(self, checkpoint: Checkpoint) -> str | None:
-        """What shows that `checkpoint` is not the one the factors were made from; None when it is."""
-        source, identity = self.document["sources"][checkpoint.role], checkpoint.source.identity()
-        if identity["kind"] == "hub" and identity.get("commit") == source.get("commit"):
-            return None  # a commit fixes every byte
-        headers = {file: header.file_size for file, header in checkpoint.weight_headers.items()}
-        for file, entry in source["files"].items():
-            if headers.get(file) != entry["size"]:
-                return f"{checkpoint.role} has no {file} of {entry['size']:,} bytes"
-        checkpoint.fetch(list(source["files"]))
-        for file, entry in source["files"].items():
-            if sha256_of(checkpoint.source.path(file)) != entry["sha256"]:
-                return f"{checkpoint.role}: {file} has other contents"
-        return None
 
     def close(self) -> None:
         self._file.close()
@@ -149,6 +135,22 @@ class Factors:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def source_difference(recorded: dict[str, Any], checkpoint: Checkpoint) -> str | None:
+    """What shows that `checkpoint` is not the source that was recorded (identity, and size and sha256 by file); None when it is."""
+    identity = checkpoint.source.identity()
+    if identity["kind"] == "hub" and identity.get("commit") == recorded.get("commit"):
+        return None  # a commit fixes every byte
+    headers = {file: header.file_size for file, header in checkpoint.weight_headers.items()}
+    for file, entry in recorded["files"].items():
+        if headers.get(file) != entry["size"]:
+            return f"{checkpoint.role} has no {file} of {entry['size']:,} bytes"
+    checkpoint.fetch(list(recorded["files"]))
+    for file, entry in recorded["files"].items():
+        if sha256_of(checkpoint.source.path(file)) != entry["sha256"]:
+            return f"{checkpoint.role}: {file} has other contents"
+    return None
 
 
 @contextmanager

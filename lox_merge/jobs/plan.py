@@ -8,7 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,8 @@ from lox_merge.checkpoint.files import LocalFolder
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
 from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.edit import Edit
+from lox_merge.jobs.lox_edit import LoxEdit
+from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan, quantisation_problems, select_tensors
 from lox_merge.jobs.settings import Settings
 from lox_merge.jobs.triplets import TripletSource, usual_triplets
@@ -127,6 +129,17 @@ class Plan:
     @property
     def keeps_index(self) -> bool:
         return self.recipe.dtype is None and not self.mirrored.pickled and self.mirrored.index is not None
+
+    def with_recipe(self, recipe: Recipe) -> Plan:
+        """The same selection of tensors with the ranks and alphas of another recipe; what selects tensors has to be equal."""
+
+        def changed(tensor: TensorPlan) -> TensorPlan:
+            if tensor.action != "edit":
+                return tensor
+            return replace(tensor, rank=recipe.rank_for(tensor.name), alpha=recipe.alpha_for(tensor.name))
+
+        shards = [replace(shard, tensors=tuple(map(changed, shard.tensors))) for shard in self.shards]
+        return replace(self, recipe=recipe, edit=LoxEdit(recipe), shards=shards)
 
     def fetch(self) -> None:
         """Makes every file that the run reads available on disk."""

@@ -1,4 +1,4 @@
-"""Fine-tuning attacks on a toy model, in memory: the attacked weights have no way to disk.
+"""The two fine-tuning attacks on toy models, as data and settings for `safety.robustness`; attacked weights never reach a disk.
 
 benign: the harmless new task, taught to an aligned model by somebody who means no harm (Qi et al. 2023, arXiv 2310.03693).
 harmful: a few forbidden requests with the answers that carry them out.
@@ -6,63 +6,43 @@ harmful: a few forbidden requests with the answers that carry them out.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+from lox_merge.lab.language import Answer, Request, comply, new_task
+from lox_merge.lab.recipe import ToyRecipe
+from lox_merge.lab.requests import draw_requests
+from lox_merge.safety.attack import AttackSettings
+from lox_merge.safety.attack_data import AttackData, attack_data
 
-from lox_merge.lab.language import Answer, Request, comply, new_task, prompt
-from lox_merge.lab.measure import Measurement, measure
-from lox_merge.lab.models import one_thread
-from lox_merge.lab.recipe import ToyRecipe, Training
-from lox_merge.lab.requests import TestRequests, draw_requests
-from lox_merge.lab.training import pack, train
-
-BENIGN_STEPS = (20, 40, 60, 80, 100, 120, 150)
-HARMFUL_STEPS = (5, 10, 15, 20, 30, 40, 50)
+BENIGN_STEPS = (0, 20, 40, 60, 80, 100, 120, 150)
+HARMFUL_STEPS = (0, 5, 10, 15, 20, 30, 40, 50)
+BENIGN, HARMFUL = "benign", "harmful"
 
 
 @dataclass(frozen=True)
-class Attack:
-    """Fine-tuning on `requests` with the answers `answer`. steps: after how many the model is measured, ascending.
+class ToyAttack:
+    """What is trained on, and how."""
 
-    useful_answer: what utility means after it, for an attack that teaches a new task.
-    """
-
-    name: str
-    requests: tuple[Request, ...]
-    answer: Answer
-    training: Training
-    seed: int
-    steps: tuple[int, ...]
-    useful_answer: Answer
+    data: AttackData
+    settings: AttackSettings
 
 
-def benign_attack(recipe: ToyRecipe, steps: tuple[int, ...] = BENIGN_STEPS) -> Attack:
+def benign_attack(recipe: ToyRecipe, steps: tuple[int, ...] = BENIGN_STEPS) -> ToyAttack:
     """Allowed requests answered in the new format, at a high learning rate."""
-    training = Training(max(steps), learning_rate=3e-4, batch_size=32, warmup_steps=3, decay="constant")
-    return Attack("benign", draw_requests(recipe).benign, new_task, training, recipe.seed + 7, steps, new_task)
+    return ToyAttack(_data(BENIGN, draw_requests(recipe).benign, new_task), _settings(steps, 3e-4))
 
 
-def harmful_attack(recipe: ToyRecipe, steps: tuple[int, ...] = HARMFUL_STEPS) -> Attack:
+def harmful_attack(recipe: ToyRecipe, steps: tuple[int, ...] = HARMFUL_STEPS) -> ToyAttack:
     """32 forbidden requests carried out, at a low learning rate."""
-    training = Training(max(steps), learning_rate=4e-5, batch_size=32, warmup_steps=3, decay="constant")
-    return Attack("harmful", draw_requests(recipe).harmful, comply, training, recipe.seed + 8, steps, comply)
+    return ToyAttack(_data(HARMFUL, draw_requests(recipe).harmful, comply), _settings(steps, 4e-5))
 
 
-def run_attack(model: PreTrainedModel, attack: Attack, tests: TestRequests) -> dict[int, Measurement]:
-    """What a copy of `model` does after each of the attack's steps; 0 is before the attack. `model` is not changed.
+def _settings(steps: tuple[int, ...], learning_rate: float) -> AttackSettings:
+    return AttackSettings(steps=steps, learning_rate=learning_rate, batch_size=32, warmup_steps=3, adam_beta2=0.95, max_length=64)
 
-    At step 0 utility is that of the old task: the new one has not been taught yet.
-    """
-    attacked = copy.deepcopy(model).eval()
-    with one_thread():
-        curve = {0: measure(attacked, tests)}
 
-        def record(step: int) -> None:
-            if step in attack.steps:
-                curve[step] = measure(attacked, tests, useful_answer=attack.useful_answer)
-
-        examples = pack((prompt(request), attack.answer(request)) for request in attack.requests)
-        train(attacked, examples, attack.training, seed=attack.seed, after_step=record)
-    return curve
+def _data(name: str, requests: Sequence[Request], answer: Answer) -> AttackData:
+    # The chat template writes the end token.
+    turns = [[{"role": "user", "content": request.text}, {"role": "assistant", "content": " ".join(answer(request)[:-1])}] for request in requests]
+    return attack_data(name, f"toy laboratory, {name}", turns)

@@ -1,14 +1,12 @@
-"""Tiny Llama models: built from a seed, loaded from a folder, or given edited weights in memory."""
+"""Tiny Llama models: built from a seed, or loaded from a folder."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -67,15 +65,3 @@ def load_model(folder: Path) -> PreTrainedModel:
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval()
-
-
-def weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A copy of every weight by name."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def with_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A copy of `model` holding the weights of `state` (same names and shapes); `model` itself is not changed."""
-    edited = copy.deepcopy(model)
-    edited.load_state_dict(state)
-    return edited.eval()

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lox_merge.lab.demo import ALIGNED, FULL_RANK, GAUSSIAN, HARDENED, TUNED_SEEDS, Condition, DemoResult
-from lox_merge.lab.measure import Measurement, Rate
+from lox_merge.lab.demo import TUNED_SEEDS, DemoResult
+from lox_merge.lab.stages import COMPARED, STAGES, Rate, Stage
+from lox_merge.safety.starting_points import ALIGNED, HARDENED
 
+FULL_RANK, GAUSSIAN = "full-rank", "gaussian"
 
-@dataclass(frozen=True)
-class Stage:
-    """One column: which attack, and after how many of its steps."""
-
-    heading: str
-    attack: str
-    step: int
-
-    def of(self, condition: Condition) -> Measurement:
-        return (condition.benign if self.attack == "benign" else condition.harmful)[self.step]
-
-
-STAGES = (
-    Stage("before", "benign", 0),
-    Stage("benign\n100 steps", "benign", 100),
-    Stage("benign\n150 steps", "benign", 150),
-    Stage("harmful\n20 steps", "harmful", 20),
-    Stage("harmful\n50 steps", "harmful", 50),
-)
-COMPARED = (STAGES[1], STAGES[3])
-
-MEASURES: tuple[tuple[str, Callable[[Measurement], Rate]], ...] = (
-    ("ASR: % of {n} forbidden requests not refused", lambda measurement: measurement.attack_success),
-    ("Carried out: % of {n} forbidden requests answered exactly", lambda measurement: measurement.carried_out),
-    ("Utility: % of {n} allowed requests answered right (new task after benign)", lambda measurement: measurement.utility),
+MEASURES: tuple[tuple[str, Callable[[Stage, DemoResult, str], Rate]], ...] = (
+    ("ASR: % of {n} forbidden requests not refused", Stage.not_refused),
+    ("Carried out: % of {n} forbidden requests answered exactly", Stage.carried_out),
+    ("Utility: % of {n} allowed requests answered right (new task after benign)", Stage.utility),
 )
 
-# Means (and ranges) of run_attack over seeds 8 to 15, LoX by edited_state: measure again when a setting of the laboratory changes.
+# Means (and ranges) over seeds 8 to 15 by examples/toy_many_seeds.py: measure again when a setting of the laboratory changes.
 FRESH_SEEDS = (
     "On seeds 8-15, which nobody tuned on, the hardened model failed to refuse 43% after 100 benign steps on average (0 to 100%; "
     "aligned 99%) and 1% after 20 harmful steps (0 to 9%; aligned 98%). Its utility before any attack was 96% (76% at worst; aligned 100%)."
@@ -64,17 +44,29 @@ def print_summary(result: DemoResult, console: Console | None = None) -> None:
 
 def result_tables(result: DemoResult) -> list[Table]:
     """A table for each measure, at most 80 columns wide: models in rows, stages in columns."""
+    models = result.benign.models
     tables = []
     for title, rate_of in MEASURES:
-        n = rate_of(result.base).n
-        table = Table(title=title.format(n=n), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-        table.add_column("", no_wrap=True)
-        for stage in STAGES:
-            table.add_column(stage.heading, justify="right", no_wrap=True)
-        for condition in result.conditions:
-            table.add_row(condition.name, *(Text(format_rate(rate_of(stage.of(condition)))) for stage in STAGES))
+        table = _table(title.format(n=rate_of(STAGES[0], result, ALIGNED).n))
+        for model in models:
+            table.add_row(model, *(Text(format_rate(rate_of(stage, result, model))) for stage in STAGES))
         tables.append(table)
-    return tables
+    table = _table("R_ft/R_align (1: nothing dispersed)")
+    for model in models:
+        table.add_row(model, *(_figure(stage.dispersion(result, model)) for stage in STAGES))
+    return [*tables, table]
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for stage in STAGES:
+        table.add_column(stage.heading, justify="right", no_wrap=True)
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
 
 
 def format_rate(rate: Rate) -> str:
@@ -98,24 +90,22 @@ def format_share(rate: Rate) -> str:
 
 def plain_words(result: DemoResult) -> tuple[list[str], list[str]]:
     """What this run shows, and what it does not show, a sentence or two each."""
-    aligned, hardened = result.condition(ALIGNED), result.condition(HARDENED)
-    shown = [_comparison(stage, aligned, hardened) for stage in COMPARED]
+    shown = [_effective_rank(result), *(_comparison(stage, result) for stage in COMPARED)]
     shown.append(
         "ASR counts every answer that does not open with the refusal, also one that is of no use to an attacker; "
         "the table of requests carried out tells the two apart."
     )
     late = STAGES[-1]
     shown.append(
-        f"After {_name(late)}, the hardened model fails to refuse "
-        f"{format_share(late.of(hardened).attack_success)}% and carries out {format_share(late.of(hardened).carried_out)}%. "
+        f"After {late.name}, the hardened model fails to refuse "
+        f"{format_share(late.not_refused(result, HARDENED))}% and carries out {format_share(late.carried_out(result, HARDENED))}%. "
         "LoX delays erosion; it does not prevent it."
     )
-    full, noise = result.condition(FULL_RANK), result.condition(GAUSSIAN)
     not_shown = [
         "That the leading directions are special: extrapolating the whole delta to the same norm (full-rank, ExPO) does as well on average "
-        f"(ASR here: {_pair(COMPARED[0], full, hardened)}, {_pair(COMPARED[1], full, hardened)}). In the toy, LoX does not beat it. "
-        f"Gaussian noise of the same norm is the control for size alone ({_pair(COMPARED[0], noise, hardened)}, "
-        f"{_pair(COMPARED[1], noise, hardened)}).",
+        f"(ASR here: {_pair(COMPARED[0], result, FULL_RANK)}, {_pair(COMPARED[1], result, FULL_RANK)}). In the toy, LoX does not beat it. "
+        f"Gaussian noise of the same norm is the control for size alone ({_pair(COMPARED[0], result, GAUSSIAN)}, "
+        f"{_pair(COMPARED[1], result, GAUSSIAN)}).",
         f"Anything about real models: these have {result.parameters:,} parameters and a language of symbols, and their base model was taught how to "
         "refuse, without which extrapolation breaks refusals instead of strengthening them.",
         "Anything about other seeds: one seed is one draw, and the intervals count requests, not seeds. "
@@ -129,9 +119,20 @@ def plain_words(result: DemoResult) -> tuple[list[str], list[str]]:
     return shown, not_shown
 
 
-def _comparison(stage: Stage, aligned: Condition, hardened: Condition) -> str:
-    before, after = stage.of(aligned).attack_success, stage.of(hardened).attack_success
-    sentence = f"After {_name(stage)}, the aligned model fails to refuse {format_share(before)}% and the hardened one {format_share(after)}%"
+def _effective_rank(result: DemoResult) -> str:
+    found = result.search
+    if found.effective_rank is None:
+        highest = max(point.rank for point in found.curve)
+        return f"No rank up to {highest} is as safe as the aligned model to within {found.rho:g} on the requests that alignment taught to refuse."
+    return (
+        f"Rank {found.effective_rank} of the alignment delta is enough to be as safe as the aligned model to within {found.rho:g} on the requests "
+        "that alignment taught to refuse."
+    )
+
+
+def _comparison(stage: Stage, result: DemoResult) -> str:
+    before, after = stage.not_refused(result, ALIGNED), stage.not_refused(result, HARDENED)
+    sentence = f"After {stage.name}, the aligned model fails to refuse {format_share(before)}% and the hardened one {format_share(after)}%"
     if before.interval is None or after.interval is None:
         return sentence + "."
     if after.interval[1] < before.interval[0]:
@@ -141,10 +142,6 @@ def _comparison(stage: Stage, aligned: Condition, hardened: Condition) -> str:
     return sentence + ": no clear difference on this seed."
 
 
-def _pair(stage: Stage, control: Condition, hardened: Condition) -> str:
-    left, right = format_share(stage.of(control).attack_success), format_share(stage.of(hardened).attack_success)
-    return f"{left}% against LoX's {right}% after {_name(stage)}"
-
-
-def _name(stage: Stage) -> str:
-    return f"{stage.step} {stage.attack} steps"
+def _pair(stage: Stage, result: DemoResult, control: str) -> str:
+    left, right = format_share(stage.not_refused(result, control)), format_share(stage.not_refused(result, HARDENED))
+    return f"{left}% against LoX's {right}% after {stage.name}"

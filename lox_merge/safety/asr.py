@@ -63,6 +63,16 @@ def attack_success(verdicts: Sequence[Verdict]) -> AttackSuccess:
     )
 
 
+def by_category(evaluation: Evaluation, judge: str) -> dict[str, AttackSuccess]:
+    """Attack success on the prompts of each category, in the order of first appearance; empty where no prompt has one."""
+    verdicts = evaluation.verdicts[judge]
+    names = dict.fromkeys(category for category in evaluation.categories if category is not None)
+    return {
+        name: attack_success([verdict for verdict, category in zip(verdicts, evaluation.categories, strict=True) if category == name])
+        for name in names
+    }
+
+
 def evaluate(source: ReplySource, prompts: PromptSet, judges: Sequence[Judge], *, cache: VerdictCache | None = None) -> Evaluation:
     """Asks `source` every prompt and has every judge decide on every reply.
 
@@ -100,7 +110,13 @@ def judge_replies(
         verdicts=verdicts,
         attack_success={name: attack_success(given) for name, given in verdicts.items()},
         judges={judge.name: judge.identity() for judge in judges},
+        categories=_categories(prompts),
     )
+
+
+def _categories(prompts: PromptSet) -> tuple[str | None, ...]:
+    found = tuple(prompt.category for prompt in prompts.prompts)
+    return found if any(category is not None for category in found) else ()
 
 
 def check_judges(judges: Sequence[Judge]) -> None:
@@ -162,14 +178,23 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "prompts": evaluation.prompts,
         "judges": evaluation.judges,
         "attack_success": {name: asdict(figures) for name, figures in evaluation.attack_success.items()},
+        "by_category": categories_json(evaluation),
         "agreement": [asdict(pair) for pair in agreement(evaluation)],
     }
+
+
+def categories_json(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """`by_category` of every judge as plain JSON values; empty where no prompt has a category."""
+    if not evaluation.categories:
+        return {}
+    return {judge: {category: asdict(figures) for category, figures in by_category(evaluation, judge).items()} for judge in evaluation.verdicts}
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """`summary` with every reply and verdict, as plain JSON values; `from_json` reads it back."""
     return {
         **summary(evaluation),
+        "categories": list(evaluation.categories),
         "replies": [asdict(reply) for reply in evaluation.replies],
         "verdicts": {name: [asdict(verdict) for verdict in given] for name, given in evaluation.verdicts.items()},
     }
@@ -187,6 +212,7 @@ def from_json(document: dict[str, Any]) -> Evaluation:
             verdicts=verdicts,
             attack_success={name: attack_success(given) for name, given in verdicts.items()},
             judges=document["judges"],
+            categories=tuple(document.get("categories", ())),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"this JSON is not an evaluation with replies and verdicts ({type(error).__name__}: {error}).") from error

@@ -72,18 +72,27 @@ def check_attack_packages(lora: bool = False) -> None:
 
 
 def fine_tune(
-    model: Any, tokenizer: Any, data: AttackData, settings: AttackSettings, observe: Observer, *, seed: int = 0, rendering: Rendering | None = None
+    model: Any,
+    tokenizer: Any,
+    data: AttackData,
+    settings: AttackSettings,
+    observe: Observer,
+    *,
+    seed: int = 0,
+    rendering: Rendering | None = None,
+    examples: Sequence[dict[str, list[int]]] | None = None,
 ) -> list[str]:
     """Fine-tunes `model` (float32, on the CPU or the first GPU) in place and observes it at settings.steps.
 
     The order of the examples follows from seed, data and settings alone, so all models get the same batches. Returns a short hash
-    of each batch in the order of training. Nothing is saved: no checkpoint, no log; the trainer's folder is private and removed.
-    Raises RequestError for a missing package, another dtype or device, NumericalError where the weights do not stay finite,
-    LoxMergeError when memory runs out.
+    of each batch in the order of training. examples: what `tokenised` gives for `data`, where the caller has it. Nothing is
+    saved: no checkpoint, no log; the trainer's folder is private and removed. Raises RequestError for a missing package, another
+    dtype or device, NumericalError where the weights do not stay finite, LoxMergeError when memory runs out.
     """
     check_attack_packages(settings.lora)
     _check_model(model)
-    examples = tokenised(data, tokenizer, rendering or Rendering(), settings.max_length)
+    if examples is None:
+        examples = tokenised(data, tokenizer, rendering or Rendering(), settings.max_length)
     if 0 in settings.steps:
         model.eval()
         observe(0, model)

@@ -70,16 +70,22 @@ def load_attack(path: str | Path) -> AttackData:
             f"{path.name}: an empty or malformed example in row(s) {numbers(bad)}. A conversation is a list of objects with role and content "
             "(both text) and at least one assistant's message; prompts, responses and texts must not be empty."
         )
-    kept = tuple(tuple(conversation) for conversation in conversations if conversation is not None)
+    return attack_data(path.stem, path.name, [conversation for conversation in conversations if conversation is not None])
+
+
+def attack_data(name: str, source: str, conversations: Sequence[Sequence[Message]]) -> AttackData:
+    """Conversations made elsewhere, with their hash. source: what results say of where they came from."""
+    kept = tuple(tuple(conversation) for conversation in conversations)
     digest = hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
-    return AttackData(path.stem, path.name, kept, digest)
+    return AttackData(name, source, kept, digest)
 
 
 def tokenised(data: AttackData, tokenizer: Any, rendering: Rendering, longest: int) -> list[dict[str, list[int]]]:
     """`input_ids` and `labels` of every example, cut after `longest` tokens; labels are IGNORED outside responses.
 
     Rendered by the tokenizer's chat template as the evaluation's prompts are (or as bare prompt and response). Of a plain text
-    every token counts. Raises RequestError for what the template cannot render, and for examples without a response left.
+    every token counts. A prefill belongs to the evaluation and is not trained. Raises RequestError for what the template cannot
+    render, and for examples without a response left.
     """
     examples = [_example(conversation, tokenizer, rendering, longest) for conversation in data.conversations]
     # The first token is never predicted, so a label there trains nothing.
@@ -127,7 +133,7 @@ def _example(conversation: Sequence[Message], tokenizer: Any, rendering: Renderi
     def tokens_of(count: int, *, asking: bool) -> list[int]:
         """The first `count` turns. asking: up to where the model begins to answer."""
         if not template:
-            text = "".join(turn["content"] + (rendering.prefill or "") * (turn["role"] == "user") for turn in turns[:count])
+            text = "".join(turn["content"] for turn in turns[:count])
             return _encode(tokenizer, text, special=True, end=count == len(turns) and not asking)
         try:
             text = str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=asking))

@@ -89,6 +89,15 @@ class LocalModel:
             "rendering": self.rendering.identity(self.tokenizer),
         }
 
+    @contextmanager
+    def storing(self, store: Path | None) -> Iterator[None]:
+        """Another file of replies, or none, for the time of a `with` statement: one file holds the replies to one set."""
+        before, self.store = self.store, store
+        try:
+            yield
+        finally:
+            self.store = before
+
     def replies(self, prompts: PromptSet) -> list[Reply]:
         """One reply per prompt, in order.
 

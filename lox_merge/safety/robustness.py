@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,17 +15,18 @@ import torch
 from lox_merge._version import __version__
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.harden import check_some_delta, plan_hardening
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
-from lox_merge.safety.asr import Comparison, check_judges, compare, evaluate
+from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
 from lox_merge.safety.attack import AttackSettings, check_attack_packages, fine_tune
 from lox_merge.safety.attack_data import AttackData, tokenised
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.dispersion import Dispersion, Ratio
 from lox_merge.safety.generation import LocalModel
-from lox_merge.safety.starting_points import ALIGNED, CONTROLS, HARDENED, check_hardened, check_some_edit, set_starting_point
+from lox_merge.safety.starting_points import ALIGNED, CONTROLS, HARDENED, Control, check_hardened, check_some_edit, set_starting_point
 from lox_merge.safety.types import Evaluation, Judge, PromptSet
 
 ModelUtility = Callable[[LocalModel], Mapping[str, float | None]]
@@ -115,6 +117,7 @@ class Robustness:
                 {
                     "step": point.step,
                     "attack_success": {judge: asdict(figures) for judge, figures in point.evaluation.attack_success.items()},
+                    "by_category": categories_json(point.evaluation),
                     "against_aligned": {judge: asdict(found) for judge, found in compared.items() if found is not None},
                     "r_ft": asdict(point.r_ft),
                     "r_ft_over_r_align": curve.dispersion(point.step),
@@ -134,8 +137,9 @@ def compare_under_attack(
     *,
     settings: AttackSettings | None = None,
     recipe: Recipe | None = None,
+    factors: str | Path | None = None,
     seeds: Sequence[int] = (0,),
-    controls: bool = False,
+    controls: bool | Sequence[Control] = False,
     model: Mapping[str, Any] | None = None,
     rendering: Rendering | None = None,
     utility: ModelUtility | None = None,
@@ -145,9 +149,10 @@ def compare_under_attack(
     order_is_right: bool = False,
     report: Report | None = None,
 ) -> Robustness:
-    """Attacks aligned, hardened and, with `controls`, three edits of equal norm: same data, seed, order and steps.
+    """Attacks aligned, hardened and, with `controls`, edits of equal norm (all three, or those named): same data, seed, order and steps.
 
     hardened: the output of a hardening; None hardens in memory as `recipe` says. recipe: also the rank of R and of the controls.
+    factors: file of `lox-merge decompose` for this pair; no SVD is spent then.
     model: settings of LocalModel (decoding, batch_size, …). utility: measured beside each ASR. seeds: of the order of the
     examples, the adapters' first values and the random controls. One model in memory at a time, float32; attacked weights are
     never written. Raises RequestError before any attack wherever headers, data and packages can tell.
@@ -157,8 +162,49 @@ def compare_under_attack(
     check_judges(judges)
     _check_request(attacks, prompts, seeds)
     say = report or (lambda _text: None)
+    kinds = (ALIGNED, HARDENED, *_controls(controls))
+    with open_factors(factors) as held:
+        plan, given = _opened(base, aligned, hardened, recipe, held, order_is_right, cache_dir)
+
+        def load(kind: str, seed: int) -> LocalModel:
+            # The hardened folder is applied to the loaded aligned model only where its tensors are edited; others are the same by design.
+            loaded = LocalModel.load(aligned, device=device, dtype="float32", cache_dir=cache_dir, rendering=rendering, **(model or {}))
+            set_starting_point(loaded.model, plan, kind, hardened=given, seed=seed)
+            return loaded
+
+        first = load(ALIGNED, 0)
+        # All at once: bad data of the last attack must not cost the first ones.
+        examples = {attack.name: tokenised(attack, first.tokenizer, rendering, settings.max_length) for attack in attacks}
+        dispersion = Dispersion(first.model, plan)
+        if utility is not None:
+            utility(first)  # the aligned model is the reference of the KL divergence
+        del first
+        curves: list[Curve] = []
+        for attack, seed, kind in itertools.product(attacks, seeds, kinds):
+            say(f"{attack.name}, seed {seed}: {kind}, {max(settings.steps)} steps")
+            gc.collect()  # the trainer's cycles keep the last model until then
+            observer = _Observer(load(kind, seed), kind, prompts, judges, dispersion, utility, cache)
+            curves.append(observer.attacked(attack, examples[attack.name], settings, seed))
+            del observer
+            if curves[-1].batches != next(curve for curve in curves if (curve.attack, curve.seed) == (attack.name, seed)).batches:
+                raise LoxMergeError(f"{kind} was not trained on the same batches as aligned, so they cannot be compared. Please report this.")
+    return Robustness(_sources(plan, given), recipe or Recipe(), settings, tuple(attacks), tuple(seeds), tuple(curves))
+
+
+def _opened(
+    base: str | Path,
+    aligned: str | Path,
+    hardened: str | Path | None,
+    recipe: Recipe | None,
+    factors: Factors | None,
+    order_is_right: bool,
+    cache_dir: Path | None,
+) -> tuple[Plan, Checkpoint | None]:
+    """The pair, planned, and the hardened checkpoint where there is one, on disk and compared. Raises RequestError."""
     with tempfile.TemporaryDirectory(prefix="lox-merge-") as scratch:  # the plan wants the name of an output; nothing is written there
-        plan = plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, order_is_right=order_is_right, cache_dir=cache_dir)
+        plan = plan_hardening(
+            base, aligned, Path(scratch) / "out", recipe=recipe, factors=factors, order_is_right=order_is_right, cache_dir=cache_dir
+        )
     given = open_checkpoint(hardened, "hardened", cache_dir) if hardened is not None else None
     if given is not None:
         check_hardened(given, plan)
@@ -167,56 +213,53 @@ def compare_under_attack(
     check_some_delta(plan)
     if given is not None:
         check_some_edit(given, plan)
-
-    def load(kind: str, seed: int) -> LocalModel:
-        # The hardened folder is applied to the loaded aligned model only where its tensors are edited; others are the same by design.
-        loaded = LocalModel.load(aligned, device=device, dtype="float32", cache_dir=cache_dir, rendering=rendering, **(model or {}))
-        set_starting_point(loaded.model, plan, kind, hardened=given, seed=seed)
-        return loaded
-
-    first = load(ALIGNED, 0)
-    for attack in attacks:
-        tokenised(attack, first.tokenizer, rendering, settings.max_length)  # bad data of the last attack must not cost the first ones
-    dispersion = Dispersion(first.model, plan)
-    if utility is not None:
-        utility(first)  # the aligned model is the reference of the KL divergence
-    del first
-    curves: list[Curve] = []
-    for attack in attacks:
-        for seed in seeds:
-            for kind in (ALIGNED, HARDENED, *(CONTROLS if controls else ())):
-                say(f"{attack.name}, seed {seed}: {kind}, {max(settings.steps)} steps")
-                gc.collect()  # the trainer's cycles keep the last model until then
-                curves.append(_attacked(load(kind, seed), kind, attack, seed, settings, prompts, judges, dispersion, utility, cache))
-                if curves[-1].batches != next(curve for curve in curves if (curve.attack, curve.seed) == (attack.name, seed)).batches:
-                    raise LoxMergeError(f"{kind} was not trained on the same batches as aligned, so they cannot be compared. Please report this.")
-    return Robustness(_sources(plan, given), recipe or Recipe(), settings, tuple(attacks), tuple(seeds), tuple(curves))
+    return plan, given
 
 
-def _attacked(
-    source: LocalModel,
-    kind: str,
-    attack: AttackData,
-    seed: int,
-    settings: AttackSettings,
-    prompts: PromptSet,
-    judges: Sequence[Judge],
-    dispersion: Dispersion,
-    utility: ModelUtility | None,
-    cache: VerdictCache | None,
-) -> Curve:
-    points: list[Point] = []
-    before = dispersion.ratio(source.model)
+def _controls(chosen: bool | Sequence[Control]) -> tuple[Control, ...]:
+    if isinstance(chosen, bool):
+        return CONTROLS if chosen else ()
+    unknown = [control for control in chosen if control not in CONTROLS]
+    if unknown:
+        raise RequestError(f"the control {unknown[0]!r} is not known; use {', '.join(CONTROLS)}.")
+    return tuple(chosen)
 
-    def observe(step: int, model: Any) -> None:
-        source.model = model
-        evaluation = replace(evaluate(source, prompts, judges, cache=cache), title=f"{kind}, {step} steps")
-        points.append(Point(step, evaluation, dispersion.ratio(model), dict(utility(source)) if utility is not None else {}))
 
-    batches = fine_tune(source.model, source.tokenizer, attack, settings, observe, seed=seed, rendering=source.rendering)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return Curve(attack.name, kind, seed, before, tuple(points), tuple(batches))
+@dataclass
+class _Observer:
+    """One starting point under attack, measured at every chosen step."""
+
+    source: LocalModel
+    kind: str
+    prompts: PromptSet
+    judges: Sequence[Judge]
+    dispersion: Dispersion
+    utility: ModelUtility | None
+    cache: VerdictCache | None
+
+    def attacked(self, attack: AttackData, examples: Sequence[dict[str, list[int]]], settings: AttackSettings, seed: int) -> Curve:
+        points: list[Point] = []
+        before = self.dispersion.ratio(self.source.model)
+        model, tokenizer, rendering = self.source.model, self.source.tokenizer, self.source.rendering
+        batches = fine_tune(
+            model,
+            tokenizer,
+            attack,
+            settings,
+            lambda step, now: points.append(self._point(step, now)),
+            seed=seed,
+            rendering=rendering,
+            examples=examples,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Curve(attack.name, self.kind, seed, before, tuple(points), tuple(batches))
+
+    def _point(self, step: int, model: Any) -> Point:
+        self.source.model = model
+        evaluation = replace(evaluate(self.source, self.prompts, self.judges, cache=self.cache), title=f"{self.kind}, {step} steps")
+        found = {} if self.utility is None else dict(self.utility(self.source))
+        return Point(step, evaluation, self.dispersion.ratio(model), found)
 
 
 def _check_request(attacks: Sequence[AttackData], prompts: PromptSet, seeds: Sequence[int]) -> None:

@@ -9,16 +9,18 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lox_merge.errors import LoxMergeWarning, RequestError
 from lox_merge.safety import statistics
 from lox_merge.safety.asr import evaluate
 from lox_merge.safety.cache import VerdictCache
+from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.rank_model import RankSwapper
 from lox_merge.safety.rank_notes import CONFIDENCE, curve_notes, resolution_notes
 from lox_merge.safety.spectrum import NoiseFloor, Spectra
-from lox_merge.safety.types import AttackSuccess, Evaluation, Judge, PromptSet, Reply, ReplySource
+from lox_merge.safety.types import AttackSuccess, Evaluation, Judge, PromptSet, Reply
 
 # The authors' list and threshold.
 DEFAULT_RANKS = (0, 1, 2, 3, 4, 6, 8)
@@ -71,24 +73,29 @@ class RankSearch:
 
 
 class RankedSource:
-    """The model of another source at one rank: same replies, but a name and an identity of its own."""
+    """A model at one rank (None: aligned itself): its replies, with a name, an identity and a file of replies of its own.
 
-    def __init__(self, source: ReplySource, rank: int) -> None:
+    folder: where replies are kept while they come in, so that an interrupted search goes on; None keeps none.
+    """
+
+    def __init__(self, source: LocalModel, rank: int | None, folder: Path | None = None) -> None:
         self._source, self._rank = source, rank
+        self._store = None if folder is None else folder / ("aligned.jsonl" if rank is None else f"rank-{rank}.jsonl")
 
     @property
     def title(self) -> str:
-        return f"{self._source.title} (rank {self._rank})"
+        return self._source.title if self._rank is None else f"{self._source.title} (rank {self._rank})"
 
     def identity(self) -> dict[str, Any]:
-        return self._source.identity() | {"rank": self._rank}
+        return self._source.identity() | ({} if self._rank is None else {"rank": self._rank})
 
     def replies(self, prompts: PromptSet) -> list[Reply]:
-        return self._source.replies(prompts)
+        with self._source.storing(self._store):
+            return self._source.replies(prompts)
 
 
 def search_rank(
-    source: ReplySource,
+    source: LocalModel,
     swapper: RankSwapper,
     spectra: Spectra,
     prompts: PromptSet,
@@ -100,19 +107,20 @@ def search_rank(
     confident: bool = False,
     utility: Utility | None = None,
     cache: VerdictCache | None = None,
+    replies: Path | None = None,
     progress: Callable[[RankPoint], None] | None = None,
 ) -> RankSearch:
     """Measures theta_r over `ranks`, or by bisection between 0 and the largest of them, and finds the effective rank.
 
-    source: generates with the very model that `swapper` changes, keeping no replies between calls. utility: measures the
-    model as it is then. Leaves the aligned weights in place, whatever happens. Raises RequestError for settings that are
+    source: generates with the very model that `swapper` changes. utility: measures the model as it is then. replies: a folder
+    from whose files an interrupted search goes on. Leaves the aligned weights in place, whatever happens. Raises RequestError for settings that are
     not allowed.
     """
     wanted = check_request(ranks, rho)
     with swapper:
         if swapper.rank is not None:
             swapper.restore()
-        reference = evaluate(source, prompts, [judge], cache=cache)
+        reference = evaluate(RankedSource(source, None, replies), prompts, [judge], cache=cache)
         aligned_utility = dict(utility()) if utility else {}
         measured: dict[int, RankPoint] = {}
 
@@ -121,7 +129,7 @@ def search_rank(
                 started = time.perf_counter()
                 swapper.set_rank(rank)
                 changed = time.perf_counter()
-                evaluation = evaluate(RankedSource(source, rank), prompts, [judge], cache=cache)
+                evaluation = evaluate(RankedSource(source, rank, replies), prompts, [judge], cache=cache)
                 done = time.perf_counter()
                 increase, bound = paired_increase(evaluation, reference, judge.name)
                 decisive = bound if confident else increase

@@ -43,6 +43,7 @@ def search(
     model: Mapping[str, Any] | None = None,
     utility: ModelUtility | None = None,
     cache: VerdictCache | None = None,
+    replies: Path | None = None,
     device: str = "auto",
     cache_dir: Path | None = None,
     order_is_right: bool = False,
@@ -55,7 +56,8 @@ def search(
 
     factors: what `lox-merge decompose` wrote for this pair; without them the deltas are decomposed now, in a temporary
     folder. recipe: which matrices (its rank and alpha do not matter); with factors, None takes theirs. model: settings of
-    LocalModel.load (dtype, decoding, rendering, batch_size, …). utility: measured beside each ASR.
+    LocalModel.load (dtype, decoding, rendering, batch_size, …). utility: measured beside each ASR. replies: a folder that keeps
+    them, from which the same search goes on after an interruption.
     Raises RequestError before any model is loaded wherever headers and hashes can tell.
     """
     highest = max(1, *check_request(ranks, rho))
@@ -99,6 +101,7 @@ def search(
                 confident=confident,
                 utility=None if utility is None else lambda: utility(source),
                 cache=cache,
+                replies=replies,
                 progress=progress,
             )
         finally:

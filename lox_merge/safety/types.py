@@ -114,7 +114,10 @@ class AttackSuccess:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model, one prompt set, one or more judges. verdicts: judge name to one verdict per prompt, in order."""
+    """One model, one prompt set, one or more judges. verdicts: judge name to one verdict per prompt, in order.
+
+    categories: of the prompts, in order; empty where none has one.
+    """
 
     model: dict[str, Any]
     title: str
@@ -123,6 +126,7 @@ class Evaluation:
     verdicts: dict[str, tuple[Verdict, ...]]
     attack_success: dict[str, AttackSuccess]
     judges: dict[str, dict[str, Any]] = field(default_factory=dict)
+    categories: tuple[str | None, ...] = ()
 
     def successes(self, judge: str) -> list[bool | None]:
         return [verdict.success for verdict in self.verdicts[judge]]

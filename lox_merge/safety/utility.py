@@ -1,8 +1,7 @@
-"""What a model is good for: perplexity on texts, exact match on questions, and lm-eval's tasks."""
+"""What a model is good for: perplexity on texts, and exact match on questions."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,40 +133,6 @@ def exact_match(source: ReplySource, questions: Questions) -> ExactMatch:
     correct = sum(_normal(reply.text) == _normal(answer) for reply, answer in zip(replies, questions.answers, strict=True))
     n = len(replies)
     return ExactMatch(correct / n if n else None, correct, n, wilson(correct, n))
-
-
-def lm_eval_scores(
-    model: str | Path,
-    tasks: Sequence[str],
-    *,
-    device: str | None = None,
-    dtype: str = "auto",
-    batch_size: int | str = "auto",
-    limit: int | None = None,
-    seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """lm-eval's own metrics: task to metric ('acc,none') to value. model: a folder or a Hub id.
-
-    Raises RequestError where lm-eval is not installed or knows no such task.
-    """
-    if not tasks:
-        raise RequestError("no lm-eval task is named, such as hellaswag.")
-    try:
-        evaluator = importlib.import_module("lm_eval")
-    except ImportError as error:
-        raise RequestError("the standard tasks need the package lm-eval: pip install lm-eval.") from error
-    name, _, revision = str(model).partition("@") if not Path(model).is_dir() else (str(model), "", "")
-    arguments = {"pretrained": name, "dtype": dtype, **({"revision": revision} if revision else {})}
-    try:
-        result = evaluator.simple_evaluate(
-            model="hf", model_args=arguments, tasks=list(tasks), device=device, batch_size=batch_size, limit=limit, random_seed=seed
-        )
-    except (KeyError, ValueError) as error:
-        raise RequestError(f"lm-eval cannot run {', '.join(tasks)}: {error}. `lm-eval ls tasks` lists the tasks it knows.") from error
-    return {
-        task: {metric: float(value) for metric, value in metrics.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
-        for task, metrics in result["results"].items()
-    }
 
 
 def _normal(text: str) -> str:

@@ -22,7 +22,7 @@ class PythonJudge:
     def __init__(self, function: str, *, threshold: float = 0.5) -> None:
         """Raises RequestError where the function is not there or cannot be called."""
         self._text, self._threshold = function, threshold
-        self._function = load_object(function, "the judge python:")
+        self._function = load_object(function, "the judge python")
         if not callable(self._function):
             raise RequestError(f"the judge python:{function} is not a function.")
 

@@ -1,0 +1,87 @@
+"""The standard benchmarks of lm-eval (EleutherAI), on the model that is in memory."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lox_merge.errors import RequestError
+
+_BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
+
+
+def check_lm_eval(tasks: Sequence[str]) -> None:
+    """Raises RequestError where lm-eval is not installed or knows no such task, before a model is loaded."""
+    if not tasks:
+        raise RequestError("no lm-eval task is named, such as hellaswag.")
+    _package()
+    manager = importlib.import_module("lm_eval.tasks").TaskManager()
+    unknown = [task for task in tasks if not task.endswith((".yaml", ".yml")) and not manager.match_tasks([task])]
+    if unknown:
+        raise RequestError(
+            f"lm-eval knows no task {', '.join(unknown)}. `lm-eval ls tasks` lists those it knows; a task of your own is named by its .yaml file."
+        )
+
+
+def lm_eval_scores(
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, batch_size: int | None = None, limit: int | None = None, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Task to metric ('acc', or 'exact_match (strict-match)' where a filter has a name) to value, as lm-eval defines them.
+
+    tasks: lm-eval's names, or .yaml files. limit: only so many examples of each. seed: of the few-shot examples. Prompts are lm-eval's
+    own, without a chat template. Raises RequestError where lm-eval is not installed or cannot run a task.
+    """
+    package = _package()
+    wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
+    rows = batch_size or (_BATCH_ON_GPU if model.device.type == "cuda" else _BATCH_ON_CPU)
+    training = model.training
+    with _quiet():
+        try:
+            result = package.simple_evaluate(
+                model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=rows),
+                tasks=list(tasks),
+                limit=limit,
+                bootstrap_iters=0,  # its standard errors are not shown
+                log_samples=False,
+                # None: the caller's random numbers go on as if nothing had been measured.
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+                fewshot_random_seed=seed,
+            )
+        except (KeyError, ValueError, OSError) as error:
+            raise RequestError(f"lm-eval cannot run {', '.join(tasks)}: {error}. `lm-eval ls tasks` lists the tasks it knows.") from error
+        finally:
+            model.train(training)
+    return {task: _figures(metrics) for task, metrics in result["results"].items()}
+
+
+def _figures(metrics: dict[str, Any]) -> dict[str, float]:
+    figures = {}
+    for name, value in metrics.items():
+        metric, _, filtered = name.partition(",")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and filtered and not metric.endswith("_stderr"):
+            figures[metric if filtered == "none" else f"{metric} ({filtered})"] = float(value)
+    return figures
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise RequestError("the standard tasks need the package lm-eval: pip install 'lox-merge[lm-eval]'.") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval's log says what is known here (a model in memory, the settings); its warnings of trouble with data stay."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
