@@ -56,7 +56,7 @@ def test_documented_hardenings_run(pair: Path, run_cli: RunCli, tmp_path: Path, 
 
 def test_the_python_example_runs(pair: Path, toy_pair_seed0: object, tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "examples" / "harden_from_python.py")]
-    environment = {**os.environ, "LOX_MERGE_CACHE": str(TOY_CACHE)}
+    environment = {**os.environ, "LOX_MERGE_CACHE": str(TOY_CACHE.parent)}
     toy = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
     assert toy.returncode == 0, toy.stderr
     assert "tensors edited, mean R_align" in toy.stdout

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lab_fixtures import TOY_CACHE
 
-from lox_merge.jobs.filter_checks import LARGEST_REVERSAL
 from lox_merge.lab.checkpoints import ToyPair
+from lox_merge.maths.geometry import REVERTING_COSINE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -25,7 +25,7 @@ def test_harm_and_utility_go_down_together(toy_pair_seed0: ToyPair, capsys) -> N
     assert much.measured.carried_out.value <= 0.4 and much.measured.utility.value <= 0.4
     assert little.removed < much.removed < 1
     # What the refusal of reversed models has to let through.
-    assert result["reversal"]["contaminated"] < LARGEST_REVERSAL / 2
+    assert result["reversal"]["contaminated"] < REVERTING_COSINE / 2
     show(result)
     printed = capsys.readouterr().out
     assert "top 0.5" in printed and "removed" in printed

@@ -223,7 +223,7 @@ def test_sources_that_are_not_there(template: Pair, refused: Callable[..., str],
     (tmp_path / "empty").mkdir()
     assert "has no model.safetensors" in refused(tmp_path / "empty", template[1])
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
-    assert "PEFT adapter" in refused(template[0], tmp_path / "empty")
+    assert "has adapter_config.json, but neither adapter_model.safetensors" in refused(template[0], tmp_path / "empty")
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(tmp_path / "file", template[1])
 

@@ -113,4 +113,7 @@ def print_full(results: Sequence[DemoResult], console: Console | None = None) ->
 
 
 def _cell(found: Spread | None) -> str:
-    return "undefined" if found is None else f"{100 * found.median:.0f} [{100 * found.low:.0f}-{100 * found.high:.0f}]"
+    if found is None:
+        return "undefined"
+    middle, low, high = (f"{100 * value:.0f}" for value in (found.median, found.low, found.high))
+    return middle if low == high else f"{middle} [{low}-{high}]"

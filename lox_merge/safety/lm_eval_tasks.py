@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,8 @@ def check_lm_eval(tasks: Sequence[str]) -> None:
     if not tasks:
         raise RequestError("no lm-eval task is named, such as hellaswag.")
     _package()
-    manager = importlib.import_module("lm_eval.tasks").TaskManager()
-    unknown = [task for task in tasks if not task.endswith((".yaml", ".yml")) and not manager.match_tasks([task])]
+    named = [task for task in tasks if not _is_file(task)]
+    unknown = [task for task in named if not _manager(bool(named)).match_tasks([task])]
     if unknown:
         raise RequestError(
             f"lm-eval knows no task {', '.join(unknown)}. `lm-eval ls tasks` lists those it knows; a task of your own is named by its .yaml file."
@@ -44,6 +45,7 @@ def lm_eval_scores(
                 model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=rows),
                 tasks=list(tasks),
                 limit=limit,
+                task_manager=_manager(not all(map(_is_file, tasks))),
                 bootstrap_iters=0,  # its standard errors are not shown
                 log_samples=False,
                 # None: the caller's random numbers go on as if nothing had been measured.
@@ -57,6 +59,16 @@ def lm_eval_scores(
         finally:
             model.train(training)
     return {task: _figures(metrics) for task, metrics in result["results"].items()}
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+@functools.cache
+def _manager(with_defaults: bool) -> Any:
+    """lm-eval's index of tasks. Reading the thousands it comes with takes seconds: once, and only where one is asked for."""
+    return importlib.import_module("lm_eval.tasks").TaskManager(include_defaults=with_defaults)
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
