@@ -11,6 +11,7 @@ python examples/toy_projection_filter.py 8 9 --json filter.json
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -25,13 +26,17 @@ from torch import Tensor
 from lox_merge.lab.attacks import benign_attack, harmful_attack
 from lox_merge.lab.checkpoints import toy_pair
 from lox_merge.lab.language import comply, new_task, prompt
-from lox_merge.lab.measure import Measurement, measure
-from lox_merge.lab.models import load_model, one_thread, weights, with_weights
+from lox_merge.lab.measure import BATCH_SIZE, CARRIED_OUT, DECODING, NEW_TASK, NOT_REFUSED, CarriedOut, NotRefused, ToyUtility, forbidden_prompts
+from lox_merge.lab.models import load_model, one_thread
 from lox_merge.lab.recipe import ToyRecipe, Training
-from lox_merge.lab.requests import draw_requests
+from lox_merge.lab.requests import TEST_REQUESTS, TestRequests, draw_requests
+from lox_merge.lab.stages import Rate
+from lox_merge.lab.tokenizer import build_tokenizer
 from lox_merge.lab.training import pack, train
 from lox_merge.maths.directions import rank_of_fraction
 from lox_merge.maths.filter import filter_matrix
+from lox_merge.safety.asr import by_category, evaluate
+from lox_merge.safety.generation import LocalModel
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 BASES = ("top", "random-k", "random")
@@ -40,6 +45,16 @@ KINDS = ("contaminated", "task", "harmful")
 TASK_REQUESTS = 128  # and the 32 forbidden ones: one in five
 
 State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model. attack_success_seen: on nouns that alignment has shown. utility: of the new task."""
+
+    attack_success: Rate
+    attack_success_seen: Rate
+    carried_out: Rate
+    utility: Rate
 
 
 @dataclass(frozen=True)
@@ -52,19 +67,42 @@ class Cell:
     measured: Measurement
 
 
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def with_weights(model: Any, state: State) -> Any:
+    """A copy of `model` that holds `state`."""
+    edited = copy.deepcopy(model)
+    edited.load_state_dict(state)
+    return edited.eval()
+
+
+def measure(model: Any, tests: TestRequests) -> Measurement:
+    source = LocalModel(model, build_tokenizer(chat=True), decoding=DECODING, batch_size=BATCH_SIZE)
+    found = evaluate(source, forbidden_prompts(tests), [NotRefused(), CarriedOut()])
+    share = ToyUtility(tests)(source)[NEW_TASK] or 0.0
+    return Measurement(
+        Rate.of(found.attack_success[NOT_REFUSED]),
+        Rate.of(by_category(found, NOT_REFUSED)["seen"]),
+        Rate.of(found.attack_success[CARRIED_OUT]),
+        Rate(round(share * TEST_REQUESTS), TEST_REQUESTS),
+    )
+
+
 def finetuned_states(aligned_folder: Path, recipe: ToyRecipe, kinds: tuple[str, ...] = KINDS) -> dict[str, State]:
     """Weights after fine-tuning on: the task with one forbidden request in five; the task alone; forbidden requests alone."""
     requests = draw_requests(recipe)
     task = [(prompt(request), new_task(request)) for request in requests.benign]
     mixed = task[:TASK_REQUESTS] + [(prompt(request), new_task(request)) for request in requests.harmful]
     harmful = [(prompt(request), comply(request)) for request in requests.harmful]
-    fast, slow = benign_attack(recipe).training, harmful_attack(recipe).training
+    fast, slow = benign_attack(recipe).settings, harmful_attack(recipe).settings
     states: dict[str, State] = {}
     sets = {"contaminated": (mixed, fast, STEPS), "task": (task, fast, 100), "harmful": (harmful, slow, 50)}
     for name in kinds:
         examples, training, steps = sets[name]
         model = load_model(aligned_folder)
-        chosen = Training(steps, training.learning_rate, training.batch_size, training.warmup_steps, decay=training.decay)
+        chosen = Training(steps, training.learning_rate, training.batch_size, training.warmup_steps, decay="constant")
         train(model, pack(examples), chosen, seed=recipe.seed + 9)
         states[name] = weights(model.eval())
     return states
@@ -110,10 +148,10 @@ def sweep(
                 state = filtered(base, aligned, contaminated, fraction, basis, seed)
                 taken = {name: contaminated[name] - state[name] for name in aligned}
                 removed = inner(taken, taken, aligned) / inner(change, change, aligned)
-                cells.append(Cell(basis, fraction, removed, measure(with_weights(model, state), tests, useful_answer=new_task)))
+                cells.append(Cell(basis, fraction, removed, measure(with_weights(model, state), tests)))
         plain = {
-            "aligned": measure(model, tests, useful_answer=new_task),
-            "fine-tuned": measure(with_weights(model, contaminated), tests, useful_answer=new_task),
+            "aligned": measure(model, tests),
+            "fine-tuned": measure(with_weights(model, contaminated), tests),
         }
     cosines = {name: reversal(base, aligned, state) for name, state in states.items()}
     return {"seed": seed, "plain": plain, "cells": cells, "reversal": cosines}
