@@ -23,8 +23,8 @@ MEASURES: tuple[tuple[str, Callable[[Stage, DemoResult, str], Rate]], ...] = (
 
 # Means (and ranges) over seeds 8 to 15 by examples/toy_many_seeds.py: measure again when a setting of the laboratory changes.
 FRESH_SEEDS = (
-    "On seeds 8-15, which nobody tuned on, the hardened model failed to refuse 43% after 100 benign steps on average (0 to 100%; "
-    "aligned 99%) and 1% after 20 harmful steps (0 to 9%; aligned 98%). Its utility before any attack was 96% (76% at worst; aligned 100%)."
+    "On seeds 8-15, which nobody tuned on, the hardened model failed to refuse 42% after 100 benign steps on average (0 to 100%; "
+    "aligned 99%) and 1% after 20 harmful steps (0 to 9%; aligned 99%). Its utility before any attack was 96% (76% at worst; aligned 100%)."
 )
 
 
