@@ -55,15 +55,15 @@ def cli() -> None:
 
     \b
     lox-merge demo                        see it work on a toy pair, offline
-    lox-merge harden BASE ALIGNED OUT     harden a checkpoint (low-rank extrapolation)
-    lox-merge asr MODEL... --prompts P    measure how often attacks succeed
-    lox-merge search BASE ALIGNED ...     find the rank (and alpha) by behaviour
+    lox-merge harden BASE ALIGNED OUT     harden a checkpoint (LoX)
+    lox-merge asr MODEL... --prompts P    how often attacks succeed
+    lox-merge search BASE ALIGNED ...     find rank and alpha by behaviour
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
-    lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update by the alignment subspace
+    lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update
     lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
     lox-merge report RUN...               one page from the JSON of runs
-    lox-merge verify OUT                  check an output against its manifest and sources
-    lox-merge push OUT REPO               publish it on the Hugging Face Hub, with its model card
+    lox-merge verify OUT                  check an output, make it again
+    lox-merge push OUT REPO               publish it with its model card
 
     Every option can be set by an environment variable: LOX_MERGE_HARDEN_RANK=6.
     Exit codes: 0 done, 1 the work failed, 2 the request was wrong.
