@@ -16,9 +16,11 @@ install_import_hook("lox_merge.maths", "shape_checks.checked")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("COLUMNS", "80")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from forked_cli import ForkedCli  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -28,17 +30,15 @@ RunCli = Callable[..., subprocess.CompletedProcess[str]]
 CLI = [sys.executable, "-m", "lox_merge.cli.main"]
 
 
+_FORKED = ForkedCli()
+
+
 def run_cli(*arguments: object, cwd: Path | None = None, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     """`lox-merge` with these arguments in a process of its own; environment holds extra variables."""
-    return subprocess.run(
-        [*CLI, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    texts, variables = list(map(str, arguments)), {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if _FORKED.fits(variables):
+        return _FORKED.run(texts, cwd, variables, timeout)
+    return subprocess.run([*CLI, *texts], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(name="run_cli")

@@ -1,0 +1,97 @@
+"""`lox-merge` in a process of its own for every call, forked from one that has imported torch and transformers already.
+
+A fresh interpreter spends two to five seconds on these imports, which is most of what a call on a toy model takes. What a fresh
+interpreter does is tested by itself (tests/test_cli.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+_PROGRAM = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)  # no thread has been started when the process forks
+import numpy, pydantic, rich.console, rich.progress, rich.table, safetensors.torch, scipy.optimize, scipy.stats, yaml
+import huggingface_hub, transformers, transformers.models.llama.modeling_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+import lox_merge.cli.main
+
+def work(order):
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(os.path.join(order["files"], name), os.O_WRONLY | os.O_CREAT), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    code = 0
+    try:
+        lox_merge.cli.main.main(order["arguments"])
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        work(order)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class ForkedCli:
+    """The process that forks; started at the first call."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._environment: dict[str, str] = {}
+
+    def fits(self, environment: dict[str, str]) -> bool:
+        """Whether a forked process would see these variables: some are read when a library is imported."""
+        read_early = {name for name in {*environment, *os.environ} if name.startswith(("HF_", "HUGGINGFACE", "PYTHON", "TRANSFORMERS", "OMP_"))}
+        started = self._environment or dict(os.environ)
+        return all(environment.get(name) == started.get(name) for name in read_early)
+
+    def run(self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._environment = environment
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with tempfile.TemporaryDirectory() as files:
+            order = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment, "files": files}
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            child = int(self._process.stdout.readline())
+            late = threading.Event()
+
+            def stop() -> None:
+                late.set()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
+
+            timer = threading.Timer(timeout, stop)
+            timer.start()
+            code = int(self._process.stdout.readline())
+            timer.cancel()
+            output, errors = (Path(files, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        if late.is_set():
+            raise subprocess.TimeoutExpired(arguments, timeout, output, errors)
+        return subprocess.CompletedProcess(arguments, code, output, errors)
