@@ -196,6 +196,8 @@ def test_groups_are_the_means_and_the_energies_of_their_matrices(tmp_path: Path)
     document = typed.pop("document")
     assert {"command": "inspect", "format": 1} | json.loads(json.dumps(typed)) == document == found.to_json()
     assert repr(found) == f"<Inspection of base → aligned; fine-tuned: ft1, ft2; {len(records)} matrices>" and Inspection.of(found.to_json()) == found
+    with pytest.raises(RequestError, match=r"whole\.aligned\.norm: Input should be a finite number"):
+        Inspection.of(document | {"whole": document["whole"] | {"aligned": document["whole"]["aligned"] | {"norm": math.nan}}})
     table = found.to_pandas()
     assert len(table) == len(records) and table["ft2.ratio"].mean() == pytest.approx(np.mean([record["finetuned"][1]["ratio"] for record in records]))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from lox_merge._version import __version__
 from lox_merge.diagnostics.groups import all_groups
@@ -44,8 +44,15 @@ class Inspection(Findings):
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Inspection:
-        """The same of what `--json` wrote."""
-        return cls(**vars(TypeAdapter(Findings).validate_python(document)), document=document)
+        """The same of what `--json` wrote. Raises RequestError for anything else."""
+        try:
+            return cls(**vars(TypeAdapter(Findings).validate_python(document)), document=document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RequestError(
+                f"this is not what `lox-merge inspect --json` writes ({'.'.join(map(str, first['loc']))}: {first['msg']}). "
+                "Run the inspection again with this version of lox-merge."
+            ) from error
 
     def __repr__(self) -> str:
         base, aligned = self.titles
