@@ -9,10 +9,12 @@ from typing import Any
 
 import click
 import pytest
+from inspect_models import fine_tuned
 
 from lox_merge.cli.asr import asr_command
 from lox_merge.cli.decompose import decompose_command
 from lox_merge.cli.harden import harden_command
+from lox_merge.cli.inspect import inspect_command
 from lox_merge.cli.robustness import robustness_command
 from lox_merge.cli.search import search_command
 from lox_merge.cli.verify import verify_command
@@ -26,7 +28,7 @@ JUDGE = "def complied(prompt, reply):\n    return not reply.startswith('sorry')\
 
 @pytest.fixture(scope="session")
 def report_runs(toy_pair_seed0: ToyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with harden.json, verify.json, decompose.json, search.json, asr.json, robustness.json and one_seed.json. Read it only."""
+    """A folder with NAME.json of harden, verify, inspect, decompose, search, asr, robustness, and one_seed.json. Read it only."""
     folder = tmp_path_factory.mktemp("runs")
     requests, pair = draw_requests(ToyRecipe(seed=0)), (toy_pair_seed0.base, toy_pair_seed0.aligned)
     rows = [{"prompt": request.text, "response": " ".join(comply(request)[:-1])} for request in requests.harmful]
@@ -41,6 +43,9 @@ def report_runs(toy_pair_seed0: ToyPair, tmp_path_factory: pytest.TempPathFactor
     measured = ("--prompts", folder / "prompts.csv", "--judge", f"python:{folder / 'judge.py'}:complied", "--no-cache", "--device", "cpu")
     run(harden_command, *pair, folder / "hardened", "--json", folder / "harden.json")
     run(verify_command, folder / "hardened", "--offline", "--json", folder / "verify.json")
+    finetuned = [fine_tuned(toy_pair_seed0.aligned, folder / label, seed, 0.002) for seed, label in enumerate(("useful", "style"))]
+    shown = ("--fractions", "0.05,0.25", "--etas", "0.5,0.9", "--rank", 6, "--exclude", r"layers\.[12]\.mlp", "--device", "cpu")
+    run(inspect_command, *pair, *finetuned, *shown, "--json", folder / "inspect.json")
     run(decompose_command, *pair, folder / "factors.safetensors", "--rank", 16, "--json", folder / "decompose.json")
     factors = ("--factors", folder / "factors.safetensors", "--utility-prompts", folder / "prompts.csv")
     run(search_command, *pair, *measured, *factors, "--max-new-tokens", 2, "--ranks", "0,2,16", "--rho", 0.5, "--json", folder / "search.json")

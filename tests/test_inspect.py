@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from inspect_models import fine_tuned
 from tiny_models import make_pair, read_tensors
 
-from lox_merge import InspectSettings, inspect
+from lox_merge import Inspection, InspectSettings, inspect
 from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.diagnostics.weights import execute_inspection, plan_inspection
 from lox_merge.errors import PlanError, RequestError
@@ -100,8 +102,8 @@ def test_every_figure_of_every_matrix_against_numpy(tmp_path: Path, architecture
     settings = InspectSettings(rank=3, fractions=fractions, etas=ETAS, side=side)  # type: ignore[arg-type]
     found = inspect(base, aligned, finetuned, settings=settings, device="cpu")
     before, middle, after = (matrices(architecture, folder) for folder in (base, aligned, finetuned))
-    assert {(record["name"], record["part"]) for record in found.matrices} == set(middle)
-    for record in found.matrices:
+    assert {(record["name"], record["part"]) for record in found.document["matrices"]} == set(middle)
+    for record in found.document["matrices"]:
         place = (record["name"], record["part"])
         wanted = expected_record(before[place], middle[place], after[place], fractions, side, 3)
         own, other = record["aligned"], record["finetuned"][0]
@@ -137,9 +139,9 @@ def test_groups_are_the_means_and_the_energies_of_their_matrices(tmp_path: Path)
     base, aligned = make_pair(tmp_path, "llama", dtype="float32")
     folders = [fine_tuned(aligned, tmp_path / f"ft{seed}", seed=seed) for seed in (1, 2)]
     found = inspect(base, aligned, folders, settings=InspectSettings(rank=2, fractions=(0.1,), etas=ETAS), device="cpu")
-    records = found.matrices
+    records = found.document["matrices"]
     linear = [record for record in records if "embed" not in record["name"]]
-    assert found.linear["matrices"] == len(linear) == len(records) - 1
+    assert found.document["linear"]["matrices"] == len(linear) == len(records) - 1
 
     def energy(entries: list[dict[str, Any]], r: str) -> float:
         # ‖Δ_align + Δ_ft‖² = ‖Δ_align‖² + ‖Δ_ft‖² + 2⟨·,·⟩, with the product from the cosine.
@@ -151,7 +153,7 @@ def test_groups_are_the_means_and_the_energies_of_their_matrices(tmp_path: Path)
             kept.append(totals[-1] * (record["aligned"]["r"] if r == "align" else record["finetuned"][1]["r"]) ** 2)
         return math.sqrt(sum(kept) / sum(totals))
 
-    for group, entries in ((found.linear, linear), (found.whole, records)):
+    for group, entries in ((found.document["linear"], linear), (found.document["whole"], records)):
         after = group["finetuned"][1]
         mean_align = np.mean([record["aligned"]["r"] for record in entries])
         mean_ft = np.mean([record["finetuned"][1]["r"] for record in entries])
@@ -178,10 +180,10 @@ def test_groups_are_the_means_and_the_energies_of_their_matrices(tmp_path: Path)
     first, second, third = ({name: values.double() for name, values in read_tensors(folder).items()} for folder in (base, aligned, folders[0]))
     a = np.concatenate([(second[name] - first[name]).numpy().ravel() for name in first])
     f = np.concatenate([(third[name] - second[name]).numpy().ravel() for name in first])
-    cosines = found.whole["finetuned"][0]["cosines"]
+    cosines = found.document["whole"]["finetuned"][0]["cosines"]
     assert cosines["safety_angle"] == pytest.approx(f @ -a / np.linalg.norm(f) / np.linalg.norm(a), abs=1e-6)
     assert cosines["update_to_total"] == pytest.approx(f @ (a + f) / np.linalg.norm(f) / np.linalg.norm(a + f), abs=1e-6)
-    assert found.whole["parameters"] == a.size and len(found.document["vectors"]) == 5
+    assert found.document["whole"]["parameters"] == a.size and len(found.document["vectors"]) == 5
     layers, kinds = ({group["name"]: group for group in found.document[part]} for part in ("layers", "kinds"))
     assert layers["model.layers.1"]["matrices"] == 7 and (layers["model.layers.1"]["stack"], layers["model.layers.1"]["number"]) == (
         "model.layers",
@@ -189,7 +191,13 @@ def test_groups_are_the_means_and_the_energies_of_their_matrices(tmp_path: Path)
     )
     assert kinds["q_proj"]["matrices"] == 2 and kinds["embed_tokens"]["vocabulary"] and not kinds["q_proj"]["vocabulary"]
     shown = found._repr_html_()
-    assert f"<td>{found.linear['finetuned'][1]['ratio']['mean']:.3f}</td>" in shown and "Fine-tuning: aligned → ft2" in shown
+    assert f"<td>{found.linear.finetuned[1].ratio.mean:.3f}</td>" in shown and "Fine-tuning: aligned → ft2" in shown
+    typed = asdict(found)
+    document = typed.pop("document")
+    assert {"command": "inspect", "format": 1} | json.loads(json.dumps(typed)) == document == found.to_json()
+    assert repr(found) == f"<Inspection of base → aligned; fine-tuned: ft1, ft2; {len(records)} matrices>" and Inspection.of(found.to_json()) == found
+    with pytest.raises(RequestError, match=r"whole\.aligned\.norm: Input should be a finite number"):
+        Inspection.of(document | {"whole": document["whole"] | {"aligned": document["whole"]["aligned"] | {"norm": math.nan}}})
     table = found.to_pandas()
     assert len(table) == len(records) and table["ft2.ratio"].mean() == pytest.approx(np.mean([record["finetuned"][1]["ratio"] for record in records]))
 
@@ -199,7 +207,7 @@ def test_pairs_of_fine_tuned_models_overlap_as_numpy_says(tmp_path: Path) -> Non
     folders = [fine_tuned(aligned, tmp_path / f"ft{seed}", seed=seed) for seed in (1, 2)]
     found = inspect(base, aligned, folders, settings=InspectSettings(etas=(0.5,)), device="cpu")
     middle, one, other = (matrices("gpt2", folder) for folder in (aligned, *folders))
-    for record in found.matrices:
+    for record in found.document["matrices"]:
         place = (record["name"], record["part"])
         (u, s, _), (v, t, _) = (np.linalg.svd(after[place] - middle[place], full_matrices=False) for after in (one, other))
         i, j = fewest(s, 0.5), fewest(t, 0.5)
@@ -220,7 +228,7 @@ def test_a_cut_spectrum_decides_what_it_can_and_leaves_the_rest_undefined(larger
     cut = inspect(*larger, settings=settings, device="cpu")
     full = inspect(*larger, settings=InspectSettings(**{**settings.__dict__, "full_spectrum": True}), device="cpu")
     assert "only the leading 8 singular values" in " ".join(cut.notes) and "singular values" not in " ".join(full.notes)
-    for one, whole in zip(cut.matrices, full.matrices, strict=True):
+    for one, whole in zip(cut.document["matrices"], full.document["matrices"], strict=True):
         if min(one["shape"]) <= 128:
             continue  # so small that all of it is computed
         own, exact = one["aligned"], whole["aligned"]
@@ -239,13 +247,13 @@ def test_a_cut_spectrum_decides_what_it_can_and_leaves_the_rest_undefined(larger
         for cut_entry, full_entry in zip(own["energy_kept"], exact["energy_kept"], strict=True):
             low, high = cut_entry["random"]["band"]
             assert low <= full_entry["random"]["band"][0] + 1e-9 and high >= full_entry["random"]["band"][1] - 1e-9
-    last = cut.linear["finetuned"][0]["mso"][2]
-    assert last["matrices"] + last["undecided"] == cut.linear["matrices"] and last["undecided"] > 0
+    last = cut.document["linear"]["finetuned"][0]["mso"][2]
+    assert last["matrices"] + last["undecided"] == cut.document["linear"]["matrices"] and last["undecided"] > 0
 
 
 def test_fractions_above_a_fifth_take_whole_spectra_and_say_so(larger: tuple[Path, Path, Path]) -> None:
     found = inspect(*larger[:2], settings=InspectSettings(fractions=(0.5, 0.99), include=("q_proj",)), device="cpu")
-    (record,) = found.matrices
+    (record,) = found.document["matrices"]
     assert record["aligned"]["spectrum"]["complete"] and "float64 Gram" in " ".join(found.notes)
     kept = [entry["top"] for entry in record["aligned"]["energy_kept"]]
     assert kept == sorted(kept) and kept[0] > 0.95 and kept[1] == pytest.approx(1, abs=1e-4)
@@ -254,7 +262,7 @@ def test_fractions_above_a_fifth_take_whole_spectra_and_say_so(larger: tuple[Pat
 def test_a_whole_spectrum_keeps_everything(tmp_path: Path) -> None:
     base, aligned = make_pair(tmp_path, "llama", dtype="float32")
     found = inspect(base, aligned, fine_tuned(aligned, tmp_path / "ft"), settings=InspectSettings(rank="100%"), device="cpu")
-    for record in found.matrices:
+    for record in found.document["matrices"]:
         assert record["aligned"]["r"] == pytest.approx(1, abs=1e-6)
         if record["shape"][0] <= record["shape"][1]:  # then U spans the whole output space
             assert record["finetuned"][0]["r"] == pytest.approx(1, abs=1e-5)
@@ -267,7 +275,7 @@ def test_factors_stand_in_for_the_decomposition(larger: tuple[Path, Path, Path],
     settings = InspectSettings(rank=4, fractions=(0.025, 0.15), tolerance=1e-6)
     reused, anew = (inspect(base, aligned, finetuned, settings=settings, factors=file, device="cpu") for file in (path, None))
     assert reused.document["settings"]["factors"] == "f.safetensors"
-    for one, other in zip(reused.matrices, anew.matrices, strict=True):
+    for one, other in zip(reused.document["matrices"], anew.document["matrices"], strict=True):
         assert one["aligned"]["r"] == pytest.approx(other["aligned"]["r"], rel=1e-5)
         assert one["finetuned"][0]["r"] == pytest.approx(other["finetuned"][0]["r"], rel=1e-4)
         if min(one["shape"]) > 128:
@@ -282,7 +290,7 @@ def test_factors_stand_in_for_the_decomposition(larger: tuple[Path, Path, Path],
     fewer = decompose(base, aligned, tmp_path / "g.safetensors", recipe=Recipe(rank=6, exclude=("lm_head",)), device="cpu").path
     with pytest.raises(PlanError, match=r"no factors of lm_head.weight"):
         inspect(base, aligned, factors=fewer)
-    assert inspect(base, aligned, settings=InspectSettings(exclude=("lm_head",)), factors=fewer).linear["matrices"] == 7
+    assert inspect(base, aligned, settings=InspectSettings(exclude=("lm_head",)), factors=fewer).linear.matrices == 7
 
 
 def test_each_tensor_of_each_model_is_read_once(tmp_path: Path) -> None:

@@ -30,14 +30,14 @@ def test_a_model_that_was_not_fine_tuned(tmp_path: Path) -> None:
     copy = rewritten(aligned, tmp_path / "copy", lambda _name, values: values)
     found = inspect(base, aligned, copy, device="cpu")
     assert found.notes[0].startswith("copy has the weights of aligned") and found.document["reverting"] == []
-    for figures in [found.linear["finetuned"][0], *(record["finetuned"][0] for record in found.matrices)]:
+    for figures in [found.document["linear"]["finetuned"][0], *(record["finetuned"][0] for record in found.document["matrices"])]:
         ratio = figures["ratio"]
         assert (ratio["mean"] if isinstance(ratio, dict) else ratio) == 1.0
         assert figures["cosines"]["safety_angle"] is None and figures["cosines"]["update_to_total"] is None
         top = figures["energy_kept"][0]["top"]
         assert (top["mean"] if isinstance(top, dict) else top) is None
         assert all(entry.get("mso", entry.get("mean")) is None for entry in figures["mso"])
-    assert found.linear["finetuned"][0]["mso"][0]["undecided"] == 0  # undefined, which more singular values would not change
+    assert found.document["linear"]["finetuned"][0]["mso"][0]["undecided"] == 0  # undefined, which more singular values would not change
 
 
 def test_a_model_that_went_back_to_base_or_most_of_the_way(tmp_path: Path) -> None:
@@ -48,11 +48,11 @@ def test_a_model_that_went_back_to_base_or_most_of_the_way(tmp_path: Path) -> No
     found = inspect(base, aligned, [back, most], device="cpu")
     assert found.document["reverting"] == ["back", "most"]
     assert found.notes[0].startswith("back has the weights of base") and "most points back along −Δ_align (cosine 1.000 over" in found.notes[1]
-    assert found.linear["finetuned"][0]["ratio"]["mean"] is None and found.matrices[0]["finetuned"][0]["r"] is None
-    assert found.whole["finetuned"][0]["cosines"]["update_to_total"] is None
+    assert found.document["linear"]["finetuned"][0]["ratio"]["mean"] is None and found.document["matrices"][0]["finetuned"][0]["r"] is None
+    assert found.document["whole"]["finetuned"][0]["cosines"]["update_to_total"] is None
     # Less of the same directions: their share of the energy is as it was.
-    assert found.linear["finetuned"][1]["ratio"]["mean"] == pytest.approx(1, abs=1e-3)
-    assert found.whole["finetuned"][1]["cosines"]["safety_angle"] == pytest.approx(1, abs=1e-6)
+    assert found.document["linear"]["finetuned"][1]["ratio"]["mean"] == pytest.approx(1, abs=1e-3)
+    assert found.document["whole"]["finetuned"][1]["cosines"]["safety_angle"] == pytest.approx(1, abs=1e-6)
 
 
 def test_a_model_that_goes_back_in_a_few_modules_only(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_model_that_goes_back_in_a_few_modules_only(tmp_path: Path) -> None:
     part = rewritten(aligned, tmp_path / "part", lambda name, values: start[name] if "v_proj" in name else values)
     found = inspect(base, aligned, part, device="cpu")
     assert found.document["reverting"] == ["part"] and found.document["reversals"] == [pytest.approx(1, abs=1e-6)]
-    assert found.whole["finetuned"][0]["cosines"]["safety_angle"] < 0.5  # over all parameters it would pass unnoticed
+    assert found.document["whole"]["finetuned"][0]["cosines"]["safety_angle"] < 0.5  # over all parameters it would pass unnoticed
 
 
 def test_matrices_that_alignment_left_alone_are_undefined(tmp_path: Path) -> None:
@@ -69,11 +69,11 @@ def test_matrices_that_alignment_left_alone_are_undefined(tmp_path: Path) -> Non
     start = read_tensors(base)
     partly = rewritten(aligned, tmp_path / "partly", lambda name, values: start[name] if "q_proj" in name else values)
     found = inspect(base, partly, fine_tuned(partly, tmp_path / "ft"), device="cpu")
-    record = next(record for record in found.matrices if record["kind"] == "q_proj")
+    record = next(record for record in found.document["matrices"] if record["kind"] == "q_proj")
     assert record["aligned"]["r"] is None and record["finetuned"][0]["r"] is None and record["finetuned"][0]["ratio"] is None
     assert record["k"] == 0 and record["aligned"]["r_expected"] is None and record["finetuned"][0]["energy_kept"][0]["top"] is None
     assert record["finetuned"][0]["cosines"]["safety_angle"] is None
-    assert found.linear["aligned"]["r"]["matrices"] == found.linear["matrices"] - 2
+    assert found.document["linear"]["aligned"]["r"]["matrices"] == found.document["linear"]["matrices"] - 2
     assert any(note.startswith("Alignment left 2 of 16 matrices as they were") for note in found.notes)
     with pytest.raises(RequestError, match="hold the same weights"):
         inspect(base, rewritten(base, tmp_path / "same", lambda _name, values: values))
@@ -82,7 +82,7 @@ def test_matrices_that_alignment_left_alone_are_undefined(tmp_path: Path) -> Non
 def test_a_rank_above_the_short_side_is_clipped_and_said(tmp_path: Path) -> None:
     base, aligned = make_pair(tmp_path, "llama", dtype="float32")
     found = inspect(base, aligned, settings=InspectSettings(rank=1000), device="cpu")
-    assert {record["k"] for record in found.matrices} == {16, 32}
+    assert {record["k"] for record in found.document["matrices"]} == {16, 32}
     assert "Rank 1000 is above the short side of 16 matrices" in " ".join(found.notes)
 
 
@@ -120,7 +120,9 @@ def test_models_of_another_architecture_or_vocabulary(tmp_path: Path) -> None:
         inspect(base, aligned, tmp_path / "no-such")
     with pytest.warns(LoxMergeWarning, match=r"(lm_head|embed_tokens).weight: aligned has \[96, 32\].*\[104, 32\].*vocabularies differ"):
         found = inspect(base, aligned, larger, device="cpu")
-    assert {"name": "model.embed_tokens.weight", "reason": "vocabularies differ"} in found.document["left_out"] and found.linear["matrices"] == 14
+    assert {"name": "model.embed_tokens.weight", "reason": "vocabularies differ"} in found.document["left_out"] and found.document["linear"][
+        "matrices"
+    ] == 14
     with pytest.raises(PlanError, match="same checkpoint"):
         inspect(aligned, aligned)
 
@@ -139,7 +141,7 @@ def test_values_that_are_not_finite_are_named_or_left_out(tmp_path: Path) -> Non
         inspect(base, aligned, damaged, device="cpu")
     found = inspect(base, aligned, damaged, settings=InspectSettings(skip_non_finite=True), device="cpu")
     assert found.document["left_out"] == [{"name": name, "reason": "NaN or Inf in a delta"} for name in ("lm_head.weight", "model.norm.weight")]
-    assert found.whole["matrices"] == 15
+    assert found.document["whole"]["matrices"] == 15
 
 
 def test_stacks_of_experts_and_kinds_of_modules(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def test_alignment_energy_is_dispersed_less_where_the_model_was_hardened(toy_pai
     for name, start in (("aligned", toy_pair_seed0.aligned), ("hardened", hardened)):
         finetuned, dispersion = attacked(toy_pair_seed0, start, tmp_path / f"attack of {name}")
         result = inspect(toy_pair_seed0.base, start, finetuned, device="cpu")
-        assert result.linear["finetuned"][0]["r"]["mean"] == pytest.approx(dispersion, rel=1e-4)
-        found[name] = result.linear["finetuned"][0]["ratio"]
-    assert found["aligned"]["mean"] < found["hardened"]["mean"] - 0.05
+        assert result.linear.finetuned[0].r.mean == pytest.approx(dispersion, rel=1e-4)
+        found[name] = result.linear.finetuned[0].ratio
+    assert found["aligned"].mean < found["hardened"].mean - 0.05
     # Chance would have moved both alike, and far less than fine-tuning did.
     for ratio in found.values():
-        assert ratio["band"][0] > ratio["mean"] and ratio["expected"] == pytest.approx(1, abs=0.1)
+        assert ratio.band[0] > ratio.mean and ratio.expected == pytest.approx(1, abs=0.1)

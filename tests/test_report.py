@@ -306,6 +306,8 @@ def test_what_is_no_run_is_named(content: str | None, message: str, tmp_path: Pa
         ("harden", ("tensors", 0, "matrices", 0, "shape"), [4], r"tensors\.0\.matrices\.0\.shape\.1: missing"),
         ("asr", ("evaluations", 0, "title"), None, r"evaluations\.0\.title"),
         ("decompose", ("matrices", 0, "norm"), "long", r"matrices\.0\.norm"),
+        ("inspect", ("layers", 1, "finetuned", 0, "ratio", "mean"), float("inf"), r"layers\.1\.finetuned\.0\.ratio\.mean: Input should be a finite"),
+        ("inspect", ("matrices", 2, "aligned"), {}, r"matrices\.2\.aligned\.norm: missing"),
     ],
 )
 def test_fields_of_another_shape_are_named(

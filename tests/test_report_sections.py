@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
+from lox_merge.diagnostics.results import Findings
 from lox_merge.errors import RequestError
 from lox_merge.publish.documents.demo import FullDemo
-from lox_merge.publish.documents.inspection import Inspection
 from lox_merge.publish.documents.robustness import Robustness
 from lox_merge.publish.documents.search import Search
 from lox_merge.publish.documents.shape import read_as
@@ -32,7 +30,6 @@ from lox_merge.publish.report.runs import Run
 from lox_merge.publish.report.section import Section, Table
 
 Documents = dict[str, dict[str, Any]]
-SAMPLE = Path(__file__).parent / "data" / "inspect.json"
 
 
 def sections(document: dict[str, Any]) -> list[Section]:
@@ -57,10 +54,9 @@ def lines(axes: Any) -> dict[str, list[tuple[float, float]]]:
 
 
 @pytest.fixture
-def inspection() -> dict[str, Any]:
+def inspection(documents: Documents) -> dict[str, Any]:
     """What `lox-merge inspect` wrote of a toy pair and two models made from it."""
-    document: dict[str, Any] = json.loads(SAMPLE.read_text(encoding="utf-8"))
-    return document
+    return documents["inspect"]
 
 
 def test_the_curve_of_a_search_is_drawn_as_measured(documents: Documents) -> None:
@@ -191,7 +187,7 @@ def test_the_numbers_of_an_inspection(inspection: dict[str, Any]) -> None:
 
 
 def test_an_inspection_is_drawn_beside_chance(inspection: dict[str, Any]) -> None:
-    result, linear = read_as(Inspection, inspection, "run"), inspection["linear"]
+    result, linear = read_as(Findings, inspection, "run"), inspection["linear"]
     energy = lines(axes_of(draw_energy_kept, result.linear.aligned))
     for name, words in (("top", "leading directions"), ("random", "random subspace"), ("random_k", "directions of Δ_align at random")):
         assert energy[words] == [(one["fraction"], one[name]["mean"]) for one in linear["aligned"]["energy_kept"]]
@@ -226,7 +222,14 @@ def test_words_of_an_inspection_compare_with_chance(inspection: dict[str, Any]) 
 
 def test_an_inspection_of_alignment_alone(inspection: dict[str, Any]) -> None:
     inspection["labels"] = []
-    for part in (inspection["whole"], inspection["linear"], *inspection["layers"], *inspection["kinds"], *inspection["matrices"]):
+    for part in (
+        inspection["whole"],
+        inspection["linear"],
+        *inspection["layers"],
+        *inspection["kinds"],
+        *inspection["matrices"],
+        *inspection["vectors"],
+    ):
         part.update(finetuned=[], pairs=[])
     (section,) = sections(inspection)
     assert {picture.name for picture in section.pictures} == {"r_align", "r_by_layer", "spectra_aligned", "energy_kept_aligned"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -25,7 +26,7 @@ def print_inspection(result: Inspection, by: str = "kind") -> None:
     """Alignment, each fine-tuned model, a table by kind of module or layer, and notes."""
     document = result.document
     console = Console()
-    click.echo(f"{result.whole['matrices']} matrices, {result.linear['matrices']} of them linear layers; {duration(document['seconds'])}")
+    click.echo(f"{result.whole.matrices} matrices, {result.linear.matrices} of them linear layers; {duration(document['seconds'])}")
     for block in blocks(document):
         table = _table(block.title, block.heading, *COLUMNS)
         for row in block.rows:
@@ -45,7 +46,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _groups(groups: list[dict[str, Any]], labels: list[str], by: str) -> Table:
+def _groups(groups: list[dict[str, Any]], labels: Sequence[str], by: str) -> Table:
     """R_align, and R_ft/R_align of the first models that fit the width."""
     columns = [f"R_ft/R_align\n{label if len(label) <= 16 else label[:15] + '…'}" for label in labels[:_MOST_MODELS]]
     table = _table(f"By {by}: means over matrices, random in brackets", by, "matrices", "R_align", *columns)

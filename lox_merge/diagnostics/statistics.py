@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lox_merge.diagnostics.records import quotient
-from lox_merge.maths.random_subspace import Band, band, band_of_draws
+from lox_merge.diagnostics.results import Statistic
+from lox_merge.maths.random_subspace import band, band_of_draws
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,6 @@ class Term:
     expected: float
     variance: float = 0.0
     drawn: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """mean: over matrices; energy: of all energies together; expected, band: what a random subspace gives for each of the two."""
-
-    mean: float | None
-    energy: float | None
-    expected: float | None
-    band: Band | None
-    expected_energy: float | None
-    band_energy: Band | None
-    matrices: int
-    undecided: int
-
-    def to_json(self) -> dict[str, Any]:
-        values = dict(self.__dict__)
-        for name in ("band", "band_energy"):
-            values[name] = None if values[name] is None else list(values[name])
-        return values
 
 
 def shares(terms: Sequence[Term], undecided: int = 0) -> Statistic:

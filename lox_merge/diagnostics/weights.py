@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from lox_merge._version import __version__
 from lox_merge.diagnostics.groups import all_groups
 from lox_merge.diagnostics.notes import notes, reversals
 from lox_merge.diagnostics.one_pass import Measured, measure_all
 from lox_merge.diagnostics.records import matrix_record, vector_record
+from lox_merge.diagnostics.results import Findings
 from lox_merge.diagnostics.settings import InspectSettings
 from lox_merge.diagnostics.sources import Sources, open_sources
 from lox_merge.diagnostics.summary import as_html
@@ -31,38 +33,31 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A finished inspection. document: every figure as docs/inspect.md describes it, plain values only."""
+@dataclass(frozen=True, repr=False)
+class Inspection(Findings):
+    """A finished inspection: every figure as an attribute, a table in a notebook, a frame, and the JSON.
+
+    document: the JSON as docs/inspect.md describes it, plain values only.
+    """
 
     document: dict[str, Any]
 
-    @property
-    def labels(self) -> list[str]:
-        """Names of the fine-tuned models."""
-        return list(self.document["labels"])
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Inspection:
+        """The same of what `--json` wrote. Raises RequestError for anything else."""
+        try:
+            return cls(**vars(TypeAdapter(Findings).validate_python(document)), document=document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RequestError(
+                f"this is not what `lox-merge inspect --json` writes ({'.'.join(map(str, first['loc']))}: {first['msg']}). "
+                "Run the inspection again with this version of lox-merge."
+            ) from error
 
-    @property
-    def whole(self) -> dict[str, Any]:
-        """The group of every matrix."""
-        group: dict[str, Any] = self.document["whole"]
-        return group
-
-    @property
-    def linear(self) -> dict[str, Any]:
-        """The group of linear layers, as the LoX authors average."""
-        group: dict[str, Any] = self.document["linear"]
-        return group
-
-    @property
-    def matrices(self) -> list[dict[str, Any]]:
-        """One record per matrix."""
-        return list(self.document["matrices"])
-
-    @property
-    def notes(self) -> list[str]:
-        """What belongs beside the figures, in sentences."""
-        return list(self.document["notes"])
+    def __repr__(self) -> str:
+        base, aligned = self.titles
+        finetuned = f"; fine-tuned: {', '.join(self.labels)}" if self.labels else ""
+        return f"<Inspection of {base} → {aligned}{finetuned}; {len(self.matrices)} matrices>"
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -82,7 +77,7 @@ class Inspection:
         except ImportError as error:
             raise RequestError(f"to_pandas() needs the package pandas ({error}). Install it: pip install pandas.") from error
         rows = []
-        for record in self.matrices:
+        for record in self.document["matrices"]:
             row = {name: record[name] for name in ("name", "part", "layer", "kind", "linear", "k")}
             row |= {"d_out": record["shape"][0], "d_in": record["shape"][1]}
             for label, figures in zip(["aligned", *self.labels], [record["aligned"], *record["finetuned"]], strict=True):
@@ -161,7 +156,7 @@ def execute_inspection(
             "weights. Give the model that aligned was trained from as base."
         )
     document = _document(sources, measured, settings, factors, target)
-    return Inspection(document | {"seconds": time.perf_counter() - started})
+    return Inspection.of(document | {"seconds": time.perf_counter() - started})
 
 
 def _document(sources: Sources, measured: Measured, settings: InspectSettings, factors: Factors | None, device: torch.device) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lox_merge.publish.documents.hardening import Certificate
+from lox_merge.diagnostics.matrix_results import Certificate
 from lox_merge.publish.documents.shape import Shape, source_title
 
 

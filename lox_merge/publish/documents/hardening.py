@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from lox_merge.diagnostics.matrix_results import Certificate
 from lox_merge.publish.documents.shape import Shape, source_title
-
-
-class Certificate(Shape):
-    """How well the singular directions are known; see docs/manifest.md."""
-
-    method: str
-    residual: float | None
-    next_singular_value: float | None
-    angle_bound: float | None
-    ambiguous: bool
 
 
 class Realised(Shape):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from lox_merge.diagnostics.matrix_results import Interval
+from lox_merge.diagnostics.results import source_title
 from lox_merge.errors import RequestError
 
-Interval = tuple[float, float]
+__all__ = ["AttackRate", "Interval", "PairedChange", "Prompts", "Shape", "judge_title", "judge_words", "read_as", "source_title"]
 
 
 class Shape(BaseModel):
@@ -56,13 +59,19 @@ class Prompts(Shape):
         return f"{self.n} prompt{'' if self.n == 1 else 's'} of {self.source} (sha256 {self.sha256[:12]})"
 
 
-_Document = TypeVar("_Document", bound=Shape)
+_Document = TypeVar("_Document")
+
+
+@cache
+def _adapter(shape: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
 
 
 def read_as(shape: type[_Document], document: Mapping[str, Any], name: str) -> _Document:
-    """`document` as `shape`. Raises RequestError that names `name` and the first fields that are missing or of another kind."""
+    """`document` as `shape`, a Shape or a dataclass. Raises RequestError that names `name` and the first fields missing or of another kind."""
+    adapter: TypeAdapter[_Document] = _adapter(shape)  # type: ignore[arg-type]  # a class can be hashed
     try:
-        return shape.model_validate(document)
+        return adapter.validate_python(document)
     except ValidationError as error:
         found = [_words(problem) for problem in error.errors()]
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
@@ -76,12 +85,6 @@ def _words(problem: Any) -> str:
     if problem["type"] == "value_error":  # one of our own checks, which says where
         return str(problem["ctx"]["error"])
     return f"{'.'.join(map(str, problem['loc']))}: {'missing' if problem['type'] == 'missing' else problem['msg']}"
-
-
-def source_title(source: Mapping[str, Any]) -> str:
-    """The name of a checkpoint in a document: a folder's own name, or a Hub id with its revision."""
-    name = str(source.get("title") or source.get("name") or "unnamed")
-    return f"{name}@{source['revision']}" if source.get("revision") and "@" not in name else name
 
 
 def judge_words(name: str, identity: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lox_merge.publish.documents.inspection import AlignedGroup, Group, Inspection, Overlap, Statistic
+from lox_merge.diagnostics.results import AlignedGroup, Findings, Group, Overlap, Statistic
 from lox_merge.publish.documents.shape import Interval
 from lox_merge.publish.figures.style import BLUE, GREY, PURPLE, label, series_style
 
@@ -33,7 +33,7 @@ def draw_energy_kept(axes: Any, group: AlignedGroup) -> None:
     axes.set_ylim(-0.03, 1.03)
 
 
-def draw_overlaps(axes: Any, result: Inspection) -> None:
+def draw_overlaps(axes: Any, result: Findings) -> None:
     """MSO against eta: every fine-tuned model with alignment, and every two of them; thin dashes are what random subspaces give."""
     group, labels = result.averaged, result.labels
     series: list[tuple[str, Sequence[Overlap]]] = [
@@ -53,7 +53,7 @@ def draw_overlaps(axes: Any, result: Inspection) -> None:
     axes.set_ylim(-0.03, 1.03)
 
 
-def draw_r_by_layer(axes: Any, result: Inspection) -> None:
+def draw_r_by_layer(axes: Any, result: Findings) -> None:
     """R_align by layer, and R_ft of every fine-tuned model; chance is that of R_align."""
     series = [("R_align", lambda group: _measured(group.aligned.r))]
     series += [(f"R_ft {label(name, 20)}", _of_finetuned(place, "r")) for place, name in enumerate(result.labels)]
@@ -61,13 +61,13 @@ def draw_r_by_layer(axes: Any, result: Inspection) -> None:
     axes.set_ylim(bottom=0)
 
 
-def draw_ratio_by_layer(axes: Any, result: Inspection) -> None:
+def draw_ratio_by_layer(axes: Any, result: Findings) -> None:
     """R_ft/R_align by layer; chance is that of the first fine-tuned model."""
     series = [(label(name, 24), _of_finetuned(place, "ratio")) for place, name in enumerate(result.labels)]
     _by_layer(axes, result.layers, series, "R_ft / R_align")
 
 
-def draw_angle_by_layer(axes: Any, result: Inspection) -> None:
+def draw_angle_by_layer(axes: Any, result: Findings) -> None:
     """cos of the fine-tuning change with −Δ_align by layer: 1 walks straight back, 0 is unrelated, −1 goes further."""
 
     def angle(place: int) -> Callable[[Group], Measured]:

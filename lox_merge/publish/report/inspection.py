@@ -6,7 +6,8 @@ import math
 from functools import partial
 from typing import Any
 
-from lox_merge.publish.documents.inspection import AlignedMatrix, FinetunedGroup, Inspection
+from lox_merge.diagnostics.matrix_results import AlignedMatrix
+from lox_merge.diagnostics.results import Findings, FinetunedGroup
 from lox_merge.publish.documents.shape import Interval, read_as
 from lox_merge.publish.figures.heat_map import grid_of, heat_map
 from lox_merge.publish.figures.inspection import draw_angle_by_layer, draw_energy_kept, draw_overlaps, draw_r_by_layer, draw_ratio_by_layer
@@ -23,7 +24,7 @@ _LINES = 7
 
 def inspection_sections(document: dict[str, Any], name: str) -> list[Section]:
     """What alignment changed, and what each fine-tuning undid, beside what random subspaces give. Raises RequestError."""
-    result = read_as(Inspection, document, name)
+    result = read_as(Findings, document, name)
     base, aligned = result.titles
     group = result.averaged
     ratios = [f"{label} {number(one.ratio.mean)}" for label, one in zip(result.labels, group.finetuned, strict=True)]
@@ -54,7 +55,7 @@ def inspection_sections(document: dict[str, Any], name: str) -> list[Section]:
     return [Section("What the weights say", summary, _words(result), not_shown, tuple(_pictures(result)), tuple(tables), details)]
 
 
-def _words(result: Inspection) -> tuple[str, ...]:
+def _words(result: Findings) -> tuple[str, ...]:
     group = result.averaged
     kept = group.aligned.energy_kept[0] if group.aligned.energy_kept else None
     sentences: list[str | None] = [
@@ -103,7 +104,7 @@ def _verdict(value: float | None, band: Interval | None) -> str:
     return "Above the band: these directions gained." if value > band[1] else "Within the band: no more than chance."
 
 
-def _pictures(result: Inspection) -> list[Picture]:
+def _pictures(result: Findings) -> list[Picture]:
     hatched = "Hatched: no such matrix, or undefined."
     band = "Dashed and shaded: random subspaces of the same rank, 95 % of draws."
     grid = grid_of((matrix.full_name, matrix.aligned.r) for matrix in result.matrices)
@@ -134,12 +135,12 @@ def _pictures(result: Inspection) -> list[Picture]:
     return found
 
 
-def _by_chance(result: Inspection) -> str:
+def _by_chance(result: Findings) -> str:
     expected = [matrix.aligned.r_expected for matrix in result.matrices if matrix.aligned.r_expected is not None]
     return f"A random subspace of the same rank holds {number(min(expected), '.2f')} to {number(max(expected), '.2f')}. " if expected else ""
 
 
-def _spectra_and_energy(result: Inspection, drawn: list[tuple[int, str]]) -> list[Picture]:
+def _spectra_and_energy(result: Findings, drawn: list[tuple[int, str]]) -> list[Picture]:
     found = []
     changes: list[tuple[str, str, Any]] = [("aligned", "alignment", lambda part: part.aligned)]
     changes += [(label, label, lambda part, place=place: part.finetuned[place]) for place, label in drawn]
@@ -158,7 +159,7 @@ def _spectra_and_energy(result: Inspection, drawn: list[tuple[int, str]]) -> lis
     return found
 
 
-def _spectra(result: Inspection, change: Any) -> dict[str, list[Spectrum]]:
+def _spectra(result: Findings, change: Any) -> dict[str, list[Spectrum]]:
     """By kind, those with the largest changes where there are too many."""
     kinds: dict[str, list[Spectrum]] = {}
     size: dict[str, float] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lox_merge.publish.documents.inspection import AlignedMatrix, Group, Inspection, Statistic
+from lox_merge.diagnostics.matrix_results import AlignedMatrix
+from lox_merge.diagnostics.results import Findings, Group, Statistic
 from lox_merge.publish.documents.shape import Interval
 from lox_merge.publish.report.section import Cell, Head, Table, count, figure, heads, word, words_head
 
@@ -17,7 +18,7 @@ def _statistic(found: Statistic) -> tuple[Cell, ...]:
     return (figure(found.mean), figure(found.energy), figure(found.expected), *_ends(found.band))
 
 
-def groups_table(result: Inspection) -> Table:
+def groups_table(result: Findings) -> Table:
     """Alignment's change and every fine-tuning's, for the whole model, its layers and kinds."""
     columns = heads(
         "part",
@@ -47,8 +48,7 @@ def _group_row(group: Group, change: str, place: int | None) -> tuple[Cell, ...]
     part = group.aligned if place is None else group.finetuned[place]
     finetuned = None if place is None else group.finetuned[place]
     own = (figure(finetuned.ratio.mean), figure(finetuned.ratio.expected), figure(finetuned.cosines.safety_angle)) if finetuned else (Cell("–"),) * 3
-    ninety = part.effective_ranks.get("energy_90")
-    ranks = (figure(part.noise_floor_rank.mean, ".1f"), figure(ninety.mean if ninety else None, ".1f"))
+    ranks = (figure(part.noise_floor_rank.mean, ".1f"), figure(part.effective_ranks.energy_90.mean, ".1f"))
     sizes = (count(group.matrices), figure(part.relative_norm, ".2e"))
     return (word(group.name), word(change), *sizes, *_statistic(part.r), *own, *ranks, count(part.r.undecided))
 
@@ -71,12 +71,12 @@ def _spectrum(part: AlignedMatrix) -> tuple[Cell, ...]:
         figure(part.norm, ".4g"),
         figure(part.relative_norm, ".2e"),
         count(part.noise_floor_rank),
-        *(figure(ranks.get(name), "g") for name in ("energy_50", "energy_90", "energy_99")),
-        *(figure(ranks.get(name), ".1f") for name in ("stable", "participation")),
+        *(figure(rank, "g") for rank in (ranks.energy_50, ranks.energy_90, ranks.energy_99)),
+        *(figure(rank, ".1f") for rank in (ranks.stable, ranks.participation)),
     )
 
 
-def matrices_table(result: Inspection) -> Table:
+def matrices_table(result: Findings) -> Table:
     """Alignment's change, matrix by matrix."""
     columns = heads("matrix", words_head("shape"), "k", "R_align", Head("by chance", note="√(k/d)"), *_SPECTRUM, words_head("undecided"))
     rows = []
@@ -87,7 +87,7 @@ def matrices_table(result: Inspection) -> Table:
     return Table("Alignment's change, matrix by matrix", columns, tuple(rows), folded=True)
 
 
-def finetuned_table(result: Inspection, place: int) -> Table:
+def finetuned_table(result: Findings, place: int) -> Table:
     """One fine-tuned model's change, matrix by matrix, the lowest ratio first."""
     columns = heads("matrix", "R_ft", Head("ratio", note="R_ft/R_align"), _CHANCE, "low", "high", Head("cosine", note="with −Δ_align"), *_SPECTRUM)
     ordered = sorted(result.matrices, key=lambda matrix: (matrix.finetuned[place].ratio is None, matrix.finetuned[place].ratio or 0.0))
@@ -101,7 +101,7 @@ def finetuned_table(result: Inspection, place: int) -> Table:
     return Table(f"Change of {result.labels[place]}, the lowest ratio first", columns, tuple(rows), folded=True)
 
 
-def left_out_table(result: Inspection) -> Table:
+def left_out_table(result: Findings) -> Table:
     """What was not compared, and why."""
     rows = tuple((word(one.name), word(one.reason)) for one in result.left_out)
     return Table("Not compared", heads("tensor", words_head("why")), rows, folded=len(rows) > 10)
