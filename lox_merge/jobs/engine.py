@@ -59,6 +59,12 @@ class _Ahead:
         self._started: deque[_Job] = deque()
         self._in_flight = 0
         self._budget = IN_FLIGHT_BYTES + plan.largest_matrix_bytes
+        # Where sources pass through the disk, those of later shards are not there yet.
+        self._horizon = len(plan.shards) if plan.passing is None else -1
+
+    def reach(self, position: int) -> None:
+        """The sources of this shard are there."""
+        self._horizon = max(self._horizon, position)
 
     def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixOutcome]]:
         """The edited tensor and the results of its matrices. Its memory counts until `release`."""
@@ -86,7 +92,9 @@ class _Ahead:
         while True:
             job = self._started[-1] if self._started else None
             if job is None or job.submitted == len(job.tensor.views):
-                if not self._waiting or not self._fits(self._waiting[0].bytes + self._cost(self._waiting[0], 0)):
+                if not self._waiting or self._waiting[0].shard > self._horizon:
+                    return
+                if not self._fits(self._waiting[0].bytes + self._cost(self._waiting[0], 0)):
                     return
                 self._start_next()
             elif self._fits(self._cost(job, job.submitted)):
@@ -125,13 +133,15 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) 
     Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished shards stay.
     """
     needed = [shard.sources(plan.checkpoints) for shard in plan.shards]
-    hasher = SourceHasher(needed, lambda file: source_path(plan, file))
+    passing = plan.passing
+    hasher = SourceHasher(needed, lambda file: source_path(plan, file), ahead=1 if passing is None else 0)
     records: list[dict[str, Any] | None] = []
     try:
         for position, shard in enumerate(plan.shards):
             record = journal.finished(shard.file)
             if record is not None:
-                journal.check_sources(record, by_role(hasher.hashes(position), plan.checkpoints))
+                known = passing.known(record) if passing else None
+                journal.check_sources(record, by_role(hasher.hashes(position, known), plan.checkpoints))
                 progress.advance(shard.header.file_size)
             records.append(record)
         todo = [position for position, record in enumerate(records) if record is None]
@@ -141,12 +151,20 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) 
             with crew.threads():
                 written: list[tuple[int, Future[dict[str, Any]]]] = []
                 ahead = _Ahead(plan, todo, crew)
+                if passing:
+                    passing.start(todo)
                 for position in todo:
+                    if passing:
+                        passing.bring(position)
+                    ahead.reach(position)
                     hasher.start_shard(position)
                     file, record = _write_shard(plan, position, journal, ahead, progress)
                     if written:
                         written[-1][1].result()  # at most one finished shard waits for the disk
                     written.append((position, finisher.submit(_finish_shard, file, plan, position, record, journal, hasher)))
+                    if passing:
+                        written[-1][1].result()  # its sources make room for the next shard's
+                        passing.finish(position)
                 for position, future in written:
                     records[position] = future.result()
         finally:
@@ -247,17 +265,24 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead
 def count_non_finite(plan: Plan) -> dict[str, int]:
     """Every tensor to be edited whose deltas hold NaN or Inf, with the number of such entries: one message names all."""
     counts = {}
-    step = 2**24
-    for tensor in plan.edited:
-        stored = [checkpoint.tensor(tensor.name_in(role)).reshape(-1) for role, checkpoint in plan.checkpoints.items()]
-        bad = 0
-        for start in range(0, stored[0].numel(), step):
-            values = [part[start : start + step].float() for part in stored]
-            finite = [torch.isfinite(later - earlier) for earlier, later in itertools.pairwise(values)]
-            bad += int((~torch.stack(finite).all(0)).sum())
-        if bad:
-            counts[tensor.name] = bad
+    for position, shard in enumerate(plan.shards):
+        for tensor in shard.tensors:
+            bad = _non_finite(plan, tensor) if tensor.action == "edit" else 0
+            if bad:
+                counts[tensor.name] = bad
+        if plan.passing:
+            plan.passing.drop(plan.passing.needed[position])
     return counts
+
+
+def _non_finite(plan: Plan, tensor: TensorPlan) -> int:
+    stored = [checkpoint.tensor(tensor.name_in(role)).reshape(-1) for role, checkpoint in plan.checkpoints.items()]
+    bad, step = 0, 2**24
+    for start in range(0, stored[0].numel(), step):
+        values = [part[start : start + step].float() for part in stored]
+        finite = [torch.isfinite(later - earlier) for earlier, later in itertools.pairwise(values)]
+        bad += int((~torch.stack(finite).all(0)).sum())
+    return bad
 
 
 def _finish_shard(file: IO[bytes], plan: Plan, position: int, record: dict[str, Any], journal: Journal, hasher: SourceHasher) -> dict[str, Any]:
