@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ import torch
 torch.set_num_threads(1)
 import huggingface_hub, huggingface_hub.hf_api, huggingface_hub.repocard, huggingface_hub.constants as constants
 import jinja2, yaml
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 import lox_merge.cli.main, lox_merge.cli.push, lox_merge.cli.card, lox_merge.cli.show_push, lox_merge.publish.push, lox_merge.publish.card
 
 really_sleep = time.sleep
@@ -82,12 +86,14 @@ class Done:
 
 
 class Publisher:
-    """Runs `lox-merge` against one Hub. Close it, or use it in a `with` statement."""
+    """Runs `lox-merge` against one Hub. Close it, or use it in a `with` statement. ready: modules to import once, for all commands."""
 
-    def __init__(self, hub: LoopbackHub, home: Path) -> None:
+    def __init__(self, hub: LoopbackHub, home: Path, ready: Sequence[str] = ()) -> None:
         self.hub, self.home = hub, home
         environment = hub.environment(home, xet=True)
-        self._nursery = subprocess.Popen([sys.executable, "-c", _NURSERY], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._nursery = subprocess.Popen(
+            [sys.executable, "-c", _NURSERY, *ready], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __enter__(self) -> Publisher:
         return self

@@ -121,6 +121,11 @@ class Checkpoint:
                 self._open[file] = SafetensorsFile(path, self.headers[file])
         return self._open[file]
 
+    def release(self, file: str) -> None:
+        """Closes one weight file; it is opened again when a tensor of it is asked for."""
+        if file in self._open:
+            self._open.pop(file).close()
+
     def close(self) -> None:
         for file in self._open.values():
             file.close()

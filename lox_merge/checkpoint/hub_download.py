@@ -18,11 +18,11 @@ from lox_merge.errors import SourceError
 _PARALLEL_FILES = 4
 
 
-def download(snapshot: HubSnapshot, names: Sequence[str], cache_dir: Path | None = None) -> Path:
+def download(snapshot: HubSnapshot, names: Sequence[str], cache_dir: Path | None = None, *, for_offline: bool = True) -> Path:
     """Puts these files, and no others, into the Hub's cache and returns the folder of the snapshot.
 
     Files that are there stay untouched, so the same call continues after an interruption. cache_dir: None for HF_HUB_CACHE.
-    Raises SourceError.
+    for_offline: keep what an offline run has to know, too. Raises SourceError.
     """
     from huggingface_hub import is_offline_mode
 
@@ -37,7 +37,8 @@ def download(snapshot: HubSnapshot, names: Sequence[str], cache_dir: Path | None
             if hub_cache.cached_file(snapshot, name, cache_dir) is None:
                 expected = snapshot.files[name].size
                 raise SourceError(f"{snapshot}/{name} arrived with another length than the {expected:,} bytes that the Hub lists. Try again.")
-        _keep_for_offline(snapshot, missing[0], cache_dir)
+        if for_offline:
+            _keep_for_offline(snapshot, missing[0], cache_dir)
     return hub_cache.snapshot_folder(snapshot.repo_id, snapshot.commit, cache_dir)
 
 

@@ -56,6 +56,7 @@ from lox_merge.errors import RequestError
 @device_option
 @seed_option
 @cache_option
+@click.option("--low-disk", is_flag=True, help="Have weight files of the Hub on disk only while they are read: for models larger than the disk.")
 @click.option("--as-adapter", is_flag=True, help="Write the edit as a PEFT LoRA adapter on ALIGNED (float32, or --dtype), not a model.")
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
@@ -85,6 +86,7 @@ def harden_command(
     device: str,
     seed: int,
     cache_dir: Path | None,
+    low_disk: bool,
     as_adapter: bool,
     overwrite: bool,
     dry_run: bool,
@@ -131,11 +133,13 @@ def harden_command(
         fused=fused,
         skip_non_finite=skip_non_finite,
     )
+    if low_disk and (searched or as_adapter):
+        raise RequestError(f"--low-disk does not go with {'--rank search, which loads whole models' if searched else '--as-adapter'}. Leave one out.")
     if push_to is None and (public or license is not None):
         raise RequestError("--public and --license are about publishing: they go with --push REPO.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
-        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, **sources)
+        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, **sources)
         pushing = None
         if push_to is not None:
             pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)

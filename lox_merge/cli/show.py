@@ -92,6 +92,8 @@ def print_plan_rows(plan: Plan, report: dict[str, Any], settings: str) -> None:
         ("peak memory", f"about {size(report['peak_memory'])} beside mapped files"),
         ("time", f"about {duration(report['seconds'])} on this CPU (estimated from a short trial)"),
     ]
+    if plan.passing:
+        rows.insert(-2, ("downloads", f"at most {size(plan.passing.most_bytes)} on disk at once, beside the output"))
     for text in plan.warnings:
         click.echo(f"warning: {text}", err=True)
     print_pairs("Plan (nothing was written)", rows)

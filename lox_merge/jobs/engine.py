@@ -5,26 +5,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
-from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError
+from lox_merge.jobs.ahead import Ahead
 from lox_merge.jobs.atomic import write_error
-from lox_merge.jobs.edit import MatrixOutcome
 from lox_merge.jobs.hashing import SourceFile, SourceHasher
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew
+from lox_merge.jobs.work import Crew
 
 
 class Progress(Protocol):
@@ -33,105 +30,21 @@ class Progress(Protocol):
     def advance(self, count: int) -> None: ...
 
 
-@dataclass
-class _Job:
-    """One tensor being edited: its output, and the matrices still to come."""
-
-    shard: int
-    tensor: TensorPlan
-    bytes: int
-    out: Tensor | None = None
-    submitted: int = 0
-    futures: deque[tuple[Future[MatrixOutcome], int]] = field(default_factory=deque)
-
-
-class _Ahead:
-    """Submits matrices of the tensors to come, in order, while the memory budget allows; the writer takes them in order."""
-
-    def __init__(self, plan: Plan, todo: list[int], crew: Crew) -> None:
-        self._plan, self._crew = plan, crew
-        self._waiting: deque[_Job] = deque(
-            _Job(position, tensor, plan.shards[position].header.tensors[tensor.name].bytes)
-            for position in todo
-            for tensor in plan.shards[position].tensors
-            if tensor.action == "edit"
-        )
-        self._started: deque[_Job] = deque()
-        self._in_flight = 0
-        self._budget = IN_FLIGHT_BYTES + plan.largest_matrix_bytes
-
-    def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixOutcome]]:
-        """The edited tensor and the results of its matrices. Its memory counts until `release`."""
-        if not self._started:
-            self._start_next()
-        job = self._started[0]
-        assert job.tensor is tensor, "tensors are written in the order in which they were planned"
-        results: list[MatrixOutcome] = []
-        while len(results) < len(tensor.views):
-            if not job.futures:
-                self._submit_view(job)
-            future, cost = job.futures.popleft()
-            self._fill()
-            results.append(future.result())
-            self._in_flight -= cost
-        self._started.popleft()
-        assert job.out is not None
-        return job.out, results
-
-    def release(self, tensor: TensorPlan, size: int) -> None:
-        self._in_flight -= size
-        self._fill()
-
-    def _fill(self) -> None:
-        while True:
-            job = self._started[-1] if self._started else None
-            if job is None or job.submitted == len(job.tensor.views):
-                if not self._waiting or not self._fits(self._waiting[0].bytes + self._cost(self._waiting[0], 0)):
-                    return
-                self._start_next()
-            elif self._fits(self._cost(job, job.submitted)):
-                self._submit_view(job)
-            else:
-                return
-
-    def _fits(self, cost: int) -> bool:
-        return self._in_flight + cost <= self._budget
-
-    def _cost(self, job: _Job, position: int) -> int:
-        return self._plan.edit.working_memory(job.tensor.views[position].shape, job.tensor)
-
-    def _start_next(self) -> None:
-        job = self._waiting.popleft()
-        code = self._plan.shards[job.shard].header.tensors[job.tensor.name].dtype
-        job.out = torch.empty(job.tensor.info.shape, dtype=dtypes.torch_dtype(code))
-        self._in_flight += job.bytes
-        self._started.append(job)
-        self._submit_view(job)
-
-    def _submit_view(self, job: _Job) -> None:
-        view, cost = job.tensor.views[job.submitted], self._cost(job, job.submitted)
-        job.submitted += 1
-        assert job.out is not None
-        sources = {role: view.select(checkpoint.tensor(job.tensor.name_in(role))) for role, checkpoint in self._plan.checkpoints.items()}
-        edit = self._plan.edit
-        future = self._crew.submit(edit.matrix, sources, view.select(job.out), view, job.tensor, self._crew.device, self._plan.triplets)
-        self._in_flight += cost
-        job.futures.append((future, cost))
-
-
 def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
     """Writes every shard that is not finished yet. Returns one record per shard, in order.
 
     Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished shards stay.
     """
     needed = [shard.sources(plan.checkpoints) for shard in plan.shards]
-    hasher = SourceHasher(needed, lambda file: source_path(plan, file))
+    passing = plan.passing
+    hasher = SourceHasher(needed, lambda file: source_path(plan, file), ahead=1 if passing is None else 0)
     records: list[dict[str, Any] | None] = []
     try:
         for position, shard in enumerate(plan.shards):
             record = journal.finished(shard.file)
             if record is not None:
-                journal.check_sources(record, by_role(hasher.hashes(position), plan.checkpoints))
+                known = passing.known(record) if passing else None
+                journal.check_sources(record, by_role(hasher.hashes(position, known), plan.checkpoints))
                 progress.advance(shard.header.file_size)
             records.append(record)
         todo = [position for position, record in enumerate(records) if record is None]
@@ -140,13 +53,21 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) 
         try:
             with crew.threads():
                 written: list[tuple[int, Future[dict[str, Any]]]] = []
-                ahead = _Ahead(plan, todo, crew)
+                ahead = Ahead(plan, todo, crew)
+                if passing:
+                    passing.start(todo)
                 for position in todo:
+                    if passing:
+                        passing.bring(position)
+                    ahead.reach(position)
                     hasher.start_shard(position)
                     file, record = _write_shard(plan, position, journal, ahead, progress)
                     if written:
                         written[-1][1].result()  # at most one finished shard waits for the disk
                     written.append((position, finisher.submit(_finish_shard, file, plan, position, record, journal, hasher)))
+                    if passing:
+                        written[-1][1].result()  # its sources make room for the next shard's
+                        passing.finish(position)
                 for position, future in written:
                     records[position] = future.result()
         finally:
@@ -183,7 +104,7 @@ def typical_cost(plan: Plan) -> int:
     return 1
 
 
-def _write_shard(plan: Plan, position: int, journal: Journal, ahead: _Ahead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
+def _write_shard(plan: Plan, position: int, journal: Journal, ahead: Ahead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
     """Writes one shard to its temporary file. Returns it open (not yet synced) and its record without hashes of sources."""
     shard = plan.shards[position]
     path = journal.partial(shard.file)
@@ -219,7 +140,7 @@ def _put(file: IO[bytes], data: bytes | memoryview, digest: Any) -> None:
         view = view[file.write(view) :]
 
 
-def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead) -> Iterator[tuple[memoryview, dict[str, Any]]]:
+def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: Ahead) -> Iterator[tuple[memoryview, dict[str, Any]]]:
     """The bytes to write for one tensor and its record (a generator, so that they are gone before the next is taken)."""
     target = shard.header.tensors[tensor.name]
     record: dict[str, Any] = {"name": tensor.name, "shape": list(target.shape), "dtype": target.dtype}
@@ -247,17 +168,24 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: _Ahead
 def count_non_finite(plan: Plan) -> dict[str, int]:
     """Every tensor to be edited whose deltas hold NaN or Inf, with the number of such entries: one message names all."""
     counts = {}
-    step = 2**24
-    for tensor in plan.edited:
-        stored = [checkpoint.tensor(tensor.name_in(role)).reshape(-1) for role, checkpoint in plan.checkpoints.items()]
-        bad = 0
-        for start in range(0, stored[0].numel(), step):
-            values = [part[start : start + step].float() for part in stored]
-            finite = [torch.isfinite(later - earlier) for earlier, later in itertools.pairwise(values)]
-            bad += int((~torch.stack(finite).all(0)).sum())
-        if bad:
-            counts[tensor.name] = bad
+    for position, shard in enumerate(plan.shards):
+        for tensor in shard.tensors:
+            bad = _non_finite(plan, tensor) if tensor.action == "edit" else 0
+            if bad:
+                counts[tensor.name] = bad
+        if plan.passing:
+            plan.passing.drop(plan.passing.needed[position])
     return counts
+
+
+def _non_finite(plan: Plan, tensor: TensorPlan) -> int:
+    stored = [checkpoint.tensor(tensor.name_in(role)).reshape(-1) for role, checkpoint in plan.checkpoints.items()]
+    bad, step = 0, 2**24
+    for start in range(0, stored[0].numel(), step):
+        values = [part[start : start + step].float() for part in stored]
+        finite = [torch.isfinite(later - earlier) for earlier, later in itertools.pairwise(values)]
+        bad += int((~torch.stack(finite).all(0)).sum())
+    return bad
 
 
 def _finish_shard(file: IO[bytes], plan: Plan, position: int, record: dict[str, Any], journal: Journal, hasher: SourceHasher) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def estimate(plan: Plan, command: str = "harden") -> dict[str, Any]:
         "copied_tensors": dict(plan.copied_by_reason()),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
+        **({"most_bytes_downloaded_at_once": plan.passing.most_bytes} if plan.passing else {}),
         "peak_memory": _PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest),
         "seconds": seconds,
         "recipe": plan.recipe.to_json(),

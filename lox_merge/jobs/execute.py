@@ -17,6 +17,7 @@ from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, 
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.engine import Progress, run
 from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.low_disk import Passing
 from lox_merge.jobs.manifest import build_manifest, job_description
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, check_disk, check_output, output_config
 
@@ -103,11 +104,14 @@ def carry_out(
     if fresh:
         check_disk(plan)
     plan.fetch()
-    check(plan, journal)
+    if plan.passing is None:
+        check(plan, journal)
     for text in plan.warnings:
         warnings.warn(text, LoxMergeWarning, stacklevel=stacklevel)
     try:
         with journal.locked():
+            if plan.passing is not None and (overwrite or not journal.begun):
+                _check_passing(plan, plan.passing, journal, check)
             if overwrite:
                 journal.clear()
             journal.begin(job)
@@ -127,6 +131,18 @@ def carry_out(
             f"interrupted. Finished shards are kept in {plan.out}; run the same command again to go on, or pass --overwrite to start anew."
         ) from None
     return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written)
+
+
+def _check_passing(plan: Plan, passing: Passing, journal: Journal, check: Callable[[Plan, Journal], None]) -> None:
+    """The check of weights that pass through the disk: only under the lock, since that writes into the folder. A job that was begun
+    passed it before."""
+    try:
+        check(plan, journal)
+    except BaseException:
+        passing.clear()
+        if not journal.begun:
+            journal.withdraw()
+        raise
 
 
 def already_done(plan: Plan, journal: Journal) -> dict[str, Any] | None:

@@ -87,12 +87,13 @@ def plan_hardening(
     order_is_right: bool = False,
     base_is_right: bool = False,
     cache_dir: Path | None = None,
+    low_disk: bool = False,
 ) -> Plan:
     """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError.
 
     base_is_right: take an adapter although it names another base. factors: of this pair, to spend no SVD (stays open as long as the plan
-    is used); the weight files of local folders are read to see that they are of this pair. Raises RequestError where they are not,
-    or hold too few triplets.
+    is used); the weight files of local folders are read to see that they are of this pair. low_disk: as in `harden`. Raises RequestError
+    where they are not, or hold too few triplets, or low_disk has nothing to do.
     """
     chosen = recipe or Recipe()
     opened = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, base_is_right=base_is_right)
@@ -102,6 +103,8 @@ def plan_hardening(
         held.check(plan.edited)
         factors.check(plan.base, plan.aligned)
         plan.triplets = held
+    if low_disk:
+        plan.let_sources_pass()
     return plan
 
 
@@ -129,6 +132,7 @@ def harden(
     order_is_right: bool = False,
     base_is_right: bool = False,
     cache_dir: Path | None = None,
+    low_disk: bool = False,
     progress: Progress | None = None,
 ) -> HardenResult:
     """Writes W_align + alpha · Proj_k(W_align − W_base) to the folder `out` (LoX, arXiv 2506.15606).
@@ -136,12 +140,13 @@ def harden(
     base, aligned: folders or Hub ids `org/name[@revision]`; aligned may be a PEFT LoRA adapter over base, whose delta is then taken
     exactly from its factors (the output has base's layout). The output has aligned's shard files, names, order, dtypes and
     side files. factors: file of `decompose` for this pair; no SVD is spent then. Called again after an interruption it goes on
-    with the shards that are finished; finished output of the same job is checked and returned. Raises RequestError (exit 2)
-    before anything is written, LoxMergeError afterwards.
+    with the shards that are finished; finished output of the same job is checked and returned. low_disk: weight files on the Hub are
+    downloaded shard by shard into `out` and dropped after use, except for those that the cache holds; RequestError where no source is
+    on the Hub. Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
     """
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
-        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, **sources)
+        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, **sources)
         return execute(plan, device=device, overwrite=overwrite, progress=progress)
 
 
@@ -157,13 +162,28 @@ def execute(plan: Plan, *, device: str = "auto", overwrite: bool = False, progre
 
 
 def check_some_delta(plan: Plan) -> None:
-    """Raises RequestError when every delta is zero. Reads smallest tensors first and stops at the first difference."""
-    for tensor in sorted(plan.edited, key=lambda tensor: tensor.info.size):
-        base, aligned = plan.base.tensor(tensor.base_name), plan.aligned.tensor(tensor.name)
-        wide = torch.promote_types(base.dtype, aligned.dtype)
-        if not torch.equal(base.to(wide), aligned.to(wide)):
+    """Raises RequestError when every delta is zero. Reads smallest tensors first and stops at the first difference.
+
+    Where sources pass through the disk, shard after shard, and at the first one that differs.
+    """
+    passing = plan.passing
+    if passing is None and _any_delta(plan, plan.edited):
+        return
+    for position, shard in enumerate(plan.shards if passing else ()):
+        if _any_delta(plan, [tensor for tensor in shard.tensors if tensor.action == "edit"]):
             return
+        if passing:
+            passing.drop(passing.needed[position])
     raise RequestError(
         f"all {len(plan.edited)} deltas are zero: base ({plan.base.title}) and aligned ({plan.aligned.title}) hold the same weights. "
         "The likely mistake: one model was given twice, or base is a copy of aligned. Give the model that aligned was trained from as base."
     )
+
+
+def _any_delta(plan: Plan, tensors: list[TensorPlan]) -> bool:
+    for tensor in sorted(tensors, key=lambda tensor: tensor.info.size):
+        base, aligned = plan.base.tensor(tensor.base_name), plan.aligned.tensor(tensor.name)
+        wide = torch.promote_types(base.dtype, aligned.dtype)
+        if not torch.equal(base.to(wide), aligned.to(wide)):
+            return True
+    return False

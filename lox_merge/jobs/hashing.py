@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,12 +14,13 @@ SourceFile = tuple[str, str]  # (role, file name)
 
 
 class SourceHasher:
-    """Hashes files in the order in which shards need them, at most one shard ahead of the work.
+    """Hashes files in the order in which shards need them, at most `ahead` shards ahead of the work.
 
-    Reading further ahead would push what is about to be used out of the page cache on a machine with little memory.
+    Reading further ahead than one would push what is about to be used out of the page cache on a machine with little memory.
     """
 
-    def __init__(self, needed: list[list[SourceFile]], path_of: Callable[[SourceFile], Path]) -> None:
+    def __init__(self, needed: list[list[SourceFile]], path_of: Callable[[SourceFile], Path], ahead: int = 1) -> None:
+        self._ahead = ahead
         self._path_of = path_of
         self._needed = needed
         self._futures: dict[SourceFile, Future[str]] = {}
@@ -30,17 +31,26 @@ class SourceHasher:
 
     def start_shard(self, position: int) -> None:
         """Shard number `position` is about to be worked on: queue its files and the next shard's."""
+        self._queue([file for files in self._needed[position : position + 1 + self._ahead] for file in files])
+
+    def _queue(self, files: list[SourceFile]) -> None:
         with self._lock:
-            for file in [file for files in self._needed[position : position + 2] for file in files]:
+            for file in files:
                 if file not in self._futures:
                     self._stamps[file] = self._stamp(file)
                     self._futures[file] = self._pool.submit(sha256_of, self._path_of(file), self._stop)
 
-    def hashes(self, position: int) -> dict[SourceFile, str]:
-        """Hashes of the files of one shard; waits for them. Raises SourceChangedError when a file changed meanwhile."""
-        self.start_shard(position)
-        found = {}
-        for file in self._needed[position]:
+    def hashes(self, position: int, known: Mapping[SourceFile, str] | None = None) -> dict[SourceFile, str]:
+        """Hashes of the files of one shard; waits for them. Raises SourceChangedError when a file changed meanwhile.
+
+        known: hashes of files that need not be read.
+        """
+        found = dict(known or {})
+        if not found:
+            self.start_shard(position)
+        unknown = [file for file in self._needed[position] if file not in found]
+        self._queue(unknown)
+        for file in unknown:
             found[file] = self._futures[file].result()
             if self._stamp(file) != self._stamps[file]:
                 raise SourceChangedError(

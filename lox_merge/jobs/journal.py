@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
+from lox_merge.jobs.low_disk import DOWNLOADS
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
 
 _JOB = "job.json"
@@ -49,7 +50,7 @@ class Journal:
             if entry != self.folder:
                 _remove(entry)
         for entry in list(self.folder.iterdir()):
-            if entry.name != _LOCK:
+            if entry.name not in (_LOCK, DOWNLOADS):  # downloads are of a commit, whatever the job
                 _remove(entry)
 
     def check(self, job: dict[str, Any]) -> None:
@@ -108,6 +109,10 @@ class Journal:
     def abandon(self) -> None:
         """Takes back everything this job wrote: it can never be finished as asked."""
         self.clear()
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Takes the working state back, and an output that is empty without it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if not any(self.out.iterdir()):
             self.out.rmdir()

@@ -20,6 +20,7 @@ from lox_merge.checkpoint.files import LocalFolder
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
 from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.edit import Edit
+from lox_merge.jobs.low_disk import DOWNLOADS, Passing
 from lox_merge.jobs.select import TensorPlan, quantisation_problems, select_tensors
 from lox_merge.jobs.settings import Settings
 from lox_merge.jobs.triplets import TripletSource, usual_triplets
@@ -57,6 +58,7 @@ class Plan:
     """What a run will do. Nothing in it has been written.
 
     checkpoints: by role, in the order of training; the output mirrors the last. triplets: where those of each delta come from.
+    passing: how weight files come from the Hub where they are not to be on disk all at once.
     """
 
     checkpoints: Mapping[str, Checkpoint]
@@ -66,6 +68,7 @@ class Plan:
     shards: list[ShardPlan]
     side_files: list[str]
     triplets: TripletSource
+    passing: Passing | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -129,12 +132,17 @@ class Plan:
         return self.recipe.dtype is None and not self.mirrored.pickled and self.mirrored.index is not None
 
     def fetch(self) -> None:
-        """Makes every file that the run reads available on disk."""
-        needed = [pair for shard in self.shards for pair in shard.sources(self.checkpoints)]
+        """Makes every file that the run reads available on disk, but for weight files that pass through it."""
+        needed = [] if self.passing else [pair for shard in self.shards for pair in shard.sources(self.checkpoints)]
         own = [*self.side_files, *([SINGLE_INDEX] if self.keeps_index else [])]
         for role, checkpoint in self.checkpoints.items():
             files = dict.fromkeys(file for needed_role, file in needed if needed_role == role)
             checkpoint.fetch([*files, *(own if checkpoint is self.mirrored else [])])
+
+    def let_sources_pass(self) -> None:
+        """Weight files on the Hub come when their shard is written, and go. Raises RequestError where no source is on the Hub."""
+        needed = [shard.sources(self.checkpoints) for shard in self.shards]
+        self.passing = Passing.through(self.out / WORK_FOLDER / DOWNLOADS, self.checkpoints, needed)
 
     def close(self) -> None:
         for checkpoint in self.checkpoints.values():
@@ -159,7 +167,7 @@ def make_plan(checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings
         raise PlanError(problems)
     warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
     shards = [_plan_shard(file, header, selection.tensors, mirrored, recipe) for file, header in mirrored.headers.items()]
-    return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), usual_triplets(ordered["aligned"], recipe), warnings)
+    return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), usual_triplets(ordered["aligned"], recipe), warnings=warnings)
 
 
 def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: bool = False) -> list[str]:
@@ -172,7 +180,8 @@ def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: boo
 def check_disk(plan: Plan, already_written: int = 0) -> None:
     """Raises OutputError when the file system of the output lacks room for what is still to be written."""
     side = sum(plan.mirrored.source.names()[name] for name in plan.side_files)
-    check_room(plan.out, plan.bytes_written + side - already_written)
+    sources = plan.passing.most_bytes - plan.passing.bytes_there if plan.passing else 0
+    check_room(plan.out, plan.bytes_written + side - already_written + max(0, sources))
 
 
 def check_room(out: Path, count: int) -> None:

@@ -1,0 +1,110 @@
+"""Matrices edited ahead of the writer, within a memory budget."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lox_merge.checkpoint import dtypes
+from lox_merge.jobs.edit import MatrixOutcome
+from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew
+
+
+@dataclass
+class _Job:
+    """One tensor being edited: its output, and the matrices still to come."""
+
+    shard: int
+    tensor: TensorPlan
+    bytes: int
+    out: Tensor | None = None
+    submitted: int = 0
+    futures: deque[tuple[Future[MatrixOutcome], int]] = field(default_factory=deque)
+
+
+class Ahead:
+    """Submits matrices of the tensors to come, in order, while the memory budget allows; the writer takes them in order."""
+
+    def __init__(self, plan: Plan, todo: list[int], crew: Crew) -> None:
+        self._plan, self._crew = plan, crew
+        self._waiting: deque[_Job] = deque(
+            _Job(position, tensor, plan.shards[position].header.tensors[tensor.name].bytes)
+            for position in todo
+            for tensor in plan.shards[position].tensors
+            if tensor.action == "edit"
+        )
+        self._started: deque[_Job] = deque()
+        self._in_flight = 0
+        self._budget = IN_FLIGHT_BYTES + plan.largest_matrix_bytes
+        # Where sources pass through the disk, those of later shards are not there yet.
+        self._horizon = len(plan.shards) if plan.passing is None else -1
+
+    def reach(self, position: int) -> None:
+        """The sources of this shard are there."""
+        self._horizon = max(self._horizon, position)
+
+    def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixOutcome]]:
+        """The edited tensor and the results of its matrices. Its memory counts until `release`."""
+        if not self._started:
+            self._start_next()
+        job = self._started[0]
+        assert job.tensor is tensor, "tensors are written in the order in which they were planned"
+        results: list[MatrixOutcome] = []
+        while len(results) < len(tensor.views):
+            if not job.futures:
+                self._submit_view(job)
+            future, cost = job.futures.popleft()
+            self._fill()
+            results.append(future.result())
+            self._in_flight -= cost
+        self._started.popleft()
+        assert job.out is not None
+        return job.out, results
+
+    def release(self, tensor: TensorPlan, size: int) -> None:
+        self._in_flight -= size
+        self._fill()
+
+    def _fill(self) -> None:
+        while True:
+            job = self._started[-1] if self._started else None
+            if job is None or job.submitted == len(job.tensor.views):
+                if not self._waiting or self._waiting[0].shard > self._horizon:
+                    return
+                if not self._fits(self._waiting[0].bytes + self._cost(self._waiting[0], 0)):
+                    return
+                self._start_next()
+            elif self._fits(self._cost(job, job.submitted)):
+                self._submit_view(job)
+            else:
+                return
+
+    def _fits(self, cost: int) -> bool:
+        return self._in_flight + cost <= self._budget
+
+    def _cost(self, job: _Job, position: int) -> int:
+        return self._plan.edit.working_memory(job.tensor.views[position].shape, job.tensor)
+
+    def _start_next(self) -> None:
+        job = self._waiting.popleft()
+        code = self._plan.shards[job.shard].header.tensors[job.tensor.name].dtype
+        job.out = torch.empty(job.tensor.info.shape, dtype=dtypes.torch_dtype(code))
+        self._in_flight += job.bytes
+        self._started.append(job)
+        self._submit_view(job)
+
+    def _submit_view(self, job: _Job) -> None:
+        view, cost = job.tensor.views[job.submitted], self._cost(job, job.submitted)
+        job.submitted += 1
+        assert job.out is not None
+        sources = {role: view.select(checkpoint.tensor(job.tensor.name_in(role))) for role, checkpoint in self._plan.checkpoints.items()}
+        edit = self._plan.edit
+        future = self._crew.submit(edit.matrix, sources, view.select(job.out), view, job.tensor, self._crew.device, self._plan.triplets)
+        self._in_flight += cost
+        job.futures.append((future, cost))
