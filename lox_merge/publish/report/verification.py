@@ -20,7 +20,9 @@ def verification_sections(document: dict[str, Any], name: str) -> list[Section]:
     recomputed = f"{counted(result.tensors_recomputed, 'tensor')} of {result.tensors} made again from the sources and compared."
     words = (
         recomputed if result.sources_checked else "The weights were not made again from the sources: only hashes and structure were checked.",
-        f"In the last place, as another machine or number of threads makes them, differ here and there: {listed(result.rounded_apart)}." if result.rounded_apart else None,
+        f"In the last place, as another machine or thread count rounds them, differ here and there: {listed(result.rounded_apart)}."
+        if result.rounded_apart
+        else None,
     )
     rows = tuple((word(str(place)), word(problem)) for place, problem in enumerate(result.problems, 1))
     tables = (Table("Problems", heads("number", "problem"), rows),) if rows else ()
