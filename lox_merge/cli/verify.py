@@ -69,8 +69,7 @@ def verify_command(
     if result.sources_checked:
         click.echo(f"{result.tensors_recomputed} tensors made again from the sources: equal.")
         if result.rounded_apart:
-            click.echo(
-                f"{len(result.rounded_apart)} of them differ in the last place here and there, as another machine or thread count rounds them."
-            )
+            count = len(result.rounded_apart)
+            click.echo(f"{count} of them differ in the last place here and there, as another machine or thread count rounds them.")
     else:
         click.echo("The weights were not recomputed (--offline).")
