@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,9 @@ import torch  # noqa: E402
 from forked_cli import ForkedCli  # noqa: E402
 
 torch.set_num_threads(1)
+# A shell starts background jobs with Ctrl-C ignored, and what a process ignores its children ignore too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["hub_fixtures", "lab_fixtures", "report_fixtures"]
 
