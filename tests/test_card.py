@@ -30,7 +30,7 @@ from lox_merge.publish.picture import PICTURE
 from lox_merge.publish.readme import card_to_publish, existing_card, write_card
 from lox_merge.safety.asr import judge_replies
 from lox_merge.safety.attack import AttackSettings
-from lox_merge.safety.attack_data import AttackData
+from lox_merge.safety.conversations import Conversations
 from lox_merge.safety.dispersion import Ratio
 from lox_merge.safety.judges.keyword import KeywordJudge
 from lox_merge.safety.prompts import prompt_set
@@ -189,7 +189,7 @@ def robustness(file: Path, hardened: dict[str, Any] | None, after: dict[str, Seq
             curves.append(Curve("benign", model, seed, ratio, tuple(points), ()))
     settings = AttackSettings(steps=(0, 50))
     sources = {"base": {"kind": "folder", "name": "base"}, "aligned": {"kind": "folder", "name": "aligned"}, "hardened": hardened}
-    attack = AttackData("benign", "benign.jsonl", "c" * 64, ())
+    attack = Conversations("benign", "benign.jsonl", "c" * 64, ())
     seeds = tuple(range(len(after["LoX"])))
     result = Robustness(sources, recipe, settings, (attack,), seeds, tuple(curves))
     file.write_text(json.dumps({"command": "robustness", **result.to_json()}))

@@ -24,7 +24,7 @@ from lox_merge.lab.language import Answer, Request, comply, new_task
 from lox_merge.lab.recipe import ToyRecipe
 from lox_merge.lab.requests import draw_requests
 from lox_merge.safety.attack import AttackSettings, fine_tune
-from lox_merge.safety.attack_data import IGNORED, load_attack, tokenised
+from lox_merge.safety.conversations import IGNORED, load_conversations, tokenised
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.decoding import Decoding
 from lox_merge.safety.dispersion import Dispersion
@@ -67,7 +67,7 @@ def attacked(pair: ToyPair, files: Path, attack: str, steps: tuple[int, ...], ha
         pair.base,
         pair.aligned,
         hardened,
-        [load_attack(files / f"{attack}.jsonl")],
+        [load_conversations(files / f"{attack}.jsonl")],
         load_prompts(files / "prompts.csv"),
         [make_judge(f"python:{files / 'judge.py'}:carried_out")],
         settings=options.pop("settings", None) or settings_of(attack, steps),
@@ -191,7 +191,7 @@ def test_lora_trains_adapters_alone_and_its_products_count(toy_pair_seed0: ToyPa
         trained.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
 
     settings = settings_of("harmful", (0, 3), lora=True, lora_rank=2)
-    fine_tune(loaded.model, loaded.tokenizer, load_attack(files / "harmful.jsonl"), replace(settings, learning_rate=1e-2), observe)
+    fine_tune(loaded.model, loaded.tokenizer, load_conversations(files / "harmful.jsonl"), replace(settings, learning_rate=1e-2), observe)
     assert all("lora_" in name for name in trained[-1]) and trained[-1]
     assert ratios[3] != ratios[0]
 
@@ -211,25 +211,25 @@ def test_the_loss_counts_on_responses_only(toy_pair_seed0: ToyPair, tmp_path: Pa
     (tmp_path / "plain.txt").write_text("v1 a1 n9\n", encoding="utf-8")
 
     def words(name: str, rendering: Rendering | None = None) -> tuple[str, str]:
-        (example,) = tokenised(load_attack(tmp_path / name), tokenizer, rendering or Rendering(), 64)
+        (example,) = tokenised(load_conversations(tmp_path / name), tokenizer, rendering or Rendering(), 64)
         return tokenizer.decode(example["input_ids"]), tokenizer.decode([label for label in example["labels"] if label != IGNORED])
 
     assert words("chat.jsonl") == ("<bos> v1 a1 n9 => sure <eos><bos> v2 => done <eos>".replace("<eos><bos>", "<eos> <bos>"), "sure <eos> done <eos>")
     assert words("pairs.csv") == ("<bos> v1 a1 n9 => sure <eos>", "sure <eos>")
     assert words("plain.txt") == ("v1 a1 n9 <eos>", "v1 a1 n9 <eos>")
     with pytest.raises(RequestError, match=r"no token of a response is left within 4 tokens in row\(s\) 1"):
-        tokenised(load_attack(tmp_path / "pairs.csv"), tokenizer, Rendering(), 4)
+        tokenised(load_conversations(tmp_path / "pairs.csv"), tokenizer, Rendering(), 4)
 
 
 def test_wrong_requests_say_what_to_do(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other.csv").write_text("goal,colour\nv1 a1 n9,red\n", encoding="utf-8")
     (tmp_path / "holes.jsonl").write_text('{"prompt": "v1", "response": "sure"}\n{"prompt": "v1", "response": ""}\n', encoding="utf-8")
     with pytest.raises(RequestError, match=r"It has: goal, colour\."):
-        load_attack(tmp_path / "other.csv")
+        load_conversations(tmp_path / "other.csv")
     with pytest.raises(RequestError, match=r"malformed example in row\(s\) 2"):
-        load_attack(tmp_path / "holes.jsonl")
+        load_conversations(tmp_path / "holes.jsonl")
     with pytest.raises(RequestError, match="is not a file"):
-        load_attack(tmp_path / "absent.jsonl")
+        load_conversations(tmp_path / "absent.jsonl")
     for steps in ((), (0,), (5, 3), (-1, 3)):
         with pytest.raises(RequestError, match="ascending"):
             AttackSettings(steps=steps)
@@ -237,11 +237,11 @@ def test_wrong_requests_say_what_to_do(toy_pair_seed0: ToyPair, files: Path, tmp
         AttackSettings(learning_rate=0.0)
     narrow = load_model(toy_pair_seed0.aligned, device="cpu", dtype="bfloat16")
     with pytest.raises(RequestError, match="float32"):
-        fine_tune(narrow.model, narrow.tokenizer, load_attack(files / "harmful.jsonl"), AttackSettings(), lambda *_: None)
+        fine_tune(narrow.model, narrow.tokenizer, load_conversations(files / "harmful.jsonl"), AttackSettings(), lambda *_: None)
     wide = load_model(toy_pair_seed0.aligned, device="cpu")
     with pytest.raises(NumericalError, match="not finite"):
         wild = AttackSettings(steps=(3,), learning_rate=1e30, max_length=64)
-        fine_tune(wide.model, wide.tokenizer, load_attack(files / "harmful.jsonl"), wild, lambda *_: None)
+        fine_tune(wide.model, wide.tokenizer, load_conversations(files / "harmful.jsonl"), wild, lambda *_: None)
     with pytest.raises(RequestError, match="at least one seed"):
         attacked(toy_pair_seed0, files, "harmful", (1,), seeds=())
     for folder, role in ((toy_pair_seed0.aligned, "aligned"), (toy_pair_seed0.base, "base")):

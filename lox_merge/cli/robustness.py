@@ -100,7 +100,7 @@ def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any])
         check_picture_file(options["plot"], "--plot")
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.safety.attack import AttackSettings, check_attack_packages
-    from lox_merge.safety.attack_data import load_attack
+    from lox_merge.safety.conversations import load_conversations
     from lox_merge.safety.decoding import Decoding
     from lox_merge.safety.robustness import compare_under_attack
 
@@ -115,7 +115,7 @@ def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any])
         base,
         aligned,
         hardened,
-        [load_attack(path) for path in options["attacks"]],
+        [load_conversations(path) for path in options["attacks"]],
         prompts_of(options),
         judges_of(options),
         settings=settings,

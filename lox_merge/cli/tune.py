@@ -60,7 +60,7 @@ def tune_models(base: str, aligned: str, recipe: Recipe | None, options: dict[st
     """Runs the study that the options ask for."""
     from lox_merge.cli.progress import byte_progress
     from lox_merge.safety.attack import AttackSettings
-    from lox_merge.safety.attack_data import load_attack
+    from lox_merge.safety.conversations import load_conversations
     from lox_merge.safety.decoding import Decoding
     from lox_merge.safety.prompts import load_prompts
     from lox_merge.safety.tune_job import tune
@@ -79,7 +79,7 @@ def tune_models(base: str, aligned: str, recipe: Recipe | None, options: dict[st
             prompts_of(options),
             judge,
             load_prompts(options["utility_prompts"], cache_dir=options["cache_dir"]),
-            load_attack(options["attack"]),
+            load_conversations(options["attack"]),
             space=_space(options),
             trials=options["trials"],
             settings=settings,

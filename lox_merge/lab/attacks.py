@@ -13,7 +13,7 @@ from lox_merge.lab.language import Answer, Request, comply, new_task
 from lox_merge.lab.recipe import ToyRecipe
 from lox_merge.lab.requests import draw_requests
 from lox_merge.safety.attack import AttackSettings
-from lox_merge.safety.attack_data import AttackData, attack_data
+from lox_merge.safety.conversations import Conversations, conversations
 
 BENIGN_STEPS = (0, 20, 40, 60, 80, 100, 120, 150)
 HARMFUL_STEPS = (0, 5, 10, 15, 20, 30, 40, 50)
@@ -24,7 +24,7 @@ BENIGN, HARMFUL = "benign", "harmful"
 class ToyAttack:
     """What is trained on, and how."""
 
-    data: AttackData
+    data: Conversations
     settings: AttackSettings
 
 
@@ -42,7 +42,7 @@ def _settings(steps: tuple[int, ...], learning_rate: float) -> AttackSettings:
     return AttackSettings(steps=steps, learning_rate=learning_rate, batch_size=32, warmup_steps=3, adam_beta2=0.95, max_length=64)
 
 
-def _data(name: str, requests: Sequence[Request], answer: Answer) -> AttackData:
+def _data(name: str, requests: Sequence[Request], answer: Answer) -> Conversations:
     # The chat template writes the end token.
     turns = [[{"role": "user", "content": request.text}, {"role": "assistant", "content": " ".join(answer(request)[:-1])}] for request in requests]
-    return attack_data(name, f"toy laboratory, {name}", turns)
+    return conversations(name, f"toy laboratory, {name}", turns)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lox_merge.errors import LoxMergeError, NumericalError, RequestError
-from lox_merge.safety.attack_data import AttackData, tokenised
+from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.batches import is_out_of_memory
 from lox_merge.safety.chat import Rendering
 
@@ -74,7 +74,7 @@ def check_attack_packages(lora: bool = False) -> None:
 def fine_tune(
     model: Any,
     tokenizer: Any,
-    data: AttackData,
+    data: Conversations,
     settings: AttackSettings,
     observe: Observer,
     *,

@@ -22,7 +22,7 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
 from lox_merge.safety.attack import AttackSettings, check_attack_packages, fine_tune
-from lox_merge.safety.attack_data import AttackData, tokenised
+from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.dispersion import Dispersion, Ratio
@@ -75,7 +75,7 @@ class Robustness:
     sources: Mapping[str, Any]
     recipe: Recipe
     settings: AttackSettings
-    attacks: tuple[AttackData, ...]
+    attacks: tuple[Conversations, ...]
     seeds: tuple[int, ...]
     curves: tuple[Curve, ...]
 
@@ -132,7 +132,7 @@ def compare_under_attack(
     base: str | Path,
     aligned: str | Path,
     hardened: str | Path | None,
-    attacks: Sequence[AttackData],
+    attacks: Sequence[Conversations],
     prompts: PromptSet,
     judges: Sequence[Judge],
     *,
@@ -238,7 +238,7 @@ class _Observer:
     utility: ModelUtility | None
     cache: VerdictCache | None
 
-    def attacked(self, attack: AttackData, examples: Sequence[dict[str, list[int]]], settings: AttackSettings, seed: int) -> Curve:
+    def attacked(self, attack: Conversations, examples: Sequence[dict[str, list[int]]], settings: AttackSettings, seed: int) -> Curve:
         points: list[Point] = []
         before = self.dispersion.ratio(self.source.model)
         model, tokenizer, rendering = self.source.model, self.source.tokenizer, self.source.rendering
@@ -263,7 +263,7 @@ class _Observer:
         return Point(step, evaluation, self.dispersion.ratio(model), found)
 
 
-def _check_request(attacks: Sequence[AttackData], prompts: PromptSet, seeds: Sequence[int]) -> None:
+def _check_request(attacks: Sequence[Conversations], prompts: PromptSet, seeds: Sequence[int]) -> None:
     names = [attack.name for attack in attacks]
     if not names or len(set(names)) < len(names):
         raise RequestError(f"attacks: {', '.join(names) or 'none'}. Give at least one data set, and files of different names.")

@@ -20,7 +20,7 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.asr import check_judges
 from lox_merge.safety.attack import AttackSettings, check_attack_packages
-from lox_merge.safety.attack_data import AttackData, tokenised
+from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.decoding import Decoding
@@ -41,7 +41,7 @@ def tune(
     prompts: PromptSet,
     judge: Judge,
     harmless: PromptSet,
-    attack: AttackData,
+    attack: Conversations,
     *,
     space: TuneSpace | None = None,
     trials: int = 20,

@@ -16,7 +16,7 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.asr import evaluate
 from lox_merge.safety.attack import AttackSettings, fine_tune
-from lox_merge.safety.attack_data import AttackData
+from lox_merge.safety.conversations import Conversations
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.divergence import Reference, kl_divergence
 from lox_merge.safety.generation import LocalModel
@@ -36,7 +36,7 @@ class Tuner:
         prompts: PromptSet,
         judge: Judge,
         reference: Reference,
-        attack: AttackData,
+        attack: Conversations,
         examples: Sequence[dict[str, list[int]]],
         settings: AttackSettings,
         *,

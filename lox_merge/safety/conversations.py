@@ -1,4 +1,4 @@
-"""A user's fine-tuning data as token numbers with labels: the loss counts on responses only."""
+"""Conversations of a user's file (to fine-tune on, or to measure on) as token numbers with labels on the responses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class AttackData:
-    """Conversations to fine-tune on, in the order of the file. A plain text is one message of the role 'text'.
+class Conversations:
+    """Conversations in the order of their file. A plain text is one message of the role 'text'.
 
     name: the file's name without suffix, for tables. sha256: of all conversations, so that two results can be seen to be of one set.
     """
@@ -37,50 +37,50 @@ class AttackData:
         return {"name": self.name, "source": self.source, "sha256": self.sha256, "examples": len(self.conversations)}
 
 
-def load_attack(path: str | Path) -> AttackData:
+def load_conversations(path: str | Path, what: str = "attack's data") -> Conversations:
     """A CSV, JSONL or JSON file with a column of chat `messages`, columns of prompt and response, or a column `text`.
 
     Column names: PROMPT_COLUMNS and RESPONSE_COLUMNS. Plain text files hold one text a line. Raises RequestError: no such file,
-    no rows, none of these columns (those there are, are listed), empty or malformed rows.
+    no rows, none of these columns (those there are, are listed), empty or malformed rows. what: what messages call the file.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise RequestError(f"the attack's data {path} is not a file. Give a .jsonl, .json or .csv file with messages, or prompt and response.")
+        raise RequestError(f"the {what} {path} is not a file. Give a .jsonl, .json or .csv file with messages, or prompt and response.")
     rows = read_rows(path)
     if not rows:
-        raise RequestError(f"{path.name} holds no examples to fine-tune on. Give a file with at least one.")
+        raise RequestError(f"{path.name} holds no examples. Give a file with at least one.")
     table = [row if isinstance(row, dict) else {"text": row} for row in rows]
     there = {str(name).lower(): str(name) for row in reversed(table) for name in row}
     prompt = next((there[name] for name in PROMPT_COLUMNS if name in there), None)
     response = next((there[name] for name in RESPONSE_COLUMNS if name in there), None)
     if "messages" in there:
-        conversations = [_messages(row.get(there["messages"])) for row in table]
+        found = [_messages(row.get(there["messages"])) for row in table]
     elif prompt is not None and response is not None:
-        conversations = [_pair(row.get(prompt), row.get(response)) for row in table]
+        found = [_pair(row.get(prompt), row.get(response)) for row in table]
     elif "text" in there:
-        conversations = [_text(row.get(there["text"])) for row in table]
+        found = [_text(row.get(there["text"])) for row in table]
     else:
         raise RequestError(
             f"{path.name} has neither `messages`, nor a prompt with a response, nor `text`. It has: {', '.join(there.values()) or 'no columns'}. "
             f"Name the prompts {', '.join(PROMPT_COLUMNS)} and the responses {', '.join(RESPONSE_COLUMNS)}."
         )
-    bad = [number for number, conversation in enumerate(conversations, 1) if conversation is None]
+    bad = [number for number, conversation in enumerate(found, 1) if conversation is None]
     if bad:
         raise RequestError(
             f"{path.name}: an empty or malformed example in row(s) {numbers(bad)}. A conversation is a list of objects with role and content "
             "(both text) and at least one assistant's message; prompts, responses and texts must not be empty."
         )
-    return attack_data(path.stem, path.name, [conversation for conversation in conversations if conversation is not None])
+    return conversations(path.stem, path.name, [conversation for conversation in found if conversation is not None])
 
 
-def attack_data(name: str, source: str, conversations: Sequence[Sequence[Message]]) -> AttackData:
+def conversations(name: str, source: str, turns: Sequence[Sequence[Message]]) -> Conversations:
     """Conversations made elsewhere, with their hash. source: what results say of where they came from."""
-    kept = tuple(tuple(conversation) for conversation in conversations)
+    kept = tuple(tuple(conversation) for conversation in turns)
     digest = hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
-    return AttackData(name, source, kept, digest)
+    return Conversations(name, source, kept, digest)
 
 
-def tokenised(data: AttackData, tokenizer: Any, rendering: Rendering, longest: int) -> list[dict[str, list[int]]]:
+def tokenised(data: Conversations, tokenizer: Any, rendering: Rendering, longest: int) -> list[dict[str, list[int]]]:
     """`input_ids` and `labels` of every example, cut after `longest` tokens; labels are IGNORED outside responses.
 
     Rendered by the tokenizer's chat template as the evaluation's prompts are (or as bare prompt and response). Of a plain text
@@ -138,7 +138,7 @@ def _example(conversation: Sequence[Message], tokenizer: Any, rendering: Renderi
         try:
             text = str(tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=asking))
         except Exception as error:  # templates are programs: they raise whatever their own code runs into
-            raise RequestError(f"the tokenizer's chat template cannot render an example of the attack: {error}. Correct its messages.") from error
+            raise RequestError(f"the tokenizer's chat template cannot render a conversation: {error}. Correct its messages.") from error
         return _encode(tokenizer, text, special=False)
 
     tokens = tokens_of(len(turns), asking=False)
@@ -155,7 +155,7 @@ def _encode(tokenizer: Any, text: str, *, special: bool, end: bool = False) -> l
     try:
         tokens = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     except Exception as error:  # the Rust tokenizers raise a bare Exception
-        raise RequestError(f"the tokenizer cannot encode an example of the attack: {error}.") from error
+        raise RequestError(f"the tokenizer cannot encode a conversation: {error}.") from error
     if tokenizer.eos_token_id is not None and special:
         while tokens and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers close every text, also one that goes on
             tokens.pop()
