@@ -24,8 +24,8 @@ from lox_merge.lab.language import Answer, Request, comply, new_task
 from lox_merge.lab.recipe import ToyRecipe
 from lox_merge.lab.requests import draw_requests
 from lox_merge.safety.attack import AttackSettings, fine_tune
-from lox_merge.safety.conversations import IGNORED, load_conversations, tokenised
 from lox_merge.safety.chat import Rendering
+from lox_merge.safety.conversations import IGNORED, load_conversations, tokenised
 from lox_merge.safety.decoding import Decoding
 from lox_merge.safety.dispersion import Dispersion
 from lox_merge.safety.judges.factory import make_judge

@@ -1,4 +1,4 @@
-"""What asr, search and robustness ask for alike: prompts, judges, rendering and utility, as options and as the objects they name."""
+"""What measuring commands ask for alike: prompts, judges, models, rendering and utility, as options and as the objects they name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.options import Decorator, number
+from lox_merge.cli.options import Decorator, cache_option, number
 from lox_merge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -60,6 +60,14 @@ utility_options = options_in_order(
     click.option("--utility-prompts", metavar="FILE|DATASET", help="Harmless prompts: KL from ALIGNED (asr: the first MODEL)."),
     click.option("--lm-eval", metavar="TASK,…", help="Standard tasks of lm-eval, by its names."),
     click.option("--lm-eval-limit", type=click.IntRange(min=1), metavar="N", help="Only N examples of each of these tasks."),
+)
+
+model_options = options_in_order(
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the models run."),
+    click.option("--dtype", default="auto", show_default=True, metavar="auto|bfloat16|float16|float32", help="Of the models; auto: as stored."),
+    click.option("--device-map", metavar="auto", help="Spread a model over all GPUs (instead of --device)."),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Texts at a time.  [default: found automatically]"),
+    cache_option,
 )
 
 rendering_options = options_in_order(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from lox_merge.errors import LoxMergeError, NumericalError, RequestError
-from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.batches import is_out_of_memory
 from lox_merge.safety.chat import Rendering
+from lox_merge.safety.conversations import Conversations, tokenised
 
 # Called with the step and a causal language model in evaluation mode (LoRA layers inside it where LoRA is trained).
 Observer = Callable[[int, Any], None]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -36,10 +36,7 @@ def first_batch_size(model: Any, tokens: int) -> int:
     """A batch size, a power of two, that should fit when each row holds up to `tokens` tokens; halving corrects a wrong guess."""
     device = model.device
     most = _MOST_ON_GPU if device.type == "cuda" else _MOST_ON_CPU
-    free = _free_memory(device)
-    if free is None:
-        return most
-    fitting = max(1, int(_SHARE * free / _row_bytes(model, tokens)))
+    fitting = max(1, int(_SHARE * free_memory(device) / _row_bytes(model, tokens)))
     return int(min(most, 2 ** (fitting.bit_length() - 1)))
 
 
@@ -70,10 +67,8 @@ def _row_bytes(model: Any, tokens: int) -> int:
     return int(cache + activations + 3 * 4 * config.vocab_size)
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a device now; on a CPU with what the system keeps of files and would give up."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on every system
-        return None
+    return int(psutil.virtual_memory().available)

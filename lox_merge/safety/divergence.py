@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lox_merge.errors import LoxMergeError, NumericalError, RequestError
-from lox_merge.safety.batches import is_out_of_memory, release_memory, right_padded
+from lox_merge.errors import NumericalError, RequestError
 from lox_merge.safety.chat import Rendering, check_rendering, render
+from lox_merge.safety.log_probabilities import ROWS, log_probabilities
 from lox_merge.safety.types import PromptSet
-
-_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Reference:
 
 
 def reference_log_probabilities(
-    model: Any, tokenizer: Any, prompts: PromptSet, rendering: Rendering | None = None, *, last: int | None = None, batch_size: int = _ROWS
+    model: Any, tokenizer: Any, prompts: PromptSet, rendering: Rendering | None = None, *, last: int | None = None, batch_size: int = ROWS
 ) -> Reference:
     """Next-token log-probabilities of `model` after every token of the rendered prompts.
 
@@ -55,13 +52,14 @@ def reference_log_probabilities(
     check_rendering(tokenizer, used)
     rows = [render(tokenizer, prompt.text, used) for prompt in prompts.prompts]
     kept: dict[int, Tensor] = {}
-    for i, values in _log_probabilities(model, rows, [min(len(row), last or len(row)) for row in rows], batch_size):
+    positions = [range(max(0, len(row) - (last or len(row))), len(row)) for row in rows]
+    for i, values in log_probabilities(model, rows, positions, batch_size=batch_size):
         kept[i] = values.cpu()
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return Reference(tuple(kept[i] for i in range(len(rows))), tuple(map(tuple, rows)), digest)
 
 
-def kl_divergence(reference: Reference, model: Any, *, batch_size: int = _ROWS) -> Divergence:
+def kl_divergence(reference: Reference, model: Any, *, batch_size: int = ROWS) -> Divergence:
     """Mean over positions of KL(reference ‖ model) = Σ_v p_ref (log p_ref − log p_model), nats, float32, summed in float64.
 
     The model reads the tokens of the reference, so both saw the same. Raises RequestError for another vocabulary size,
@@ -69,7 +67,8 @@ def kl_divergence(reference: Reference, model: Any, *, batch_size: int = _ROWS) 
     """
     total, count = 0.0, 0
     lengths = [len(values) for values in reference.log_probabilities]
-    for i, values in _log_probabilities(model, [list(row) for row in reference.tokens], lengths, batch_size):
+    positions = [range(len(row) - length, len(row)) for row, length in zip(reference.tokens, lengths, strict=True)]
+    for i, values in log_probabilities(model, reference.tokens, positions, batch_size=batch_size):
         expected = reference.log_probabilities[i].to(values.device)
         if expected.shape != values.shape:
             raise RequestError(
@@ -84,41 +83,3 @@ def kl_divergence(reference: Reference, model: Any, *, batch_size: int = _ROWS) 
         raise NumericalError("the KL divergence is not finite: the model rules out a token that the reference expects. Check the model's weights.")
     # Rounding of nearly equal distributions can give −1e-9, which no divergence is.
     return Divergence(max(0.0, total / count) if count else None, count, len(lengths))
-
-
-@torch.no_grad()
-def _log_probabilities(model: Any, rows: Sequence[list[int]], lengths: Sequence[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """(prompt number, (length, vocabulary) float32) for the last `length` positions of every prompt, long prompts first."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    training = model.training
-    model.eval()
-    try:
-        while order:
-            batch = order[:batch_size]
-            scores = _scores(model, [rows[i] for i in batch])
-            if scores is None:
-                release_memory()
-                batch_size = max(1, len(batch) // 2)
-                continue
-            for i, row in zip(batch, scores, strict=True):
-                values = row[len(rows[i]) - lengths[i] : len(rows[i])].float().log_softmax(-1)
-                if values.isnan().any():
-                    raise NumericalError(f"the model's scores of prompt {i} are not numbers (NaN). Load it in float32, or check its weights.")
-                yield i, values
-            del order[:batch_size], scores
-    finally:
-        model.train(training)
-
-
-def _scores(model: Any, rows: Sequence[list[int]]) -> Tensor | None:
-    """Logits (rows, longest, vocabulary); None when they did not fit."""
-    tokens, mask = right_padded(rows, 0, model.device)
-    try:
-        scores: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-        return scores
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(rows) == 1:
-            raise LoxMergeError(f"memory ran out on a prompt of {len(rows[0])} tokens. Leave it out, or use a smaller dtype.") from error
-    return None

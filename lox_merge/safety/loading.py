@@ -18,7 +18,7 @@ from lox_merge.errors import RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
 from lox_merge.jobs.manifest import output_identity
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Bytes are summed as 64-bit integers, which needs no conversion and so runs at the speed of memory.
 _WORD, _WIDTH = 8, 1024
 
@@ -48,8 +48,8 @@ def load_model(
     spreads a model over all GPUs (and the memory beside them) instead; it needs the package accelerate.
     Raises SourceError where it cannot be read, RequestError for settings that cannot be met.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise RequestError(f"dtype {dtype!r} is not known; use auto, {', '.join(_DTYPES)}.")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")
     if device_map is not None and device != "auto":
         raise RequestError(f"a model is either on the device {device} or spread by device_map={device_map!r}; give one of the two.")
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
@@ -66,7 +66,7 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         placement = {} if device_map is None else {"device_map": device_map}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES.get(dtype, "auto"), **placement, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, "auto"), **placement, **options)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         advice = "" if trust_remote_code else " A model with code of its own needs trust_remote_code, which runs that code."
         raise SourceError(f"{checkpoint.title} cannot be loaded by transformers: {error}{advice}") from error

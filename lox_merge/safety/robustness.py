@@ -22,9 +22,9 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
 from lox_merge.safety.attack import AttackSettings, check_attack_packages, fine_tune
-from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.chat import Rendering
+from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.dispersion import Dispersion, Ratio
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.starting_points import ALIGNED, CONTROLS, HARDENED, Control, check_hardened, check_some_edit, set_starting_point

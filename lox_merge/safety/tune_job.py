@@ -20,9 +20,9 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.asr import check_judges
 from lox_merge.safety.attack import AttackSettings, check_attack_packages
-from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.chat import Rendering
+from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.decoding import Decoding
 from lox_merge.safety.divergence import reference_log_probabilities
 from lox_merge.safety.generation import LocalModel

@@ -16,8 +16,8 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.asr import evaluate
 from lox_merge.safety.attack import AttackSettings, fine_tune
-from lox_merge.safety.conversations import Conversations
 from lox_merge.safety.cache import VerdictCache
+from lox_merge.safety.conversations import Conversations
 from lox_merge.safety.divergence import Reference, kl_divergence
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.starting_points import ALIGNED, HARDENED, set_starting_point

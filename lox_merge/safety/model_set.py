@@ -1,0 +1,111 @@
+"""Several models that are looked at in turn: together in memory where they fit, else one after another."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint, open_model
+from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.errors import PlanError, RequestError, SourceError
+from lox_merge.jobs.harden import resolve_device
+from lox_merge.safety.adapted import load_adapted
+from lox_merge.safety.batches import free_memory, release_memory
+from lox_merge.safety.loading import DTYPES, LoadedModel, load_model
+
+# What weights may take of the memory that is free at the start; activations and scores need the rest.
+_SHARE = 0.6
+
+
+class ModelSet:
+    """Models by label, loaded when asked for. The first one, or `over`, is what PEFT adapters among them lie on.
+
+    together: True keeps every model that was loaded, False one at a time, None decides by memory: whether all weights fit. Opening reads
+    headers only and finds every missing or damaged checkpoint at once. Raises PlanError, RequestError for settings that
+    cannot be met. Used as a context, it lets the models go on leaving.
+    """
+
+    def __init__(
+        self,
+        references: Mapping[str, str | Path],
+        *,
+        over: Mapping[str, str] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        device_map: str | None = None,
+        cache_dir: Path | None = None,
+        trust_remote_code: bool = False,
+        together: bool | None = None,
+    ) -> None:
+        self._references = dict(references)
+        self._settings = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._open(over or {}, cache_dir)
+        self._loaded: dict[str, LoadedModel] = {}
+        self.together = self._fit(device, dtype) if together is None else together
+
+    def __enter__(self) -> ModelSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+        for checkpoint in self._checkpoints.values():
+            checkpoint.close()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self._references)
+
+    def checkpoint(self, label: str) -> Checkpoint:
+        """The files of a model: headers, config, tensors."""
+        return self._checkpoints[label]
+
+    def get(self, label: str) -> LoadedModel:
+        """The model, in evaluation mode. Where models do not fit together the last one asked for is let go first: keep no reference to it."""
+        if label not in self._loaded:
+            if not self.together:
+                self.release()
+            checkpoint = self._checkpoints[label]
+            if isinstance(checkpoint, AdaptedCheckpoint):
+                self._loaded[label] = load_adapted(checkpoint, **self._settings)
+            else:
+                self._loaded[label] = load_model(self._references[label], **self._settings)  # type: ignore[arg-type]
+        return self._loaded[label]
+
+    def release(self) -> None:
+        """Lets every loaded model go."""
+        self._loaded.clear()
+        gc.collect()
+        release_memory()
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a result records of every model: title and where it came from, with no path of this machine."""
+        return {label: {"title": checkpoint.title, **checkpoint.source.identity()} for label, checkpoint in self._checkpoints.items()}
+
+    def _open(self, over: Mapping[str, str], cache_dir: Path | None) -> None:
+        problems: list[str] = []
+        for label, reference in self._references.items():
+            below = self._checkpoints.get(over.get(label, next(iter(self._references))))
+            try:
+                opened = open_checkpoint(reference, label, cache_dir) if below is None else open_model(reference, label, below, cache_dir)
+                self._checkpoints[label] = opened
+            except PlanError as error:
+                problems += error.problems
+            except (SourceError, RequestError) as error:
+                problems.append(str(error))
+        if problems:
+            raise PlanError(problems)
+
+    def _fit(self, device: str, dtype: str) -> bool:
+        needed = sum(_bytes_in_memory(checkpoint, DTYPES.get(dtype)) for checkpoint in self._checkpoints.values())
+        return needed <= _SHARE * free_memory(resolve_device(device))
+
+
+def _bytes_in_memory(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Bytes of all tensors once loaded in `dtype` (None: as stored); an adapter's base counts, it is copied."""
+    found = [checkpoint.info(name) for name in checkpoint.names]
+    return sum(tensor.bytes if dtype is None else tensor.size * dtype.itemsize for tensor in found)
