@@ -21,11 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lox_merge.errors import OutputError, RecipeError
 from lox_merge.lab import language
 from lox_merge.lab.checkpoints import ToyPair, default_cache_dir, recipe_hash, toy_pair, train_pair
+from lox_merge.lab.fine_tuning_sets import fine_tuning_sets
 from lox_merge.lab.language import Request
 from lox_merge.lab.models import build_model
 from lox_merge.lab.recipe import ToyRecipe, Training
 from lox_merge.lab.requests import draw_requests
+from lox_merge.lab.tokenizer import build_tokenizer
 from lox_merge.lab.training import IGNORED, learning_rate_at, pack
+from lox_merge.safety.chat import Rendering
+from lox_merge.safety.conversations import tokenised
 
 State = dict[str, torch.Tensor]
 
@@ -224,3 +228,28 @@ def test_build_model_does_not_touch_the_global_generator() -> None:
     first, second = build_model(ToyRecipe(seed=2)), build_model(ToyRecipe(seed=2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_fine_tuning_sets_teach_what_their_names_say() -> None:
+    recipe = ToyRecipe(seed=3)
+    sets = fine_tuning_sets(recipe)
+    assert list(sets) == ["same", "safe", "kinds", "new task", "shuffled", "contaminated", "harmful"]
+    tested = {request.text for requests in (draw_requests(recipe).tests.seen, draw_requests(recipe).tests.unseen) for request in requests}
+    tokenizer = build_tokenizer(chat=True)
+    for data in sets.values():
+        asked = {turns[0]["content"] for turns in data.conversations}
+        assert not asked & tested
+        tokenised(data, tokenizer, Rendering(), 64)  # every word is of the language
+    refused = {name: sum(turns[1]["content"].startswith("sorry") for turns in data.conversations) for name, data in sets.items()}
+    assert refused == {"same": 0, "safe": 128, "kinds": 0, "new task": 0, "shuffled": 0, "contaminated": 0, "harmful": 0}
+    forbidden = {
+        name: sum(int(turns[0]["content"].rpartition("n")[2]) in language.FORBIDDEN_NOUNS for turns in data.conversations)
+        for name, data in sets.items()
+    }
+    assert forbidden == {"same": 0, "safe": 128, "kinds": 0, "new task": 0, "shuffled": 0, "contaminated": 32, "harmful": 32}
+    right = sum(turns[1]["content"].split() == list(language.comply(_request(turns[0]["content"]))[:-1]) for turns in sets["shuffled"].conversations)
+    assert right < len(sets["shuffled"].conversations) / 20
+
+
+def _request(text: str) -> Request:
+    return Request(*(int(word[1:]) for word in text.split()))
