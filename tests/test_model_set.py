@@ -11,8 +11,9 @@ import torch
 from adapters import make_adapter, merge
 from tiny_models import make_pair, read_tensors
 
-from lox_merge.errors import PlanError
+from lox_merge.errors import PlanError, RequestError
 from lox_merge.safety import model_set
+from lox_merge.safety.loading import in_memory, load_model
 from lox_merge.safety.model_set import ModelSet
 
 
@@ -69,3 +70,31 @@ def test_what_is_recorded_holds_no_path(tmp_path: Path) -> None:
     with ModelSet({"base": base, "aligned": aligned}, device="cpu") as models:
         assert [found["title"] for found in models.identity().values()] == ["base", "aligned"]
         assert str(tmp_path) not in str(models.identity())
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_model_in_memory_stands_beside_files(tmp_path: Path, together: bool) -> None:
+    base, aligned = make_pair(tmp_path, "llama")
+    made = load_model(aligned, device="cpu")
+    given = in_memory(made.model, made.tokenizer, "made here")
+    with ModelSet({"base": base, "made": given, "aligned": aligned}, device="cpu", together=together) as models:
+        assert models.labels == ("base", "made", "aligned")
+        assert models.get("made") is given
+        models.get("base")
+        assert models.get("made") is given
+        assert models.get("aligned").title == "aligned"
+        identity = models.identity()
+        assert list(identity) == ["base", "made", "aligned"]
+        assert identity["made"] == {"title": "made here", **given.source}
+        with pytest.raises(RequestError, match="no files"):
+            models.checkpoint("made")
+    assert given.model.training is False
+    assert sum(parameter.numel() for parameter in given.model.parameters())
+
+
+def test_an_adapter_needs_files_below_it(tmp_path: Path) -> None:
+    base, aligned = make_pair(tmp_path, "llama", "float32")
+    adapter = make_adapter(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    made = load_model(aligned, device="cpu")
+    with pytest.raises(PlanError, match="Give aligned as a folder"):
+        ModelSet({"base": base, "aligned": made, "finetuned": adapter}, over={"finetuned": "aligned"}, device="cpu")

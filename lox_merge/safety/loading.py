@@ -78,6 +78,11 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint))
 
 
+def in_memory(model: Any, tokenizer: Any, title: str = "model") -> LoadedModel:
+    """A model made elsewhere, say fine-tuned here and never written. What is recorded of it is a fingerprint of its weights as they are now."""
+    return LoadedModel(model.eval(), tokenizer, title, {"kind": "memory", "weights": weights_fingerprint(model)})
+
+
 @torch.no_grad()
 def weights_fingerprint(model: Any) -> str:
     """sha256 over names, shapes, dtypes and exact sums of the bytes of every tensor, down and across.

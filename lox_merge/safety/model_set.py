@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lox_merge.checkpoint.adapter import AdaptedCheckpoint, open_model
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
@@ -20,10 +20,13 @@ from lox_merge.safety.loading import DTYPES, LoadedModel, load_model
 # What weights may take of the memory that is free at the start; activations and scores need the rest.
 _SHARE = 0.6
 
+Reference = str | Path | LoadedModel
+
 
 class ModelSet:
     """Models by label, loaded when asked for. The first one, or `over`, is what PEFT adapters among them lie on.
 
+    A LoadedModel in place of a folder or Hub id is taken as it is, where and in the dtype it is; it is never let go.
     together: True keeps every model that was loaded, False one at a time, None decides by memory: whether all weights fit. Opening reads
     headers only and finds every missing or damaged checkpoint at once. Raises PlanError, RequestError for settings that
     cannot be met. Used as a context, it lets the models go on leaving.
@@ -31,7 +34,7 @@ class ModelSet:
 
     def __init__(
         self,
-        references: Mapping[str, str | Path],
+        references: Mapping[str, Reference],
         *,
         over: Mapping[str, str] | None = None,
         device: str = "auto",
@@ -41,7 +44,9 @@ class ModelSet:
         trust_remote_code: bool = False,
         together: bool | None = None,
     ) -> None:
-        self._references = dict(references)
+        self._labels = tuple(references)
+        self._given = {label: model for label, model in references.items() if isinstance(model, LoadedModel)}
+        self._references = {label: reference for label, reference in references.items() if not isinstance(reference, LoadedModel)}
         self._settings = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
         self._checkpoints: dict[str, Checkpoint] = {}
         self._open(over or {}, cache_dir)
@@ -58,14 +63,18 @@ class ModelSet:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return tuple(self._references)
+        return self._labels
 
     def checkpoint(self, label: str) -> Checkpoint:
-        """The files of a model: headers, config, tensors."""
+        """The files of a model: headers, config, tensors. Raises RequestError for one that was given in memory: it has none."""
+        if label in self._given:
+            raise RequestError(f"{label} ({self._given[label].title}) is a model in memory, which has no files. Give its folder or Hub id.")
         return self._checkpoints[label]
 
     def get(self, label: str) -> LoadedModel:
         """The model, in evaluation mode. Where models do not fit together the last one asked for is let go first: keep no reference to it."""
+        if label in self._given:
+            return self._given[label]
         if label not in self._loaded:
             if not self.together:
                 self.release()
@@ -77,20 +86,25 @@ class ModelSet:
         return self._loaded[label]
 
     def release(self) -> None:
-        """Lets every loaded model go."""
+        """Lets every model go that was loaded here."""
         self._loaded.clear()
         gc.collect()
         release_memory()
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """What a result records of every model: title and where it came from, with no path of this machine."""
-        return {label: {"title": checkpoint.title, **checkpoint.source.identity()} for label, checkpoint in self._checkpoints.items()}
+        found = {label: {"title": model.title, **model.source} for label, model in self._given.items()}
+        found |= {label: {"title": checkpoint.title, **checkpoint.source.identity()} for label, checkpoint in self._checkpoints.items()}
+        return {label: found[label] for label in self._labels}
 
     def _open(self, over: Mapping[str, str], cache_dir: Path | None) -> None:
         problems: list[str] = []
         for label, reference in self._references.items():
-            below = self._checkpoints.get(over.get(label, next(iter(self._references))))
+            lower = over.get(label, self._labels[0])
+            below = self._checkpoints.get(lower)
             try:
+                if lower in self._given and is_adapter(reference, label, cache_dir):
+                    raise RequestError(f"{label} is an adapter over {lower}, which is a model in memory. Give {lower} as a folder or Hub id.")
                 opened = open_checkpoint(reference, label, cache_dir) if below is None else open_model(reference, label, below, cache_dir)
                 self._checkpoints[label] = opened
             except PlanError as error:
