@@ -15,6 +15,7 @@ from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import SELECTION, Factors
 from lox_merge.jobs.harden import plan_hardening
+from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.adapted import load_adapted
@@ -28,6 +29,11 @@ class Factored:
     plan: Plan
     factors: Factors
     source: LocalModel
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a result records of base and aligned: titles and where they came from, with no path of this machine."""
+        pair = (self.plan.base, self.plan.aligned)
+        return {one.role: {"title": one.title, **one.source.identity(), **output_identity(one)} for one in pair}
 
 
 @contextmanager
