@@ -26,6 +26,7 @@ class RemovalPoint:
 
     against_aligned: its ASR minus aligned's, paired. against_leading: that of the leading directions at the same rank minus its own
     (None for leading). mean_removed, energy_removed: norm of what was taken away over the delta's (mean over matrices; of all together).
+    realised_gain: share of it that rounding to the model's dtype left, None in float32.
     """
 
     directions: str
@@ -36,6 +37,7 @@ class RemovalPoint:
     against_leading: Comparison | None
     mean_removed: float | None
     energy_removed: float | None
+    realised_gain: float | None
     change_seconds: float
     evaluation_seconds: float
     utility: dict[str, float | None] = field(default_factory=dict)

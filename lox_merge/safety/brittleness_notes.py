@@ -38,12 +38,15 @@ def _leading(result: Brittleness, rise: int | None) -> str:
 def _control(result: Brittleness, control: str, rise: int | None) -> list[str]:
     rises = [first_rise(result.curve(control, draw), result.level) for draw in range(result.draws)]
     found = [rank for rank in rises if rank is not None]
-    where = f", at the earliest at {min(found)}" if found else ""
-    notes = [f"{control} directions of equal norm: ASR is above aligned's in {len(found)} of {result.draws} draw(s){where}"]
+    where = f", at the earliest from {min(found)}" if found else ""
+    changes = [point.against_aligned.difference for point in result.points if point.directions == control]
+    known = [change for change in changes if change is not None]
+    most = f"changes ASR by {min(known):+.3f} to {max(known):+.3f}; " if known else ""
+    notes = [f"taking {control} directions of equal norm away {most}above aligned's in {len(found)} of {result.draws} draw(s){where}"]
     if rise is not None:
         there = [point for point in result.points if (point.directions, point.rank) == (control, rise)]
         above = sum(point.against_leading is not None and is_above(point.against_leading, result.level) for point in there)
-        notes.append(f"at {rise} the leading directions' ASR is above {above} of {len(there)} draw(s) of {control} ones on the same prompts")
+        notes.append(f"at {rise} the leading directions' ASR is above that of {above} of {len(there)} draw(s) of {control} ones, on the same prompts")
     return notes
 
 
@@ -62,8 +65,10 @@ def _utility(result: Brittleness, rank: int) -> list[str]:
 def _resolution(result: Brittleness) -> list[str]:
     n, needed = result.aligned.judged, fewest_for_significance(result.level)
     notes = [f"at n = {n} an increase of fewer than {needed} successes ({needed / n:.2g}) cannot be significant"]
-    if result.model.get("dtype") in ("bfloat16", "float16"):
-        notes.append(f"weights are rounded to {result.model['dtype']} at every rank, which small changes may not survive; --dtype float32 keeps them")
+    gains = [point.realised_gain for point in result.points if point.realised_gain is not None]
+    if gains:
+        dtype = result.model.get("dtype")
+        notes.append(f"rounding to {dtype} left {min(gains):.2f} to {max(gains):.2f} of what was to be taken away; --dtype float32 loses nothing")
     median = result.noise_floor.median
     if median is not None and max(result.ranks) > median:
         notes.append(f"directions beyond {median} are rounding noise of the stored weights in half of the matrices")

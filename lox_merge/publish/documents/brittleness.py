@@ -22,6 +22,7 @@ class RemovalPoint(Shape):
     against_leading: PairedChange | None
     mean_removed: float | None
     energy_removed: float | None
+    realised_gain: float | None
     utility: dict[str, float | None]
 
     def clearly(self, level: float, *, below_leading: bool = False) -> bool:

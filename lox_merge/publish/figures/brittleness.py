@@ -25,7 +25,7 @@ def draw_asr_against_directions(axes: Any, result: Brittleness) -> None:
         *((point.rank, point.attack.rate, point.attack.interval) for point in result.leading),
     ]
     _draw_controls(axes, result, result.aligned.rate, lambda point: point.attack.rate)
-    draw_with_intervals(axes, leading, marker="o", color=VERMILLION, label="leading directions, 95 % interval")
+    draw_with_intervals(axes, leading, marker="o", color=VERMILLION, label="leading directions")
     if result.aligned.rate is not None:
         axes.axhline(result.aligned.rate, color=GREY, linewidth=0.8)
     rate_axis(axes)

@@ -8,7 +8,7 @@ from lox_merge.publish.documents.brittleness import LEADING, Brittleness, Remova
 from lox_merge.publish.documents.shape import read_as
 from lox_merge.publish.figures.brittleness import draw_asr_against_directions, draw_utility_against_directions
 from lox_merge.publish.report.notes import KEYWORD
-from lox_merge.publish.report.numbers import counted, listed, points, rate_words, spread
+from lox_merge.publish.report.numbers import counted, listed, rate_words, spread
 from lox_merge.publish.report.section import (
     Cell,
     Head,
@@ -42,7 +42,6 @@ def brittleness_section(result: Brittleness) -> Section:
     words = (
         f"Weights W_align − Proj_k(delta), made in memory and never written; ASR on {result.prompts.words} (judge: {result.judge_name}). "
         f"Aligned's own ASR is {rate_words(result.aligned.rate, result.aligned.interval)}.",
-        *(_control_words(result, control) for control in result.controls),
         *(note[:1].upper() + note[1:].rstrip(".") + "." for note in result.notes),
     )
     not_shown = (
@@ -78,22 +77,10 @@ def _in_short(result: Brittleness) -> str:
     return f"Without {counted(rise.rank, 'leading direction')} the ASR is {rate_words(rise.attack.rate, rise.attack.interval)}{beside}."
 
 
-def _control_words(result: Brittleness, control: str) -> str | None:
-    """The largest change of a control, which may be significant and small."""
-    found = [point for rank in result.ranks for point in result.drawn(control, rank) if point.against_aligned.difference is not None]
-    if not found:
-        return None
-    largest = max(found, key=lambda point: point.against_aligned.difference or 0.0)
-    return (
-        f"The largest change by {control} directions of equal norm is {points(largest.against_aligned.difference)} percentage points, "
-        f"at k = {largest.rank}."
-    )
-
-
 def _pictures(result: Brittleness) -> list[Picture]:
     caption = (
-        "Whiskers are Wilson 95 % intervals over prompts; bands are lowest to highest of the draws. Random directions have the norm of the "
-        "leading ones in every matrix. The thin line is aligned's own ASR."
+        "Whiskers are Wilson 95 % intervals over prompts; lines and bands of random directions are mean, lowest and highest of the draws. "
+        "They have the norm of the leading ones in every matrix; the thin line is aligned's own ASR."
     )
     found = [panel("asr_against_directions", "ASR against directions taken away", caption, draw_asr_against_directions, result)]
     for measure in list(result.aligned_utility)[:_MEASURES]:
@@ -103,7 +90,7 @@ def _pictures(result: Brittleness) -> list[Picture]:
 
 
 def _tables(result: Brittleness) -> tuple[Table, ...]:
-    measures = list(result.aligned_utility)
+    measures, rounded = list(result.aligned_utility), any(point.realised_gain is not None for point in result.points)
     columns = heads(
         "directions",
         Head("draw"),
@@ -120,6 +107,7 @@ def _tables(result: Brittleness) -> tuple[Table, ...]:
         Head("leading more by", note="ASR of the leading directions at the same k minus this one, in percentage points"),
         Head("p of that"),
         Head("removed", note="norm of what was taken away over the delta's, mean over matrices"),
+        *([Head("realised", note="share of it that rounding to the model's dtype left")] if rounded else []),
         *measures,
     )
 
@@ -135,6 +123,7 @@ def _tables(result: Brittleness) -> tuple[Table, ...]:
             figure(point.against_aligned.p_value, ".2g"),
             *((Cell(""), Cell("")) if other is None else (change(other.difference), figure(other.p_value, ".2g"))),
             figure(point.mean_removed),
+            *([figure(point.realised_gain)] if rounded else []),
             *(figure(point.utility.get(measure), ".4g") for measure in measures),
         )
 
@@ -143,6 +132,7 @@ def _tables(result: Brittleness) -> tuple[Table, ...]:
         *(word("aligned"), Cell(""), count(0), rate(result.aligned.rate), low, high, count(result.aligned.judged), count(result.aligned.undecided)),
         *(Cell(""),) * 6,
         figure(0.0),
+        *([Cell("")] if rounded else []),
         *(figure(result.aligned_utility.get(measure), ".4g") for measure in measures),
     )
     leading = Table("ASR without the leading directions", columns, (aligned, *(row(point) for point in result.leading)))
