@@ -102,7 +102,7 @@ def test_weights_equal_the_definition_in_float64(tmp_path: Path, architecture: s
 
 
 @pytest.mark.parametrize("kind", ["random", "random-subspace"])
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_random_directions_change_every_parameter_as_much(tmp_path: Path, architecture: str, kind: Any) -> None:
     made = case(tmp_path, architecture)
     original = made.weights()
@@ -121,8 +121,9 @@ def test_random_directions_change_every_parameter_as_much(tmp_path: Path, archit
         assert float(drawn[name].norm()) == pytest.approx(float(change.norm()), rel=1e-4) and float(change.norm()) > 0
         assert not torch.allclose(drawn[name], change, atol=1e-3 * float(change.abs().max()))
         assert torch.equal(drawn[name], again[name]) and not torch.equal(drawn[name], other[name])
-    same = [name for name in leading if leading[name].shape == leading["model.layers.0.self_attn.q_proj.weight"].shape and "q_proj" in name]
-    assert len(same) > 1 and not torch.equal(drawn[same[0]], drawn[same[1]])  # no two matrices get the same directions
+    # No two matrices of a shape get the same directions.
+    first, second = ([change for name, change in drawn.items() if f".{layer}." in name] for layer in (0, 1))
+    assert first and all(not torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])

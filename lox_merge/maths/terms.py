@@ -31,6 +31,10 @@ class Terms:
     def negative(self) -> Terms:
         return replace(self, left=-self.left)
 
+    def transposed(self) -> Terms:
+        """The same of the transposed matrix."""
+        return Terms(self.right, self.left, self.scales)
+
     def to(self, device: torch.device) -> Terms:
         """Contiguous and on `device`. The scales stay where they are: one number of them is used at a time."""
         return replace(self, left=self.left.to(device).contiguous(), right=self.right.to(device).contiguous())
@@ -55,7 +59,7 @@ def random_terms(shape: tuple[int, int], singular_values: Float[Tensor, " n"], *
 
 
 def random_subspace_terms(delta: Float[Tensor, "d_out d_in"], singular_values: Float[Tensor, " n"], *, seed: int) -> Terms:
-    """Delta projected on the first k of n Haar-random directions of its rows' space, scaled to the norm of Proj_k(Delta).
+    """Delta projected on the first k of n Haar-random output directions, scaled to the norm of Proj_k(Delta).
 
     Unlike `random_terms` its rows are mixtures of Delta's own rows, so it is no control free of alignment: it stands in between.
     """

@@ -26,7 +26,8 @@ class RemovalPoint:
 
     against_aligned: its ASR minus aligned's, paired. against_leading: that of the leading directions at the same rank minus its own
     (None for leading). mean_removed, energy_removed: norm of what was taken away over the delta's (mean over matrices; of all together).
-    realised_gain: share of it that rounding to the model's dtype left, None in float32.
+    realised_gain: share of it that rounding to the model's dtype left, None in float32. seconds: to set the weights, and to get and
+    judge replies.
     """
 
     directions: str

@@ -131,7 +131,6 @@ def probe(
             for rank in wanted:
                 started = time.perf_counter()
                 swapper.set_rank(rank)
-                gain = swapper.realised_gain()
                 changed = time.perf_counter()
                 evaluation = evaluate(_without(source, replies, directions, draw, rank, seed), prompts, [judge], cache=cache)
                 done = time.perf_counter()
@@ -147,7 +146,7 @@ def probe(
                         against_leading=None if draw is None else compare(evaluation, leading[rank], judge.name),
                         mean_removed=spectra.mean_ratio(rank),
                         energy_removed=spectra.energy_ratio(rank),
-                        realised_gain=gain,
+                        realised_gain=swapper.realised_gain(),
                         change_seconds=changed - started,
                         evaluation_seconds=done - changed,
                         utility=dict(utility()) if utility else {},

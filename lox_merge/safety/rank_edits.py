@@ -18,10 +18,14 @@ RANDOM_KINDS: tuple[RandomKind, ...] = get_args(RandomKind)
 
 @dataclass(frozen=True)
 class DecomposedMatrix:
-    """One matrix as an edit sees it. name: with the label of a part; shape: (d_out, d_in) as stored; delta: makes W_align - W_base in float32."""
+    """One matrix as an edit sees it. name: with the label of a part; delta: makes W_align - W_base in float32.
+
+    shape: as stored, (d_out, d_in), or (d_in, d_out) where `transposed`.
+    """
 
     name: str
     shape: tuple[int, int]
+    transposed: bool
     subspace: Subspace
     delta: Callable[[], Tensor]
 
@@ -50,6 +54,8 @@ def random_removal(kind: RandomKind, seed: int, draw: int) -> RankEdit:
         values = matrix.subspace.singular_values
         if kind == "random":
             return random_terms(matrix.shape, values, seed=own).negative()
+        if matrix.transposed:
+            return random_subspace_terms(matrix.delta().T, values, seed=own).transposed().negative()
         return random_subspace_terms(matrix.delta(), values, seed=own).negative()
 
     return RankEdit("aligned", terms, "the aligned model")

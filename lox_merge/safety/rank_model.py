@@ -20,7 +20,7 @@ from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.maths.edits import PIECE
+from lox_merge.maths.edits import PIECE, Update
 from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.terms import Terms
 from lox_merge.safety.placement import Group, check_loaded, place
@@ -111,8 +111,7 @@ class RankSwapper:
                     terms = self._terms.get((name, view.label))
                     if terms is not None:
                         first = terms.first(self.rank)
-                        before = view.select(anchor).to(held.device, held.dtype).float()
-                        product += float(first.inner_product(view.select(held).float() - before, slice(None), None))
+                        product += _agreement(view.select(anchor), view.select(held), first)
                         intended += first.norm(None) ** 2
         return product / intended if intended else None
 
@@ -188,7 +187,7 @@ class RankSwapper:
             return view.select(after).to(device, torch.float32) - view.select(before).to(device, torch.float32)
 
         subspace = self._factors.subspace(tensor.name, view.label, self.limit)
-        return DecomposedMatrix(tensor.name + view.label, view.shape, subspace, delta)
+        return DecomposedMatrix(tensor.name + view.label, view.shape, view.transposed, subspace, delta)
 
     def _keep_anchor_near(self) -> None:
         """The anchor's matrices of parameters on a GPU stay on it where memory allows: over the bus they would take longer than replies."""
@@ -204,14 +203,27 @@ class RankSwapper:
 def _add(anchor: Tensor, terms: Terms, rank: int, out: Tensor) -> None:
     """out = anchor + the first `rank` terms; float32 sums, one rounding to the dtype of `out`."""
     wide = torch.promote_types(anchor.dtype, torch.float32)
-    rows, columns = anchor.shape
     if rank == 0:
         out.copy_(anchor)
         return
     first = terms.first(rank)
-    # On a CPU a piece stays in a core's cache; on a GPU one product beats many launches.
-    step = max(1, PIECE // max(1, columns)) if out.device.type == "cpu" else rows
     with full_precision_matmul(out.device):
-        for start in range(0, rows, step):
-            piece = slice(start, start + step)
+        for piece in _pieces(out):
             out[piece] = first.added_to(anchor[piece].to(device=out.device, dtype=wide), piece, None)
+
+
+def _agreement(anchor: Tensor, held: Tensor, update: Update) -> float:
+    """<held - anchor, T>, the anchor first rounded to the dtype of `held`."""
+    product = torch.zeros((), dtype=torch.float64, device=held.device)
+    with full_precision_matmul(held.device):
+        for piece in _pieces(held):
+            before = anchor[piece].to(device=held.device, dtype=held.dtype).float()
+            product += update.inner_product(held[piece].float() - before, piece, None)
+    return float(product)
+
+
+def _pieces(matrix: Tensor) -> list[slice]:
+    """On a CPU a piece of rows stays in a core's cache; on a GPU one product beats many launches."""
+    rows, columns = matrix.shape
+    step = max(1, PIECE // max(1, columns)) if matrix.device.type == "cpu" else max(1, rows)
+    return [slice(start, start + step) for start in range(0, rows, step)]
