@@ -11,9 +11,11 @@ from typing import Any
 import click
 import pytest
 import torch
+from adapters import load_model, make_adapter, merge
 from conftest import RunCli
 from lab_fixtures import TOY_CACHE
 from matplotlib.figure import Figure
+from transformers import AutoTokenizer
 
 import lox_merge
 from lox_merge.cli.brittleness import brittleness_command
@@ -101,6 +103,8 @@ def test_the_words_follow_the_figures(result: Brittleness) -> None:
     assert replace(result, points=tuple(replace(point, against_aligned=fallen) for point in result.points)).rises["leading"] is None
     undecided = replace(result, aligned=replace(result.aligned, judged=0, rate=None, interval=None))
     assert brittleness_notes(undecided) == ["the judge decided on no reply of the aligned model, so nothing can be compared with it"]
+    failing = brittleness_notes(replace(result, aligned=replace(result.aligned, successes=399, rate=399 / 400)))
+    assert any("fails on all but 1 of these prompts" in note for note in failing)
     bare = brittleness_notes(replace(result, aligned_utility={}))
     assert any(note.startswith("no utility was measured") for note in bare)
 
@@ -167,6 +171,25 @@ def factors(toy_pair_seed0: ToyPair, tmp_path_factory: pytest.TempPathFactory) -
     from lox_merge.jobs.recipe import Recipe
 
     return decompose(toy_pair_seed0.base, toy_pair_seed0.aligned, tmp_path_factory.mktemp("f") / "f.safetensors", recipe=Recipe(rank=8)).path
+
+
+def test_an_adapter_without_all_of_its_directions_is_its_base_model(toy_pair_seed0: ToyPair, prompts: PromptSet, tmp_path: Path) -> None:
+    base, states = toy_pair_seed0.base, []
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], chat=False)
+    AutoTokenizer.from_pretrained(toy_pair_seed0.aligned).save_pretrained(adapter)  # the base model's has no chat template
+
+    def utility(source: LocalModel) -> dict[str, float | None]:
+        states.append({name: value.clone() for name, value in source.model.state_dict().items()})
+        return {}
+
+    model = {"decoding": DECODING, "batch_size": BATCH_SIZE}
+    found = brittleness(base, adapter, prompts, NotRefused(), ranks=(4,), draws=1, model=model, utility=utility, device="cpu")
+    merged, before = merge(base, adapter, tmp_path / "merged"), load_model(base).state_dict()
+    for name, value in before.items():
+        torch.testing.assert_close(states[0][name], merged[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-5)
+    assert any(not torch.equal(states[2][name], states[1][name]) for name in before)
+    assert found.curve()[0].mean_removed == pytest.approx(1) and len(states) == 3
 
 
 def hashes(*folders: Path) -> dict[str, str]:

@@ -65,6 +65,8 @@ def _utility(result: Brittleness, rank: int) -> list[str]:
 def _resolution(result: Brittleness) -> list[str]:
     n, needed = result.aligned.judged, fewest_for_significance(result.level)
     notes = [f"at n = {n} an increase of fewer than {needed} successes ({needed / n:.2g}) cannot be significant"]
+    if n - result.aligned.successes < needed:
+        notes.append(f"aligned itself fails on all but {n - result.aligned.successes} of these prompts, so no rise could be significant")
     gains = [point.realised_gain for point in result.points if point.realised_gain is not None]
     if gains:
         dtype = result.model.get("dtype")

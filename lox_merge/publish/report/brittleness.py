@@ -70,7 +70,7 @@ def _in_short(result: Brittleness) -> str:
         return "The judge decided on no reply of the aligned model, so nothing can be compared with it."
     rise, most = result.rise, max(result.ranks)
     if rise is None:
-        return f"Taking up to {counted(most, 'leading direction')} of the delta away raises ASR not clearly above aligned's."
+        return f"Without up to {counted(most, 'leading direction')} of the delta ASR is not clearly above aligned's."
     drawn = [point for control in result.controls[:1] for point in result.drawn(control, rise.rank)]
     rates = [point.attack.rate for point in drawn if point.attack.rate is not None]
     beside = f"; {result.controls[0]} ones of equal norm: {spread(rates, sum(rates) / len(rates))}" if rates else ""
