@@ -32,13 +32,14 @@ def _leading(result: Brittleness, rise: int | None) -> str:
     point = next(point for point in result.curve() if point.rank == rise)
     difference = point.against_aligned.difference
     assert difference is not None and point.against_aligned.p_value is not None
-    return f"ASR is above aligned's from {_directions(rise)} taken away: {difference:+.3f}, p = {point.against_aligned.p_value:.2g} ({_test(result)})"
+    p_value = f"p = {point.against_aligned.p_value:.2g}"
+    return f"without {_directions(rise)} ASR is above aligned's by {difference:.3f} ({p_value}, {_test(result)}), at no smaller k tried"
 
 
 def _control(result: Brittleness, control: str, rise: int | None) -> list[str]:
     rises = [first_rise(result.curve(control, draw), result.level) for draw in range(result.draws)]
     found = [rank for rank in rises if rank is not None]
-    where = f", at the earliest from {min(found)}" if found else ""
+    where = f", at the earliest at k = {min(found)}" if found else ""
     changes = [point.against_aligned.difference for point in result.points if point.directions == control]
     known = [change for change in changes if change is not None]
     most = f"changes ASR by {min(known):+.3f} to {max(known):+.3f}; " if known else ""
@@ -46,7 +47,7 @@ def _control(result: Brittleness, control: str, rise: int | None) -> list[str]:
     if rise is not None:
         there = [point for point in result.points if (point.directions, point.rank) == (control, rise)]
         above = sum(point.against_leading is not None and is_above(point.against_leading, result.level) for point in there)
-        notes.append(f"at {rise} the leading directions' ASR is above that of {above} of {len(there)} draw(s) of {control} ones, on the same prompts")
+        notes.append(f"at k = {rise} the leading directions' ASR is above that of {above} of {len(there)} draw(s) of these, on the same prompts")
     return notes
 
 
