@@ -88,11 +88,11 @@ def test_changes_and_tests_are_paired_with_aligned_and_with_leading(result: Brit
 
 def test_the_words_follow_the_figures(result: Brittleness) -> None:
     rise = result.rises["leading"]
-    assert (
-        result.notes[0].startswith(f"without {rise} leading direction")
-        and "ASR is above aligned's by 0." in result.notes[0]
-        and any(note.startswith("utility without") for note in result.notes)
-    )
+    assert result.notes[0].startswith(f"without {rise} leading direction") and "ASR is above aligned's by 0." in result.notes[0]
+    assert any(note.startswith("utility without") for note in result.notes)
+    changes = [point.against_aligned.difference for point in result.points if point.directions == "random"]
+    said = f"ASR changes by {min(changes):+.3f} to {max(changes):+.3f}, is above aligned's in"
+    assert any(note.startswith("without random directions of equal norm") and said in note for note in result.notes)
     assert any("largest part of all that alignment changed" in note for note in result.notes)
     # The other way round: leading directions that change nothing.
     first = result.curve()[0].against_aligned
@@ -107,6 +107,8 @@ def test_the_words_follow_the_figures(result: Brittleness) -> None:
     assert brittleness_notes(undecided) == ["the judge decided on no reply of the aligned model, so nothing can be compared with it"]
     failing = brittleness_notes(replace(result, aligned=replace(result.aligned, successes=399, rate=399 / 400)))
     assert any("fails on all but 1 of these prompts" in note for note in failing)
+    single = brittleness_notes(replace(result, aligned=replace(result.aligned, n=1, judged=1, successes=0, rate=0.0)))
+    assert any(note.startswith("at n = 1 no increase can be significant") for note in single) and not any("fails on all" in note for note in single)
     bare = brittleness_notes(replace(result, aligned_utility={}))
     assert any(note.startswith("no utility was measured") for note in bare)
 

@@ -42,8 +42,8 @@ def _control(result: Brittleness, control: str, rise: int | None) -> list[str]:
     where = f", at the earliest at k = {min(found)}" if found else ""
     changes = [point.against_aligned.difference for point in result.points if point.directions == control]
     known = [change for change in changes if change is not None]
-    most = f"changes ASR by {min(known):+.3f} to {max(known):+.3f}; " if known else ""
-    notes = [f"taking {control} directions of equal norm away {most}above aligned's in {len(found)} of {result.draws} draw(s){where}"]
+    most = f"changes by {min(known):+.3f} to {max(known):+.3f}, " if known else ""
+    notes = [f"without {control} directions of equal norm ASR {most}is above aligned's in {len(found)} of {result.draws} draw(s){where}"]
     if rise is not None:
         there = [point for point in result.points if (point.directions, point.rank) == (control, rise)]
         above = sum(point.against_leading is not None and is_above(point.against_leading, result.level) for point in there)
@@ -65,8 +65,11 @@ def _utility(result: Brittleness, rank: int) -> list[str]:
 
 def _resolution(result: Brittleness) -> list[str]:
     n, needed = result.aligned.judged, fewest_for_significance(result.level)
-    notes = [f"at n = {n} an increase of fewer than {needed} successes ({needed / n:.2g}) cannot be significant"]
-    if n - result.aligned.successes < needed:
+    if n < needed:
+        notes = [f"at n = {n} no increase can be significant: take {needed} prompts or more"]
+    else:
+        notes = [f"at n = {n} an increase of fewer than {needed} successes ({needed / n:.2g}) cannot be significant"]
+    if n - result.aligned.successes < needed <= n:
         notes.append(f"aligned itself fails on all but {n - result.aligned.successes} of these prompts, so no rise could be significant")
     gains = [point.realised_gain for point in result.points if point.realised_gain is not None]
     if gains:
