@@ -1,8 +1,9 @@
 """What changing the rank in memory costs beside the replies of 100 prompts.
 
-    python benchmarks/rank_change.py FOLDER [--size 468M] [--dtype bfloat16] [--prompts 100]
+    python benchmarks/rank_change.py FOLDER [--size 468M] [--dtype bfloat16] [--prompts 100] [--edit removal]
 
-The pair is made in FOLDER on first use. Prompts are 16 random tokens each, and every reply has 60 tokens.
+The pair is made in FOLDER on first use. Prompts are 16 random tokens each, and every reply has 60 tokens. --edit: theta as in search, or
+what the brittleness probe takes away.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.recipe import Recipe
+from lox_merge.safety.rank_edits import REMOVAL, THETA, random_removal
 from lox_merge.safety.rank_model import RankSwapper
+
+EDITS = {
+    "theta": THETA,
+    "removal": REMOVAL,
+    "random": random_removal("random", 0, 0),
+    "random-subspace": random_removal("random-subspace", 0, 0),
+}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -55,6 +64,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--edit", default="theta", choices=EDITS)
     arguments = parser.parse_args()
     base, aligned = make_pair(arguments.folder / arguments.size, arguments.size)
     recipe = Recipe(rank=8)
@@ -63,11 +73,14 @@ def main() -> None:
     model = load(plan.aligned, arguments.size, arguments.dtype, arguments.device)
     figures: dict[str, float | str] = {"size": arguments.size, "dtype": arguments.dtype, "device": arguments.device, "decompose": result.seconds}
     swappers: list[RankSwapper] = []
-    figures["prepare"] = seconds(lambda: swappers.append(RankSwapper(model, plan, result.factors)))
+    figures["prepare"] = seconds(lambda: swappers.append(RankSwapper(model, plan, result.factors, edit=EDITS[arguments.edit])))
     swapper = swappers[0]
     swapper.set_rank(1)
     for rank in (0, 1, 3, 8):
         figures[f"set_rank {rank}"] = seconds(lambda rank=rank: swapper.set_rank(rank))  # type: ignore[misc]
+    figures["use"] = seconds(lambda: swapper.use(EDITS[arguments.edit]))
+    swapper.set_rank(8)
+    figures["realised_gain"] = seconds(swapper.realised_gain)
     figures["restore"] = seconds(swapper.restore)
     print(json.dumps(figures), flush=True)
     tokens = torch.randint(3, 1000, (arguments.prompts, 16), device=arguments.device)

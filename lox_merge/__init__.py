@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from lox_merge.maths.filter import filter_matrix
     from lox_merge.maths.spectral import truncated_svd
     from lox_merge.maths.subspace import Subspace
+    from lox_merge.safety.brittleness import Brittleness
+    from lox_merge.safety.brittleness_job import brittleness
 
 _HOMES = {
+    "Brittleness": "lox_merge.safety.brittleness",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
     "InspectSettings": "lox_merge.diagnostics.settings",
@@ -32,6 +35,7 @@ _HOMES = {
     "ProjectResult": "lox_merge.jobs.project",
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
+    "brittleness": "lox_merge.safety.brittleness_job",
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
     "inspect": "lox_merge.diagnostics.weights",
@@ -41,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Brittleness",
     "FilterRecipe",
     "HardenResult",
     "InspectSettings",
@@ -50,6 +55,7 @@ __all__ = [
     "Recipe",
     "Subspace",
     "__version__",
+    "brittleness",
     "filter_matrix",
     "harden",
     "inspect",

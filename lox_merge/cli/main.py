@@ -16,6 +16,7 @@ from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 # Command name: module and attribute. Modules are imported when their help or their work is asked for.
 _COMMANDS = {
     "asr": "lox_merge.cli.asr:asr_command",
+    "brittleness": "lox_merge.cli.brittleness:brittleness_command",
     "card": "lox_merge.cli.card:card_command",
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
@@ -59,6 +60,7 @@ def cli() -> None:
     lox-merge asr MODEL... --prompts P    how often attacks succeed
     lox-merge search BASE ALIGNED ...     find rank and alpha by behaviour
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
+    lox-merge brittleness BASE ALIGNED .. take leading directions away, in memory
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update
     lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
     lox-merge report RUN...               one page from the JSON of runs

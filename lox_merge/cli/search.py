@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.measuring import (
-    cache_of,
-    judge_options,
-    judges_of,
-    prompt_options,
-    prompts_of,
-    rendering_of,
-    rendering_options,
-    utility_of,
-    utility_options,
-)
+from lox_merge.cli.in_memory import measured_in_memory, reply_options, selection_of, selection_options, source_options, whole_numbers
+from lox_merge.cli.measuring import judge_options, judges_of, prompt_options, prompts_of, rendering_options, utility_of, utility_options
 from lox_merge.cli.options import base_option, cache_option, device_option, json_option, number, order_option, seed_option
 from lox_merge.cli.tune import check_tune_options, picked_recipe, tune_models, tune_options
 from lox_merge.errors import LoxMergeError, RequestError
@@ -42,16 +33,9 @@ DEFAULT_BISECT_LIMIT = 64
 @click.option("--confident", is_flag=True, help="A rank passes only when the upper 95 % bound of that increase is below rho.")
 @judge_options(several=False)
 @utility_options
-@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for this pair: no SVD is spent.")
-@click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches; others stay as in ALIGNED. Repeatable.")
-@click.option("--exclude", multiple=True, metavar="REGEX", help="Tensors whose name matches stay as in ALIGNED. Repeatable.")
-@click.option("--linear-only", is_flag=True, help="Embeddings, lm_head and convolutions stay as in ALIGNED.")
+@selection_options
 @rendering_options
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Length of a reply.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
-@click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|float16", help="dtype of the model in memory.")
-@click.option("--device-map", metavar="auto", help="Spread the model over several GPUs.")
-@click.option("--replies", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep replies here; the same command goes on from them.")
+@reply_options
 @tune_options
 @click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found (or the trial picked), to the folder OUT.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
@@ -77,14 +61,13 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
     from lox_merge.jobs.recipe import Recipe
 
     check_tune_options(options)
-    selection = {"include": options["include"], "exclude": options["exclude"], "linear_only": options["linear_only"]}
-    recipe = Recipe(alpha=number(options["alpha"], "--alpha"), seed=options["seed"], **selection)
-    chosen = recipe if any(selection.values()) or not options["factors"] else None
+    recipe = Recipe(alpha=number(options["alpha"], "--alpha"), seed=options["seed"], **selection_of(options))
+    chosen = recipe if any(selection_of(options).values()) or not options["factors"] else None
     if options["write"]:
         from lox_merge.jobs.harden import plan_hardening
         from lox_merge.jobs.plan import check_output
 
-        plan_hardening(base, aligned, options["write"], recipe=recipe, **_source_options(options))  # before an hour of replies
+        plan_hardening(base, aligned, options["write"], recipe=recipe, **source_options(options))  # before an hour of replies
         check_output(options["write"], overwrite=options["overwrite"])
     if options["pick"] is not None:
         recipe = picked_recipe(base, aligned, options)
@@ -131,10 +114,6 @@ def effective_rank(base: str, aligned: str, recipe: Recipe, *, prompts: str, sho
     return result.effective_rank
 
 
-def _source_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("order_is_right", "base_is_right", "cache_dir")}
-
-
 def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None, *, show: bool) -> RankSearch:
     """Searches and shows the result in every way asked for."""
     ranks, rho = chosen_ranks(options), number(options["rho"], "--rho")
@@ -145,8 +124,6 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_search import print_search
-    from lox_merge.safety.decoding import Decoding
-    from lox_merge.safety.progress import terminal_progress
     from lox_merge.safety.search_job import search
 
     (judge,) = judges_of(options)
@@ -161,22 +138,10 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
             rho=rho,
             bisect=options["bisect"],
             confident=options["confident"],
-            factors=options["factors"],
             recipe=recipe,
-            model={
-                "dtype": options["dtype"],
-                "device_map": options["device_map"],
-                "decoding": Decoding(max_new_tokens=options["max_new_tokens"]),
-                "rendering": rendering_of(options),
-                "batch_size": options["batch_size"],
-                "progress": terminal_progress,
-            },
             utility=utility,
-            cache=cache_of(options),
-            replies=options["replies"],
-            device=options["device"],
             decomposing=decomposing,
-            **_source_options(options),
+            **measured_in_memory(options),
         )
     if json_file:
         write_json(json_file, {"command": "search", **result.to_json()})
@@ -222,11 +187,7 @@ def chosen_ranks(options: dict[str, Any]) -> list[int]:
         return [options["max_rank"] or DEFAULT_BISECT_LIMIT]
     if options["max_rank"] is not None:
         raise RequestError("--max-rank bounds a bisection; add --bisect, or name the ranks with --ranks.")
-    text = options["ranks"] or DEFAULT_RANKS
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"--ranks {text!r} is not a list of whole numbers, such as {DEFAULT_RANKS}.") from None
+    return whole_numbers(options["ranks"] or DEFAULT_RANKS, "--ranks", DEFAULT_RANKS)
 
 
 def _check_found(result: RankSearch, *, write: bool) -> None:
@@ -250,7 +211,7 @@ def _write(base: str, aligned: str, recipe: Recipe, options: dict[str, Any], jso
     from lox_merge.jobs.harden import execute, plan_hardening
 
     with open_factors(options["factors"]) as held:
-        plan = plan_hardening(base, aligned, options["write"], recipe=recipe, factors=held, **_source_options(options))
+        plan = plan_hardening(base, aligned, options["write"], recipe=recipe, factors=held, **source_options(options))
         with byte_progress(plan.bytes_written, "hardening") as progress:
             hardened = execute(plan, device=options["device"], overwrite=options["overwrite"], progress=progress)
     if json_file:

@@ -9,9 +9,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from lox_merge.cli.show import print_utility
+from lox_merge.cli.show import figure, print_utility
 from lox_merge.safety.asr import Comparison, agreement, by_category
-from lox_merge.safety.types import Evaluation
+from lox_merge.safety.types import AttackSuccess, Evaluation
 
 
 def percent(value: float | None) -> str:
@@ -21,6 +21,12 @@ def percent(value: float | None) -> str:
 def percent_range(interval: tuple[float, float] | None) -> str:
     """Both ends without signs of percent, which the column's head gives."""
     return "undefined" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def attack_cells(attack: AttackSuccess) -> tuple[str, str, str]:
+    """A rate as a fraction, its interval, and how many replies were judged, for narrow tables."""
+    interval = "undefined" if attack.interval is None else f"{attack.interval[0]:.2f}–{attack.interval[1]:.2f}"
+    return figure(attack.rate), interval, f"{attack.judged}/{attack.n}"
 
 
 def judge_title(evaluation: Evaluation, judge: str) -> str:

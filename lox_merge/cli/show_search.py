@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lox_merge.cli.show import duration, figure, print_utility, size
+from lox_merge.cli.show_asr import attack_cells
 from lox_merge.jobs.decompose import DecomposeResult
 from lox_merge.safety.search import RankSearch
-from lox_merge.safety.types import AttackSuccess
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> None:
@@ -63,20 +63,15 @@ def print_search(result: RankSearch, *, base: str, aligned: str) -> None:
     table.add_column("")
     for point in result.curve:
         verdict = "" if not point.accepted else "← effective" if point.rank == result.effective_rank else "ok"
-        cells = [str(point.rank), *_attack(point.attack), figure(point.increase, "+.3f"), figure(point.upper_bound), figure(point.mean_r_align)]
+        cells = [str(point.rank), *attack_cells(point.attack), figure(point.increase, "+.3f"), figure(point.upper_bound), figure(point.mean_r_align)]
         table.add_row(*cells, verdict)
-    table.add_row("aligned", *_attack(result.aligned), "", "", "", "")
+    table.add_row("aligned", *attack_cells(result.aligned), "", "", "", "")
     Console().print(table)
     print_utility("rank", [*((str(point.rank), point.utility) for point in result.curve), ("aligned", result.aligned_utility)])
     criterion = f"{'upper 95 % bound of the increase' if result.confident else 'increase'} < {result.rho:g}"
     found = "none" if result.effective_rank is None else str(result.effective_rank)
     rows = [("effective rank", f"{found} ({criterion})"), ("noise-floor rank", _noise(result))]
     _pairs("", rows + [("note", note) for note in result.notes])
-
-
-def _attack(attack: AttackSuccess) -> tuple[str, str, str]:
-    interval = "undefined" if attack.interval is None else f"{attack.interval[0]:.2f}–{attack.interval[1]:.2f}"
-    return figure(attack.rate), interval, f"{attack.judged}/{attack.n}"
 
 
 def _noise(result: RankSearch) -> str:

@@ -80,9 +80,7 @@ def evaluate(source: ReplySource, prompts: PromptSet, judges: Sequence[Judge], *
     verdict given before on the same prompt and reply is not asked for again. Raises RequestError for no prompts, no judge,
     or two judges of one name.
     """
-    check_judges(judges)
-    if not len(prompts):
-        raise RequestError(f"{prompts.source} holds no prompts, so there is no attack to measure. Name a file with at least one prompt.")
+    check_attack(prompts, judges)
     return judge_replies(source, prompts, source.replies(prompts), judges, cache=cache)
 
 
@@ -127,6 +125,13 @@ def check_judges(judges: Sequence[Judge]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise RequestError(f"two judges are called {name!r}, so their verdicts could not be told apart. Name each judge once.")
+
+
+def check_attack(prompts: PromptSet, judges: Sequence[Judge]) -> None:
+    """Raises RequestError where there is nothing to ask, or nobody to judge."""
+    check_judges(judges)
+    if not len(prompts):
+        raise RequestError(f"{prompts.source} holds no prompts, so there is no attack to measure. Name a file with at least one prompt.")
 
 
 def compare(a: Evaluation, b: Evaluation, judge: str) -> Comparison:

@@ -16,11 +16,12 @@ from lox_merge.errors import LoxMergeWarning, RequestError
 from lox_merge.safety import statistics
 from lox_merge.safety.asr import evaluate
 from lox_merge.safety.cache import VerdictCache
+from lox_merge.safety.edited_source import EditedSource
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.rank_model import RankSwapper
 from lox_merge.safety.rank_notes import CONFIDENCE, curve_notes, resolution_notes
 from lox_merge.safety.spectrum import NoiseFloor, Spectra
-from lox_merge.safety.types import AttackSuccess, Evaluation, Judge, PromptSet, Reply
+from lox_merge.safety.types import AttackSuccess, Evaluation, Judge, PromptSet
 
 # The authors' list and threshold.
 DEFAULT_RANKS = (0, 1, 2, 3, 4, 6, 8)
@@ -72,28 +73,6 @@ class RankSearch:
         return asdict(self)
 
 
-class RankedSource:
-    """A model at one rank (None: aligned itself): its replies, with a name, an identity and a file of replies of its own.
-
-    folder: where replies are kept while they come in, so that an interrupted search goes on; None keeps none.
-    """
-
-    def __init__(self, source: LocalModel, rank: int | None, folder: Path | None = None) -> None:
-        self._source, self._rank = source, rank
-        self._store = None if folder is None else folder / ("aligned.jsonl" if rank is None else f"rank-{rank}.jsonl")
-
-    @property
-    def title(self) -> str:
-        return self._source.title if self._rank is None else f"{self._source.title} (rank {self._rank})"
-
-    def identity(self) -> dict[str, Any]:
-        return self._source.identity() | ({} if self._rank is None else {"rank": self._rank})
-
-    def replies(self, prompts: PromptSet) -> list[Reply]:
-        with self._source.storing(self._store):
-            return self._source.replies(prompts)
-
-
 def search_rank(
     source: LocalModel,
     swapper: RankSwapper,
@@ -120,7 +99,7 @@ def search_rank(
     with swapper:
         if swapper.rank is not None:
             swapper.restore()
-        reference = evaluate(RankedSource(source, None, replies), prompts, [judge], cache=cache)
+        reference = evaluate(EditedSource(source, replies), prompts, [judge], cache=cache)
         aligned_utility = dict(utility()) if utility else {}
         measured: dict[int, RankPoint] = {}
 
@@ -129,7 +108,7 @@ def search_rank(
                 started = time.perf_counter()
                 swapper.set_rank(rank)
                 changed = time.perf_counter()
-                evaluation = evaluate(RankedSource(source, rank, replies), prompts, [judge], cache=cache)
+                evaluation = evaluate(EditedSource(source, replies, f"rank {rank}", {"rank": rank}), prompts, [judge], cache=cache)
                 done = time.perf_counter()
                 increase, bound = paired_increase(evaluation, reference, judge.name)
                 decisive = bound if confident else increase
