@@ -1,0 +1,130 @@
+"""How far a model's expectations are from the base model's, by the place in the response: is the difference a few tokens deep?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from lox_merge.diagnostics.behaviour.passes import Scores, Vector
+from lox_merge.safety.bootstrap import Interval, bootstrap_interval
+
+FIRST = (1, 3, 5)
+# Intervals are for the first tokens, where the question is; later ones have fewer and fewer texts.
+_WITH_INTERVAL = 20
+
+Table = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.float64]]
+
+
+@dataclass(frozen=True)
+class Position:
+    """The t-th token of the response, t from 1. kl: mean of δ_t over the n texts that have one. entropy: of the model there, mean. Nats."""
+
+    t: int
+    n: int
+    kl: float
+    interval: Interval | None
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the KL budget lies in the first `first` tokens; None where there is no KL at all.
+
+    share: Σ_{t ≤ first} δ̄_t / Σ_t δ̄_t of the means over texts. even: what it would be, were δ̄_t the same everywhere.
+    per_text: mean of the same share of every text on its own. per_text_even: its expectation, mean of min(first, T)/T.
+    """
+
+    first: int
+    share: float | None
+    interval: Interval | None
+    even: float
+    per_text: float | None
+    per_text_interval: Interval | None
+    per_text_even: float
+
+
+@dataclass(frozen=True)
+class Shift:
+    """KL(model ‖ base) on one set. budget: Σ_t δ̄_t, nats. per_token: mean over all tokens.
+
+    largest: the t of the largest δ̄_t among those that at least half of the texts have.
+    """
+
+    positions: tuple[Position, ...]
+    shares: tuple[Share, ...]
+    budget: float
+    per_token: float
+    largest: int | None
+
+
+def shift(scores: Sequence[Scores], *, seed: int) -> Shift:
+    """δ_t of Qi et al. 2024 (arXiv 2406.05946): KL(model ‖ base) at every token of given responses, mean over texts at each t.
+
+    Intervals: 95 %, bootstrap over texts; None for one text.
+    """
+    divergences = _table([_given(found.divergence) for found in scores])
+    entropies = _table([found.entropy for found in scores])
+    present = ~numpy.isnan(divergences)
+    counts, means = present.sum(0), numpy.nanmean(divergences, 0)
+    positions = tuple(
+        Position(
+            t + 1,
+            int(counts[t]),
+            float(means[t]),
+            bootstrap_interval(divergences[present[:, t], t], seed=seed) if t < _WITH_INTERVAL else None,
+            float(numpy.nanmean(entropies[:, t])),
+        )
+        for t in range(divergences.shape[1])
+    )
+    common = means[: int((2 * counts >= len(scores)).sum())]
+    return Shift(
+        positions,
+        tuple(_share(divergences, first, seed) for first in FIRST),
+        float(means.sum()),
+        float(divergences[present].mean()),
+        int(common.argmax()) + 1 if common.any() else None,
+    )
+
+
+def _share(divergences: Table, first: int, seed: int) -> Share:
+    present = ~numpy.isnan(divergences)
+    filled = numpy.where(present, divergences, 0.0)
+    lengths, totals = present.sum(1), filled.sum(1)
+
+    def of_means(rows: Any, axis: int = -1) -> Any:
+        """rows: (…, n) numbers of texts, drawn with repetition. A place that none of them has adds nothing."""
+        drawn = numpy.apply_along_axis(numpy.bincount, -1, numpy.asarray(rows, dtype=int), minlength=len(filled)).astype(float)
+        means = (drawn @ filled) / numpy.maximum(drawn @ present, 1.0)
+        with numpy.errstate(invalid="ignore"):
+            return means[..., :first].sum(-1) / means.sum(-1)
+
+    everything = numpy.arange(len(filled))
+    known = totals > 0
+    own = filled[known, :first].sum(1) / totals[known]
+    some = bool(known.any())
+    return Share(
+        first,
+        float(of_means(everything)) if some else None,
+        bootstrap_interval(list(everything), statistic=of_means, seed=seed) if some else None,
+        min(first, divergences.shape[1]) / divergences.shape[1],
+        float(own.mean()) if some else None,
+        bootstrap_interval(own, seed=seed) if some else None,
+        float((numpy.minimum(first, lengths) / lengths).mean()),
+    )
+
+
+def _table(rows: Sequence[Vector]) -> Table:
+    """(texts, longest), NaN after the end of each."""
+    table = numpy.full((len(rows), max(map(len, rows))), numpy.nan)
+    for place, row in enumerate(rows):
+        table[place, : len(row)] = row
+    return table
+
+
+def _given(divergence: Vector | None) -> Vector:
+    if divergence is None:
+        raise ValueError("the base model has no divergence from itself")
+    return divergence

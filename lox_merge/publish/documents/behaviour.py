@@ -1,0 +1,165 @@
+"""What `lox-merge behaviour --json` writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from lox_merge.publish.documents.shape import Interval, Shape
+
+BASE, ALIGNED = "base", "aligned"
+
+
+class Position(Shape):
+    """The t-th token of the responses, of the n texts that have one. kl: KL(model ‖ base), nats."""
+
+    t: int
+    n: int
+    kl: float
+    interval: Interval | None
+    entropy: float
+
+
+class Share(Shape):
+    """Part of the KL budget in the first tokens; None where there is no KL."""
+
+    first: int
+    share: float | None
+    interval: Interval | None
+    even: float
+    per_text: float | None
+    per_text_interval: Interval | None
+    per_text_even: float
+
+
+class Shift(Shape):
+    """One model against base."""
+
+    positions: tuple[Position, ...] = Field(min_length=1)
+    shares: tuple[Share, ...]
+    budget: float
+    per_token: float
+    largest: int | None
+
+
+class Likelihood(Shape):
+    """Mean log-probability of the texts under one model, nats."""
+
+    joint: float
+    interval: Interval | None
+    per_token: float
+
+
+class Reversion(Shape):
+    """Where a model lies between aligned (0) and base (1)."""
+
+    moved: float
+    moved_interval: Interval | None
+    gap: float
+    index: float | None
+    interval: Interval | None
+    median: float | None
+    median_interval: Interval | None
+    n: int
+    undefined: int
+    outside: int
+    identical: bool
+
+
+class Joint(Shape):
+    """One text under one model. joint: log-probability of all its scored tokens, nats."""
+
+    joint: float
+    per_token: float
+
+
+class TextReversion(Shape):
+    """Of one text; the interval is over its tokens."""
+
+    index: float | None
+    interval: Interval | None
+
+
+class Text(Shape):
+    """One text, by its row in the file."""
+
+    row: int
+    tokens: int
+    models: dict[str, Joint]
+    reversion: dict[str, TextReversion]
+
+
+class TextSet(Shape):
+    """One file of texts."""
+
+    name: str
+    source: str
+    sha256: str
+    examples: int
+    tokens: int
+    kl_from_base: dict[str, Shift]
+    log_probabilities: dict[str, Likelihood]
+    reversion: dict[str, Reversion]
+    texts: tuple[Text, ...] = Field(min_length=1)
+
+
+class Prefix(Shape):
+    """What the models were to go on from."""
+
+    prompt: str
+    prefill: str | None
+
+    @property
+    def words(self) -> str:
+        return f"{self.prompt} … {self.prefill}" if self.prefill else self.prompt
+
+
+class Candidate(Shape):
+    """One token and its probability under every model."""
+
+    token: int
+    text: str
+    probabilities: dict[str, float]
+
+
+class Between(Shape):
+    """Jensen–Shannon distances to aligned and base."""
+
+    to_aligned: float
+    to_base: float
+    index: float | None
+    detour: float | None
+
+
+class NextTokens(Shape):
+    """After one prefix. distances: in the order of the models."""
+
+    prefix: Prefix
+    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    entropies: dict[str, float]
+    distances: tuple[tuple[float, ...], ...]
+    between: dict[str, Between]
+
+
+class Behaviour(Shape):
+    """A comparison of expectations. models: base and aligned first."""
+
+    models: tuple[str, ...] = Field(min_length=2)
+    sources: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    sets: tuple[TextSet, ...]
+    next_tokens: tuple[NextTokens, ...]
+    notes: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _every_model_everywhere(self) -> Behaviour:
+        for found in self.sets:
+            if missing := set(self.models) - found.log_probabilities.keys():
+                raise ValueError(f"sets.{found.name}: no log_probabilities of {', '.join(sorted(missing))}")
+        return self
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The models beyond base and aligned."""
+        return self.models[2:]
