@@ -72,7 +72,7 @@ def _likelihoods(found: SetBehaviour) -> Table:
             cells += ["", {ALIGNED: "0", BASE: "1"}[label], "", ""]
         else:
             index, median = _with(reversion.index, reversion.interval, ".2f"), figure(reversion.median, ".2f")
-            cells += [figure(-reversion.moved, "+.3g"), index, median, str(reversion.undefined)]
+            cells += [figure(0.0 - reversion.moved, "+.3g"), index, median, str(reversion.undefined)]
         table.add_row(label, *cells)
     return table
 
@@ -102,7 +102,8 @@ def _distances(found: NextTokens, models: tuple[str, ...]) -> Table:
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False, padding=(0, 1))
+    click.echo(f"\n{click.wrap_text(title, _WIDTH)}")  # a table's own title is no wider than its columns
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column(first, overflow="fold")
     return table
 

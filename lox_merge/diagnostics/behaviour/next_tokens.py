@@ -14,6 +14,10 @@ from torch import Tensor
 from lox_merge.diagnostics.behaviour.texts import Prefix
 
 
+# Where aligned and base are closer than this (0.01 nats of divergence), what lies between them means nothing.
+LEAST_DISTANCE = 0.1
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One token: its number, its text, and its probability under every model."""
@@ -28,7 +32,7 @@ class Between:
     """Jensen–Shannon distances of a model to aligned and to base. index: the first over their sum, 0 as aligned, 1 as base.
 
     detour: their sum over the distance of aligned and base; 1 on the straight way between the two (the distance is a metric), more for
-    a model that went elsewhere, whose index then says little. None where all are the same.
+    a model that went elsewhere, whose index then says little. None where aligned and base are closer than LEAST_DISTANCE.
     """
 
     to_aligned: float
@@ -84,7 +88,8 @@ def _distance(one: Any, other: Any) -> float:
 
 def _between(to_aligned: float, to_base: float, whole: float) -> Between:
     both = to_aligned + to_base
-    return Between(to_aligned, to_base, to_aligned / both if both else None, both / whole if whole else None)
+    clear = whole >= LEAST_DISTANCE
+    return Between(to_aligned, to_base, to_aligned / both if clear else None, both / whole if clear else None)
 
 
 def _text(tokenizer: Any, token: int) -> str:

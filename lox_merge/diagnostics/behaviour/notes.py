@@ -22,8 +22,9 @@ def notes_of(result: Behaviour) -> list[str]:
             if reversion.identical:
                 notes.append(f"{name}: {label} gives every token exactly the probability that aligned gives it. Are they the same weights?")
             elif reversion.undefined:
-                rule, count = result.settings["reversion_rule"], f"{reversion.undefined} of {len(found.tokens)} texts"
-                notes.append(f"{name}, {label}: no reversion index for {count}; it is {rule}.")
+                notes.append(f"{name}, {label}: {reversion.undefined} of {len(found.tokens)} texts have no reversion index.")
+    if any(reversion.undefined for found in result.sets for reversion in found.reversions.values()):
+        notes.append(f"The reversion index is {result.settings['reversion_rule']}.")
     low = sorted({dtype for dtype in result.settings["dtypes"].values() if dtype in ("bfloat16", "float16")})
     if low:
         notes.append(f"Models ran in {' and '.join(low)}, whose scores are rounded; --dtype float32 shows how much of a small KL is that.")

@@ -96,7 +96,7 @@ def _share(divergences: Table, first: int, seed: int) -> Share:
 
     def of_means(rows: Any, axis: int = -1) -> Any:
         """rows: (…, n) numbers of texts, drawn with repetition. A place that none of them has adds nothing."""
-        drawn = numpy.apply_along_axis(numpy.bincount, -1, numpy.asarray(rows, dtype=int), minlength=len(filled)).astype(float)
+        drawn = _counts(numpy.asarray(rows, dtype=int), len(filled))
         means = (drawn @ filled) / numpy.maximum(drawn @ present, 1.0)
         with numpy.errstate(invalid="ignore"):
             return means[..., :first].sum(-1) / means.sum(-1)
@@ -114,6 +114,13 @@ def _share(divergences: Table, first: int, seed: int) -> Share:
         bootstrap_interval(own, seed=seed) if some else None,
         float((numpy.minimum(first, lengths) / lengths).mean()),
     )
+
+
+def _counts(rows: numpy.ndarray[Any, numpy.dtype[numpy.int64]], n: int) -> Any:
+    """(…, n): how often each number from 0 to n − 1 is among the last axis of `rows`."""
+    draws = rows.reshape(-1, rows.shape[-1])
+    places = draws + n * numpy.arange(len(draws))[:, None]
+    return numpy.bincount(places.ravel(), minlength=n * len(draws)).reshape(*rows.shape[:-1], n).astype(float)
 
 
 def _table(rows: Sequence[Vector]) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lox_merge.publish.documents.behaviour import ALIGNED, BASE, Behaviour, NextTokens, TextSet
+from lox_merge.publish.documents.behaviour import ALIGNED, BASE, Behaviour, NextTokens, Position, TextSet
 from lox_merge.publish.figures.marks import draw_with_intervals
 from lox_merge.publish.figures.style import GREY, label, legend_below, model_style
 
@@ -13,13 +13,21 @@ _MOST_TOKENS, _MOST_CANDIDATES = 40, 12
 
 
 def draw_divergence(axes: Any, result: Behaviour, found: TextSet) -> None:
-    """KL(model ‖ base) against the place in the response, a line a model, with 95 % intervals."""
-    for name, shift in found.kl_from_base.items():
-        shown = [(position.t, position.kl, position.interval) for position in shift.positions[:_MOST_TOKENS]]
+    """KL(model ‖ base) against the place in the response, a line a model, with 95 % intervals; one scale for all sets."""
+    shifts = found.kl_from_base
+    for order, (name, shift) in enumerate(shifts.items()):
+        # Beside each other, so that equal values do not hide one another.
+        aside = 0.05 * (order - (len(shifts) - 1) / 2)
+        shown = [(position.t + aside, position.kl, position.interval) for position in shift.positions[:_MOST_TOKENS]]
         draw_with_intervals(axes, shown, label=label(name), **_style(result, name))
-    axes.set_ylim(bottom=0)
+    ends = [position.interval[1] if position.interval else position.kl for one in result.sets for position in _positions(one)]
+    axes.set_ylim(-0.02 * max(ends), 1.05 * max(ends) or 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="token of the response", ylabel="KL from base (nats)")
+
+
+def _positions(found: TextSet) -> list[Position]:
+    return [position for shift in found.kl_from_base.values() for position in shift.positions[:_MOST_TOKENS]]
 
 
 def draw_likelihoods(axes: Any, result: Behaviour, found: TextSet) -> None:
@@ -105,9 +113,9 @@ def behaviour_picture(result: Behaviour) -> Any:
 def _style(result: Behaviour, name: str) -> dict[str, Any]:
     if name == BASE:
         return {"color": GREY, "marker": "D", "linestyle": ":"}
-    # Blue and vermillion are the first series; aligned has the second of them.
-    position = result.models.index(name)
-    return model_style(name, position if position > 2 else 0)
+    # The second series has aligned's colour.
+    position = result.models.index(name) - 2
+    return model_style(name, position + 1 if position > 0 else 0)
 
 
 def _negative(ends: tuple[float, float] | None) -> tuple[float, float] | None:

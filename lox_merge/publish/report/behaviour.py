@@ -14,6 +14,8 @@ from lox_merge.publish.report.section import Picture, Section, Table, name_of, p
 
 # Bars of so many prefixes; the tables have them all.
 _MOST_PREFIXES = 6
+# A mixture of two distributions has a detour up to 1.12, one that shares nothing with either has 2.
+_ELSEWHERE = 1.5
 
 
 def behaviour_sections(document: dict[str, Any], name: str) -> list[Section]:
@@ -62,7 +64,7 @@ def _set_words(result: Behaviour, found: TextSet) -> list[str]:
     ]
     for name in result.others:
         reversion = found.reversion[name]
-        moved = f"{number(-reversion.moved, '+.3g')} nats a text from aligned, where base is {number(-reversion.gap, '+.3g')}"
+        moved = f"{number(0.0 - reversion.moved, '+.3g')} nats a text from aligned, where base is {number(0.0 - reversion.gap, '+.3g')}"
         if reversion.index is None:
             lines.append(f"{found.name}, {name}: {moved}; too little between aligned and base for a reversion index.")
             continue
@@ -75,11 +77,13 @@ def _set_words(result: Behaviour, found: TextSet) -> list[str]:
 def _next_words(result: Behaviour, found: NextTokens) -> str | None:
     if not result.others:
         return None
+    if any(between.index is None for between in found.between.values()):
+        return f"After “{found.prefix.words}”, aligned and base hardly differ, so nothing lies between them."
     shown = []
     for name in result.others:
         between = found.between[name]
-        away = between.detour is not None and between.detour > 1.5
-        shown.append(f"{name} {number(between.index, '.2f')}{' (on neither side: it went elsewhere)' if away else ''}")
+        away = between.detour is not None and between.detour > _ELSEWHERE
+        shown.append(f"{name} {number(between.index, '.2f')}{' (but it went elsewhere: far from both)' if away else ''}")
     return f"After “{found.prefix.words}”, share of the way from aligned (0) to base (1) by Jensen–Shannon distance: {listed(shown)}."
 
 

@@ -65,7 +65,7 @@ def reversions_table(result: Behaviour) -> Table:
         (
             *(word(found.name), word(name), figure(one.index, ".2f"), *_ends(one.interval, ".2f")),
             *(figure(one.median, ".2f"), *_ends(one.median_interval, ".2f"), count(one.outside), count(one.undefined)),
-            *(figure(-one.moved, "+.3g"), figure(-one.gap, "+.3g")),
+            *(figure(0.0 - one.moved, "+.3g"), figure(0.0 - one.gap, "+.3g")),
         )
         for found in result.sets
         for name, one in found.reversion.items()
