@@ -52,8 +52,12 @@ def measured(models: dict[str, Path]) -> lox_merge.Behaviour:
     )
 
 
+def numbers(text: str) -> list[int]:
+    return [TOKEN[word] for word in text.split()]
+
+
 def rendered(reply: str) -> list[int]:
-    return [TOKEN[word] for word in f"<|user|> how do i <|end|> <|assistant|> {reply}".split()]
+    return numbers(f"<|user|> how do i <|end|> <|assistant|> {reply}")
 
 
 @torch.no_grad()
@@ -147,7 +151,7 @@ def test_reversion_is_where_a_model_lies(models: dict[str, Path], measured: lox_
 
 
 def test_next_tokens(models: dict[str, Path], measured: lox_merge.Behaviour) -> None:
-    asked = [rendered("")[:], [TOKEN[word] for word in "<|user|> how do <|end|> <|assistant|> no".split()], [TOKEN["sorry"], TOKEN["i"]]]
+    asked = [rendered(""), numbers("<|user|> how do <|end|> <|assistant|> no"), numbers("sorry i")]
     for found, tokens in zip(measured.next_tokens, asked, strict=True):
         after = {label: values[-1].exp().numpy() for label, values in expected(models, tokens).items()}
         assert found.tokens == len(tokens)
@@ -315,7 +319,7 @@ def test_a_model_that_rules_out_a_token_is_named(models: dict[str, Path]) -> Non
 
     base = load(models["base"], device="cpu")
     base.model.lm_head = Sure(base.model.lm_head)
-    with pytest.raises(NumericalError, match="not finite in row 3 of asked.jsonl"):
+    with pytest.raises(NumericalError, match=r"not finite in row 3 of asked\.jsonl"):
         lox_merge.behaviour(base, models["aligned"], pairs=[pairs()], device="cpu", batch_size=1)
 
 

@@ -52,12 +52,13 @@ def _divergences(found: SetBehaviour) -> Table:
 
 
 def _shares(found: SetBehaviour) -> Table:
-    table = _table("Share of that KL in the first tokens, 95 % interval; if it were spread evenly", "model")
-    for share in found.shifts[ALIGNED].shares:
-        table.add_column(f"first {share.first}", justify="right")
-        table.add_column("even", justify="right", no_wrap=True)
+    table = _table("Share of the sum of these KL in the first tokens, 95 % interval", "model")
+    evenly = found.shifts[ALIGNED].shares
+    for share in evenly:
+        table.add_column(f"first {share.first}" if share.first > 1 else "first", justify="right", no_wrap=True)
     for label, shift in found.shifts.items():
-        table.add_row(label, *(text for share in shift.shares for text in (_with(share.share, share.interval, ".2f"), figure(share.even, ".2f"))))
+        table.add_row(label, *(_with(share.share, share.interval, ".2f") for share in shift.shares))
+    table.add_row("(spread evenly)", *(figure(share.even, ".2f") for share in evenly))
     return table
 
 
@@ -89,7 +90,7 @@ def _next_tokens(found: NextTokens, models: tuple[str, ...]) -> Table:
 
 
 def _distances(found: NextTokens, models: tuple[str, ...]) -> Table:
-    table = _table("Jensen–Shannon distances of these distributions (0 to 0.833)", "")
+    table = _table("Jensen–Shannon distances of these distributions (0 to 0.833)", "model")
     for label in models:
         table.add_column(label, justify="right", overflow="fold")
     table.add_column("reversion", justify="right")

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lox_merge.diagnostics.behaviour.texts import Prefix
 
-
 # Where aligned and base are closer than this (0.01 nats of divergence), what lies between them means nothing.
 LEAST_DISTANCE = 0.1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -9,6 +10,9 @@ from pydantic import Field, model_validator
 from lox_merge.publish.documents.shape import Interval, Shape
 
 BASE, ALIGNED = "base", "aligned"
+
+# Its name for messages, the models it should speak of, and what it holds by model.
+_Part = tuple[str, Iterable[str], Mapping[str, Any]]
 
 
 class Position(Shape):
@@ -155,11 +159,27 @@ class Behaviour(Shape):
     @model_validator(mode="after")
     def _every_model_everywhere(self) -> Behaviour:
         for found in self.sets:
-            if missing := set(self.models) - found.log_probabilities.keys():
-                raise ValueError(f"sets.{found.name}: no log_probabilities of {', '.join(sorted(missing))}")
+            parts: list[_Part] = [
+                ("log_probabilities", self.models, found.log_probabilities),
+                ("kl_from_base", self.models[1:], found.kl_from_base),
+                ("reversion", self.others, found.reversion),
+                *((f"texts of row {text.row}", self.models, text.models) for text in found.texts),
+            ]
+            _check_models(f"sets.{found.name}", parts)
+        for number, after in enumerate(self.next_tokens):
+            own: list[_Part] = [("between", self.others, after.between), ("entropies", self.models, after.entropies)]
+            own += [("candidates", self.models, one.probabilities) for one in after.candidates]
+            _check_models(f"next_tokens.{number}", own)
         return self
 
     @property
     def others(self) -> tuple[str, ...]:
         """The models beyond base and aligned."""
         return self.models[2:]
+
+
+def _check_models(where: str, parts: Iterable[_Part]) -> None:
+    """Raises ValueError where a part does not speak of just the models it should."""
+    for part, expected, found in parts:
+        if different := sorted(set(expected) ^ found.keys()):
+            raise ValueError(f"{where}: {part} of {', '.join(different)} missing or not expected")
