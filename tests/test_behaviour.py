@@ -137,7 +137,7 @@ def test_reversion_is_where_a_model_lies(models: dict[str, Path], measured: lox_
     sums = [{label: float(figures["log p"].sum()) for label, figures in by_hand(models, reply).items()} for reply in REPLIES]
     found = measured.sets[0].reversions["finetuned"]
     own = [(one["aligned"] - one["finetuned"]) / (one["aligned"] - one["base"]) for one in sums]
-    assert [text.index for text in found.texts] == pytest.approx(own, abs=1e-4)
+    assert [text.index for text in measured.sets[0].text_reversions["finetuned"]] == pytest.approx(own, abs=1e-4)
     gap, moved = (sum(one["aligned"] - one[label] for one in sums) for label in ("base", "finetuned"))
     assert found.index == pytest.approx(moved / gap, abs=1e-4)
     assert (found.gap, found.moved) == pytest.approx((gap / 4, moved / 4), abs=1e-5)
@@ -146,7 +146,7 @@ def test_reversion_is_where_a_model_lies(models: dict[str, Path], measured: lox_
     likelihood = measured.sets[0].likelihoods["finetuned"]
     assert likelihood.joint == pytest.approx(sum(one["finetuned"] for one in sums) / 4, abs=1e-5)
     assert likelihood.per_token == pytest.approx(sum(one["finetuned"] for one in sums) / 12, abs=1e-5)
-    assert found.texts[1].interval is None  # a single token
+    assert measured.sets[0].text_reversions["finetuned"][1].interval is None  # a single token
     assert not found.identical
 
 

@@ -11,33 +11,11 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 from torch import Tensor
 
+from lox_merge.diagnostics.behaviour.measures import Between, Candidate
 from lox_merge.diagnostics.behaviour.texts import Prefix
 
 # Where aligned and base are closer than this (0.01 nats of divergence), what lies between them means nothing.
 LEAST_DISTANCE = 0.1
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One token: its number, its text, and its probability under every model."""
-
-    token: int
-    text: str
-    probabilities: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Between:
-    """Jensen–Shannon distances of a model to aligned and to base. index: the first over their sum, 0 as aligned, 1 as base.
-
-    detour: their sum over the distance of aligned and base; 1 on the straight way between the two (the distance is a metric), more for
-    a model that went elsewhere, whose index then says little. None where aligned and base are closer than LEAST_DISTANCE.
-    """
-
-    to_aligned: float
-    to_base: float
-    index: float | None
-    detour: float | None
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lox_merge._version import __version__
+from lox_merge.diagnostics.behaviour.measures import Likelihood, Reversion, Shift, TextReversion
 from lox_merge.diagnostics.behaviour.next_tokens import NextTokens
 from lox_merge.diagnostics.behaviour.passes import Scores
-from lox_merge.diagnostics.behaviour.reversion import Reversion
-from lox_merge.diagnostics.behaviour.shift import Shift
-from lox_merge.safety.bootstrap import Interval
 from lox_merge.safety.conversations import Conversations
 
 BASE, ALIGNED = "base", "aligned"
@@ -20,23 +18,17 @@ _DIGITS = 7
 
 
 @dataclass(frozen=True)
-class Likelihood:
-    """log p of all texts of a set under one model, nats. joint: mean over texts of the sum over tokens. per_token: over all tokens."""
-
-    joint: float
-    interval: Interval | None
-    per_token: float
-
-
-@dataclass(frozen=True)
 class SetBehaviour:
-    """One set of texts. scores: by model, one a text. shifts: from base, of every model but base. reversions: of every model beyond aligned."""
+    """One set of texts. scores: by model, one a text. shifts: from base, of every model but base. reversions: of every model beyond aligned, and
+    text_reversions of each text.
+    """
 
     data: Conversations
     scores: Mapping[str, tuple[Scores, ...]] = field(repr=False)
     shifts: Mapping[str, Shift]
     likelihoods: Mapping[str, Likelihood]
     reversions: Mapping[str, Reversion]
+    text_reversions: Mapping[str, tuple[TextReversion, ...]] = field(repr=False)
 
     @property
     def tokens(self) -> list[int]:
@@ -54,7 +46,7 @@ class SetBehaviour:
             "tokens": sum(self.tokens),
             "kl_from_base": {label: asdict(found) for label, found in self.shifts.items()},
             "log_probabilities": {label: asdict(found) for label, found in self.likelihoods.items()},
-            "reversion": {label: {key: value for key, value in asdict(found).items() if key != "texts"} for label, found in self.reversions.items()},
+            "reversion": {label: asdict(found) for label, found in self.reversions.items()},
             "texts": [self._text_json(number) for number in range(len(self.tokens))],
         }
 
@@ -73,7 +65,7 @@ class SetBehaviour:
             "row": number + 1,
             "tokens": self.tokens[number],
             "models": models,
-            "reversion": {label: asdict(found.texts[number]) for label, found in self.reversions.items()},
+            "reversion": {label: asdict(found[number]) for label, found in self.text_reversions.items()},
         }
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
+from lox_merge.diagnostics.behaviour.measures import Reversion, TextReversion
 from lox_merge.diagnostics.behaviour.passes import Vector
 from lox_merge.safety.bootstrap import Interval, bootstrap_interval
 
@@ -25,43 +25,14 @@ RULE = (
 _RESAMPLES = 1999
 
 
-@dataclass(frozen=True)
-class TextReversion:
-    """One text. interval: 95 %, over its tokens, as if each stood for itself; None for one token."""
-
-    index: float | None
-    interval: Interval | None
-
-
-@dataclass(frozen=True)
-class Reversion:
-    """A set. index: ratio of the sums over texts; median: of the texts' own. Intervals: 95 %, bootstrap over texts.
-
-    n: texts with an index of their own; undefined: those without. outside: how many lie below 0 or above 1.
-    moved: mean of log p_aligned − log p_model, and gap: of log p_aligned − log p_base, nats a text. A model that only changed its
-    style moves too: compare `moved` on harmless texts.
-    identical: every token has exactly the log-probability it has under aligned.
-    """
-
-    moved: float
-    moved_interval: Interval | None
-    gap: float
-    index: float | None
-    interval: Interval | None
-    median: float | None
-    median_interval: Interval | None
-    n: int
-    undefined: int
-    outside: int
-    identical: bool
-    texts: tuple[TextReversion, ...]
-
-
-def reversion(model: Sequence[Vector], aligned: Sequence[Vector], base: Sequence[Vector], *, seed: int) -> Reversion:
+def reversion(
+    model: Sequence[Vector], aligned: Sequence[Vector], base: Sequence[Vector], *, seed: int
+) -> tuple[Reversion, tuple[TextReversion, ...]]:
     """(log p_aligned − log p_model)/(log p_aligned − log p_base) of joint log-probabilities; each argument (tokens,) a text, nats.
 
     "Re-Emergent Misalignment" (Giordani 2025, arXiv 2507.03662, sec. 4.1) compares these log-probabilities by eye. RULE
     says where it is undefined. Below 0: beyond aligned; above 1: beyond base. Both are kept.
+    Returns the index of all texts, and of each.
     """
     moved = [one - two for one, two in zip(aligned, model, strict=True)]
     gaps = [one - two for one, two in zip(aligned, base, strict=True)]
@@ -71,7 +42,7 @@ def reversion(model: Sequence[Vector], aligned: Sequence[Vector], base: Sequence
     moves, spans = (numpy.array([part.sum() for part in parts]) for parts in (moved, gaps))
     gap = float(spans.mean())
     clear = _clear(gap, float(numpy.mean(sizes))) and abs(gap) >= LEAST_BALANCE * float(numpy.abs(spans).mean())
-    return Reversion(
+    whole = Reversion(
         float(moves.mean()),
         bootstrap_interval(list(moves), seed=seed),
         gap,
@@ -83,8 +54,8 @@ def reversion(model: Sequence[Vector], aligned: Sequence[Vector], base: Sequence
         len(texts) - len(known),
         sum(not 0 <= index <= 1 for index in known),
         all(bool((part == 0).all()) for part in moved),
-        texts,
     )
+    return whole, texts
 
 
 def _of_text(moved: Vector, gaps: Vector, size: float, seed: int) -> TextReversion:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy
 
+from lox_merge.diagnostics.behaviour.measures import Likelihood
 from lox_merge.diagnostics.behaviour.next_tokens import next_tokens as next_tokens_of
 from lox_merge.diagnostics.behaviour.notes import notes_of
 from lox_merge.diagnostics.behaviour.passes import Reader, Scores
-from lox_merge.diagnostics.behaviour.results import ALIGNED, BASE, Behaviour, Likelihood, SetBehaviour
+from lox_merge.diagnostics.behaviour.results import ALIGNED, BASE, Behaviour, SetBehaviour
 from lox_merge.diagnostics.behaviour.reversion import RULE, reversion
 from lox_merge.diagnostics.behaviour.shift import shift
 from lox_merge.diagnostics.behaviour.texts import Prefix, prepare
@@ -114,6 +115,7 @@ def behaviour(
 def _measured(data: Conversations, scores: Mapping[str, tuple[Scores, ...]], seed: int) -> SetBehaviour:
     own = {label: [found.log_probabilities for found in texts] for label, texts in scores.items()}
     joint = {label: [float(values.sum()) for values in texts] for label, texts in own.items()}
+    between = {label: reversion(texts, own[ALIGNED], own[BASE], seed=seed) for label, texts in own.items() if label not in (BASE, ALIGNED)}
     return SetBehaviour(
         data,
         scores,
@@ -122,7 +124,8 @@ def _measured(data: Conversations, scores: Mapping[str, tuple[Scores, ...]], see
             label: Likelihood(float(numpy.mean(sums)), bootstrap_interval(sums, seed=seed), float(numpy.concatenate(own[label]).mean()))
             for label, sums in joint.items()
         },
-        {label: reversion(texts, own[ALIGNED], own[BASE], seed=seed) for label, texts in own.items() if label not in (BASE, ALIGNED)},
+        {label: whole for label, (whole, _) in between.items()},
+        {label: texts for label, (_, texts) in between.items()},
     )
 
 

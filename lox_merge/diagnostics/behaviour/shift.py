@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
+from lox_merge.diagnostics.behaviour.measures import Position, Share, Shift
 from lox_merge.diagnostics.behaviour.passes import Scores, Vector
-from lox_merge.safety.bootstrap import Interval, bootstrap_interval
+from lox_merge.safety.bootstrap import bootstrap_interval
 
 FIRST = (1, 3, 5)
 # Intervals are for the first tokens, where the question is; later ones have fewer and fewer texts.
 _WITH_INTERVAL = 20
 
 Table = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.float64]]
-
-
-@dataclass(frozen=True)
-class Position:
-    """The t-th token of the response, t from 1. kl: mean of δ_t over the n texts that have one. entropy: of the model there, mean. Nats."""
-
-    t: int
-    n: int
-    kl: float
-    interval: Interval | None
-    entropy: float
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of the KL budget lies in the first `first` tokens; None where there is no KL at all.
-
-    share: Σ_{t ≤ first} δ̄_t / Σ_t δ̄_t of the means over texts. even: what it would be, were δ̄_t the same everywhere.
-    per_text: mean of the same share of every text on its own. per_text_even: its expectation, mean of min(first, T)/T.
-    """
-
-    first: int
-    share: float | None
-    interval: Interval | None
-    even: float
-    per_text: float | None
-    per_text_interval: Interval | None
-    per_text_even: float
-
-
-@dataclass(frozen=True)
-class Shift:
-    """KL(model ‖ base) on one set. budget: Σ_t δ̄_t, nats. per_token: mean over all tokens.
-
-    largest: the t of the largest δ̄_t among those that at least half of the texts have.
-    """
-
-    positions: tuple[Position, ...]
-    shares: tuple[Share, ...]
-    budget: float
-    per_token: float
-    largest: int | None
 
 
 def shift(scores: Sequence[Scores], *, seed: int) -> Shift:

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from lox_merge.publish.documents.shape import Interval, Shape
+from lox_merge.diagnostics.behaviour.measures import Between, Candidate, Likelihood, Reversion, Shift, TextReversion
+from lox_merge.publish.documents.shape import Shape
 
 BASE, ALIGNED = "base", "aligned"
 
@@ -15,74 +16,11 @@ BASE, ALIGNED = "base", "aligned"
 _Part = tuple[str, Iterable[str], Mapping[str, Any]]
 
 
-class Position(Shape):
-    """The t-th token of the responses, of the n texts that have one. kl: KL(model ‖ base), nats."""
-
-    t: int
-    n: int
-    kl: float
-    interval: Interval | None
-    entropy: float
-
-
-class Share(Shape):
-    """Part of the KL budget in the first tokens; None where there is no KL."""
-
-    first: int
-    share: float | None
-    interval: Interval | None
-    even: float
-    per_text: float | None
-    per_text_interval: Interval | None
-    per_text_even: float
-
-
-class Shift(Shape):
-    """One model against base."""
-
-    positions: tuple[Position, ...] = Field(min_length=1)
-    shares: tuple[Share, ...]
-    budget: float
-    per_token: float
-    largest: int | None
-
-
-class Likelihood(Shape):
-    """Mean log-probability of the texts under one model, nats."""
-
-    joint: float
-    interval: Interval | None
-    per_token: float
-
-
-class Reversion(Shape):
-    """Where a model lies between aligned (0) and base (1)."""
-
-    moved: float
-    moved_interval: Interval | None
-    gap: float
-    index: float | None
-    interval: Interval | None
-    median: float | None
-    median_interval: Interval | None
-    n: int
-    undefined: int
-    outside: int
-    identical: bool
-
-
 class Joint(Shape):
     """One text under one model. joint: log-probability of all its scored tokens, nats."""
 
     joint: float
     per_token: float
-
-
-class TextReversion(Shape):
-    """Of one text; the interval is over its tokens."""
-
-    index: float | None
-    interval: Interval | None
 
 
 class Text(Shape):
@@ -119,23 +57,6 @@ class Prefix(Shape):
         return f"{self.prompt} … {self.prefill}" if self.prefill else self.prompt
 
 
-class Candidate(Shape):
-    """One token and its probability under every model."""
-
-    token: int
-    text: str
-    probabilities: dict[str, float]
-
-
-class Between(Shape):
-    """Jensen–Shannon distances to aligned and base."""
-
-    to_aligned: float
-    to_base: float
-    index: float | None
-    detour: float | None
-
-
 class NextTokens(Shape):
     """After one prefix. distances: in the order of the models."""
 
@@ -159,6 +80,8 @@ class Behaviour(Shape):
     @model_validator(mode="after")
     def _every_model_everywhere(self) -> Behaviour:
         for found in self.sets:
+            if empty := [label for label, shift in found.kl_from_base.items() if not shift.positions]:
+                raise ValueError(f"sets.{found.name}: kl_from_base of {empty[0]} has no positions")
             parts: list[_Part] = [
                 ("log_probabilities", self.models, found.log_probabilities),
                 ("kl_from_base", self.models[1:], found.kl_from_base),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lox_merge.publish.documents.behaviour import ALIGNED, BASE, Behaviour, NextTokens, Position, TextSet
+from lox_merge.diagnostics.behaviour.measures import Position
+from lox_merge.publish.documents.behaviour import ALIGNED, BASE, Behaviour, NextTokens, TextSet
 from lox_merge.publish.figures.marks import draw_with_intervals
 from lox_merge.publish.figures.style import GREY, label, legend_below, model_style
 
