@@ -61,7 +61,10 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class TextReversion:
-    """One text. interval: 95 %, over its tokens, as if each stood for itself; None for one token."""
+    """One text. interval: 95 %, over its tokens, as if each stood for itself.
+
+    None for one token, and where resamples leave open whether aligned or base finds the text more probable.
+    """
 
     index: float | None
     interval: Interval | None

@@ -14,6 +14,8 @@ from lox_merge.safety.bootstrap import bootstrap_interval
 FIRST = (1, 3, 5)
 # Intervals are for the first tokens, where the question is; later ones have fewer and fewer texts.
 _WITH_INTERVAL = 20
+# Resamples at a time: each takes 8 bytes a token of the longest text.
+_DRAWS = 500
 
 Table = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.float64]]
 
@@ -53,7 +55,9 @@ def _share(divergences: Table, first: int, seed: int) -> Share:
     lengths, totals = present.sum(1), filled.sum(1)
 
     def of_means(rows: Any, axis: int = -1) -> Any:
-        """rows: (…, n) numbers of texts, drawn with repetition. A place that none of them has adds nothing."""
+        """rows: (n,) or (draws, n) numbers of texts, drawn with repetition. A place that none of them has adds nothing."""
+        if numpy.ndim(rows) > 1 and len(rows) > _DRAWS:
+            return numpy.concatenate([of_means(rows[start : start + _DRAWS]) for start in range(0, len(rows), _DRAWS)])
         drawn = _counts(numpy.asarray(rows, dtype=int), len(filled))
         means = (drawn @ filled) / numpy.maximum(drawn @ present, 1.0)
         with numpy.errstate(invalid="ignore"):
