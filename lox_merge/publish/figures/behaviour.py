@@ -57,8 +57,10 @@ def draw_reversion(axes: Any, result: Behaviour) -> None:
     rows = [label(found.name, 24) for found in result.sets]
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    known = [one.index for found in result.sets for one in found.reversion.values() if one.index is not None]
     low, high = axes.get_xlim()
-    axes.set_xlim(min(low, -0.1), max(high, 1.1))
+    # A whisker that leaves the picture says enough of itself; a mark must not.
+    axes.set_xlim(max(min(low, -0.1), min([0, *known]) - 1), min(max(high, 1.1), max([1, *known]) + 1))
     axes.set_xlabel("reversion index")
 
 

@@ -14,6 +14,8 @@ from lox_merge.publish.report.section import Picture, Section, Table, name_of, p
 
 # Bars of so many prefixes; the tables have them all.
 _MOST_PREFIXES = 6
+# What is shown as 0.00.
+_AS_GOOD_AS = 0.005
 # A mixture of two distributions has a detour up to 1.12, one that shares nothing with either has 2.
 _ELSEWHERE = 1.5
 
@@ -64,14 +66,20 @@ def _set_words(result: Behaviour, found: TextSet) -> list[str]:
     ]
     for name in result.others:
         reversion = found.reversion[name]
-        moved = f"{number(0.0 - reversion.moved, '+.3g')} nats a text from aligned, where base is {number(0.0 - reversion.gap, '+.3g')}"
+        moved = f"log p {number(0.0 - reversion.moved, '+.3g')} nats a text against aligned's (base's {number(0.0 - reversion.gap, '+.3g')})"
         if reversion.index is None:
             lines.append(f"{found.name}, {name}: {moved}; too little between aligned and base for a reversion index.")
             continue
         ends = f" (95 % interval {number(reversion.interval[0], '.2f')} to {number(reversion.interval[1], '.2f')})" if reversion.interval else ""
-        place = "between aligned and base" if 0 <= reversion.index <= 1 else "beyond aligned" if reversion.index < 0 else "beyond base"
-        lines.append(f"{found.name}, {name}: reversion {number(reversion.index, '.2f')}{ends}, {place}; log p {moved}.")
+        lines.append(f"{found.name}, {name}: reversion {number(reversion.index, '.2f')}{ends}, {_place(reversion.index)}; {moved}.")
     return lines
+
+
+def _place(index: float) -> str:
+    for name, there in ((ALIGNED, 0), (BASE, 1)):
+        if abs(index - there) < _AS_GOOD_AS:
+            return f"as {name}"
+    return "between aligned and base" if 0 < index < 1 else "beyond aligned" if index < 0 else "beyond base"
 
 
 def _next_words(result: Behaviour, found: NextTokens) -> str | None:
@@ -97,7 +105,7 @@ def _pictures(result: Behaviour) -> list[Picture]:
         found.append(panel(name_of("log_probability", one.name), f"Log-probability of each text: {one.name}", caption, draw_likelihoods, result, one))
     if result.sets and result.others:
         height = 1.6 + 0.3 * len(result.sets) * max(1, len(result.others) / 2)
-        caption = f"{whiskers} A set without a mark has no index: aligned and base hardly differ on it."
+        caption = f"{whiskers} A set without a mark has no index: aligned and base hardly differ on it. Wide whiskers may leave the picture."
         found.append(panel("reversion", "Between aligned and base", caption, draw_reversion, result, height=height))
         caption = f"{whiskers} The upright dash is base. A model that moved as far on harmless texts changed its style, whatever its index says."
         found.append(panel("moved", "Movement away from aligned", caption, draw_moved, result, height=height))
