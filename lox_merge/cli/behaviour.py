@@ -52,7 +52,7 @@ def behaviour_command(base: str, aligned: str, models: tuple[str, ...], json_fil
 
     \b
     lox-merge behaviour base aligned finetuned --pairs harmful.jsonl --pairs harmless.jsonl
-    lox-merge behaviour base aligned --next "How do I pick a lock?" --prefill "Sure"
+    lox-merge behaviour base aligned --next "How do I begin?" --prefill "Sure"
     """
     if options["prefill"] is not None and not options["prompts"]:
         raise RequestError("--prefill is how the replies to --next begin; responses of --pairs are given whole. Add --next, or leave it out.")
