@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lox_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lox_merge.diagnostics.behaviour.results import Behaviour
+    from lox_merge.diagnostics.behaviour.run import behaviour
+    from lox_merge.diagnostics.behaviour.texts import Prefix
     from lox_merge.diagnostics.settings import InspectSettings
     from lox_merge.diagnostics.weights import Inspection, inspect
     from lox_merge.errors import LoxMergeError
@@ -27,15 +30,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Brittleness": "lox_merge.safety.brittleness",
+    "Behaviour": "lox_merge.diagnostics.behaviour.results",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
     "InspectSettings": "lox_merge.diagnostics.settings",
     "Inspection": "lox_merge.diagnostics.weights",
     "LoxMergeError": "lox_merge.errors",
+    "Prefix": "lox_merge.diagnostics.behaviour.texts",
     "ProjectResult": "lox_merge.jobs.project",
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
     "brittleness": "lox_merge.safety.brittleness_job",
+    "behaviour": "lox_merge.diagnostics.behaviour.run",
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
     "inspect": "lox_merge.diagnostics.weights",
@@ -46,16 +52,19 @@ _HOMES = {
 
 __all__ = [
     "Brittleness",
+    "Behaviour",
     "FilterRecipe",
     "HardenResult",
     "InspectSettings",
     "Inspection",
     "LoxMergeError",
+    "Prefix",
     "ProjectResult",
     "Recipe",
     "Subspace",
     "__version__",
     "brittleness",
+    "behaviour",
     "filter_matrix",
     "harden",
     "inspect",

@@ -17,6 +17,7 @@ from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 _COMMANDS = {
     "asr": "lox_merge.cli.asr:asr_command",
     "brittleness": "lox_merge.cli.brittleness:brittleness_command",
+    "behaviour": "lox_merge.cli.behaviour:behaviour_command",
     "card": "lox_merge.cli.card:card_command",
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
@@ -63,6 +64,7 @@ def cli() -> None:
     lox-merge brittleness BASE ALIGNED .. take leading directions away, in memory
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update
     lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
+    lox-merge behaviour BASE ALIGNED ...  how deep alignment is, what undid it
     lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output, make it again
     lox-merge push OUT REPO               publish it with its model card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,22 @@ def render(tokenizer: Any, prompt: str, rendering: Rendering) -> list[int]:
     if not tokens:
         raise RequestError(f"the prompt {_short(prompt)} has no tokens. Remove it, or use a tokenizer that knows its words.")
     return tokens
+
+
+def continued(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
+    """A conversation up to the last word of its last turn, as the chat template writes it. Raises RequestError."""
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, continue_final_message=True))
+    except Exception as error:  # templates are programs: they raise whatever their own code runs into
+        raise RequestError(f"the tokenizer's chat template cannot render a conversation: {error}. Correct its messages.") from error
+
+
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    """Token numbers of a text that a template rendered. Raises RequestError."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # the Rust tokenizers raise a bare Exception
+        raise RequestError(f"the tokenizer cannot encode {_short(text)}: {error}.") from error
 
 
 def _short(text: str) -> str:

@@ -145,8 +145,8 @@ def _example(conversation: Sequence[Message], tokenizer: Any, rendering: Renderi
     labels = [IGNORED] * len(tokens)
     for index, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            start = _shared(tokens, tokens_of(index, asking=True)) if index else 0
-            stop = _shared(tokens, tokens_of(index + 1, asking=False))
+            start = shared_beginning(tokens, tokens_of(index, asking=True)) if index else 0
+            stop = shared_beginning(tokens, tokens_of(index + 1, asking=False))
             labels[start:stop] = tokens[start:stop]
     return {"input_ids": tokens[:longest], "labels": labels[:longest]}
 
@@ -164,6 +164,6 @@ def _encode(tokenizer: Any, text: str, *, special: bool, end: bool = False) -> l
     return tokens
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+def shared_beginning(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common beginning: a token may span the border, so lengths alone could be wrong (as in TRL)."""
     return next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

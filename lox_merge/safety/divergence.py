@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lox_merge.errors import NumericalError, RequestError
+from lox_merge.maths.distributions import kl_divergence as divergence_of
 from lox_merge.safety.chat import Rendering, check_rendering, render
 from lox_merge.safety.log_probabilities import ROWS, log_probabilities
 from lox_merge.safety.types import PromptSet
@@ -75,11 +76,8 @@ def kl_divergence(reference: Reference, model: Any, *, batch_size: int = ROWS) -
                 f"the reference has {expected.shape[1]:,} tokens in its vocabulary and the model {values.shape[1]:,}; "
                 "KL needs the same. Compare models of one pair."
             )
-        # A token of probability 0 adds 0, where the product would be 0 · (−inf).
-        terms = torch.where(expected > float("-inf"), expected.exp() * (expected - values), 0.0)
-        total += float(terms.double().sum())
+        total += float(divergence_of(expected, values).sum())
         count += len(values)
     if count and not torch.isfinite(torch.tensor(total)):
         raise NumericalError("the KL divergence is not finite: the model rules out a token that the reference expects. Check the model's weights.")
-    # Rounding of nearly equal distributions can give −1e-9, which no divergence is.
-    return Divergence(max(0.0, total / count) if count else None, count, len(lengths))
+    return Divergence(total / count if count else None, count, len(lengths))

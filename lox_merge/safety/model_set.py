@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,9 @@ class ModelSet:
 
     def release(self) -> None:
         """Lets every model go that was loaded here."""
-        self._loaded.clear()
-        gc.collect()
-        release_memory()
+        if self._loaded:
+            self._loaded.clear()
+            release_memory()
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """What a result records of every model: title and where it came from, with no path of this machine."""
