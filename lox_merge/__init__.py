@@ -51,8 +51,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Brittleness",
     "Behaviour",
+    "Brittleness",
     "FilterRecipe",
     "HardenResult",
     "InspectSettings",
@@ -63,8 +63,8 @@ __all__ = [
     "Recipe",
     "Subspace",
     "__version__",
-    "brittleness",
     "behaviour",
+    "brittleness",
     "filter_matrix",
     "harden",
     "inspect",

@@ -7,8 +7,8 @@ from typing import Any
 
 from lox_merge.errors import RequestError
 from lox_merge.publish.report.attack_success import attack_success_sections
-from lox_merge.publish.report.brittleness import brittleness_sections
 from lox_merge.publish.report.behaviour import behaviour_sections
+from lox_merge.publish.report.brittleness import brittleness_sections
 from lox_merge.publish.report.decomposition import decomposition_sections
 from lox_merge.publish.report.demo import demo_sections, full_demo_sections
 from lox_merge.publish.report.hardening import hardening_sections
