@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lox_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lox_merge.diagnostics.activations.results import Activations
+    from lox_merge.diagnostics.activations.run import activations
     from lox_merge.diagnostics.behaviour.results import Behaviour
     from lox_merge.diagnostics.behaviour.run import behaviour
     from lox_merge.diagnostics.behaviour.texts import Prefix
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from lox_merge.maths.subspace import Subspace
 
 _HOMES = {
+    "Activations": "lox_merge.diagnostics.activations.results",
     "Behaviour": "lox_merge.diagnostics.behaviour.results",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
@@ -37,6 +40,7 @@ _HOMES = {
     "ProjectResult": "lox_merge.jobs.project",
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
+    "activations": "lox_merge.diagnostics.activations.run",
     "behaviour": "lox_merge.diagnostics.behaviour.run",
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
@@ -47,6 +51,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Activations",
     "Behaviour",
     "FilterRecipe",
     "HardenResult",
@@ -58,6 +63,7 @@ __all__ = [
     "Recipe",
     "Subspace",
     "__version__",
+    "activations",
     "behaviour",
     "filter_matrix",
     "harden",

@@ -40,7 +40,9 @@ def hidden_states(
                 # Layers of a spread model lie on several devices.
                 values = torch.stack([state[row, chosen].float().cpu() for state in states])
                 if not bool(torch.isfinite(values).all()):
-                    raise NumericalError(f"hidden states of text {i + 1} are not finite (NaN or Inf). Load the model in float32, or check its weights.")
+                    raise NumericalError(
+                        f"hidden states of text {i + 1} are not finite (NaN or Inf). Load the model in float32, or check its weights."
+                    )
                 yield i, values
             del order[: len(batch)], states
     finally:
@@ -59,5 +61,7 @@ def _states(model: Any, rows: Sequence[Sequence[int]], layers: Sequence[int]) ->
         if not is_out_of_memory(error):
             raise
         if len(rows) == 1:
-            raise LoxMergeError(f"memory ran out on a text of {len(rows[0])} tokens. Leave it out, take fewer --layers, or use a smaller dtype.") from error
+            raise LoxMergeError(
+                f"memory ran out on a text of {len(rows[0])} tokens. Leave it out, take fewer --layers, or use a smaller dtype."
+            ) from error
     return None

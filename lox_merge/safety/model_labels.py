@@ -13,7 +13,10 @@ BASE, ALIGNED = "base", "aligned"
 
 
 def labelled(models: Sequence[Reference] | Mapping[str, Reference]) -> dict[str, Reference]:
-    """Labels of models beyond base and aligned: given ones, else names of folders, Hub ids and titles, told apart by a number. Raises RequestError for a label that is taken."""
+    """Labels of models beyond base and aligned: given ones, else names of folders, Hub ids and titles, told apart by a number.
+
+    Raises RequestError for a label that is taken.
+    """
     if isinstance(models, Mapping):
         if taken := sorted({BASE, ALIGNED} & models.keys()):
             raise RequestError(f"the label {taken[0]!r} is taken. Call the model another name.")
