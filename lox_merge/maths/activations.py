@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Squared, about what rounding to float32 changes in a sum of states.
+_ROUNDING = 1e-13
+
 
 def scalar_projection(
     states: Float[Tensor, "layers positions width"], direction: Float[Tensor, "layers positions width"]
@@ -52,26 +55,26 @@ def leading(rows: Float[Tensor, "n d"], *, centred: bool = False) -> Leading:
     Directions that rounding cannot tell from none are left out; r = 0 for rows of zeros.
     """
     values = rows.double()
+    energy = float(values.square().sum())
     if centred:
         values = values - values.mean(0)
     if values.shape[0] > values.shape[1]:
-        return leading_of_gram(values.T @ values)
-    squares, left = _descending(values @ values.T)
-    return Leading(squares, values.T @ (left / squares.sqrt()), float(values.square().sum()))
+        return leading_of_gram(values.T @ values, energy=energy)
+    squares, left = _descending(values @ values.T, energy)
+    return Leading(squares, values.T @ (left / squares.sqrt()), float(values.square().sum()) if len(squares) else 0.0)
 
 
-def leading_of_gram(gram: Float[Tensor, "d d"]) -> Leading:
-    """The same from Rᵀ R, (d, d) float64."""
-    squares, directions = _descending(gram)
-    return Leading(squares, directions, float(gram.trace()))
+def leading_of_gram(gram: Float[Tensor, "d d"], *, energy: float) -> Leading:
+    """The same from Rᵀ R, (d, d) float64. energy: ‖R‖²_F before a mean was taken from it, which left its rounding behind."""
+    squares, directions = _descending(gram, energy)
+    return Leading(squares, directions, float(gram.trace()) if len(squares) else 0.0)
 
 
-def _descending(gram: Tensor) -> tuple[Tensor, Tensor]:
+def _descending(gram: Tensor, energy: float) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(gram)
     squares, vectors = squares.flip(0), vectors.flip(1)
-    # An eigenvalue is only known up to about n · eps of the largest one.
-    known = squares > gram.shape[0] * torch.finfo(torch.float64).eps * squares[0].clamp_min(0)
-    known &= squares > 0
+    # An eigenvalue is only known up to about n · eps of the largest one; float32 states up to eps² of their energy.
+    known = squares > max(gram.shape[0] * torch.finfo(torch.float64).eps * float(squares[0]), _ROUNDING * energy)
     return squares[known], vectors[:, known]
 
 
@@ -96,7 +99,8 @@ class PermutedCosines:
         order = torch.randperm(self._gram.shape[0], generator=generator)
         one, other = order[: self._first], order[self._first :]
         across = self._part(one, other)
-        (squares, left), (other_squares, right) = _descending(self._part(one, one)), _descending(self._part(other, other))
+        squares, left = _descending(self._part(one, one), self._energy(one))
+        other_squares, right = _descending(self._part(other, other), self._energy(other))
         if not len(squares) or not len(other_squares):
             return None
         left, right = (left / squares.sqrt())[:, : self._count], (right / other_squares.sqrt())[:, : self._count]
@@ -107,3 +111,6 @@ class PermutedCosines:
         if self._centred:
             part = part - part.mean(0) - part.mean(1, keepdim=True) + part.mean()
         return part
+
+    def _energy(self, rows: Tensor) -> float:
+        return float(self._gram.diagonal()[rows].sum())

@@ -44,11 +44,11 @@ class Scatter:
             rows = torch.cat(self._rows) if self._rows else torch.zeros(1, self._width)
             return leading(rows, centred=centred)
         self._fold()
-        gram = self._gram
+        gram, energy = self._gram, float(self._gram.trace())
         if centred:
             mean = self._sum / self.count
             gram = gram - self.count * torch.outer(mean, mean)
-        return leading_of_gram(gram)
+        return leading_of_gram(gram, energy=energy)
 
     def _fold(self) -> None:
         if self._gram is None:

@@ -9,5 +9,5 @@ NOT_SHOWN = (
     "A position between 0 and 1 says nothing of what else the model did: read it beside the distance off the line, and measure behaviour "
     "(lox-merge asr). Responses are given, not what the models would say.",
     "Hidden states share a large mean: without centring, the first direction of a residual or a prompt set is nearly that mean, and overlaps are "
-    "high for any two sets. The random expectation is far below what two halves of one set have; read the overlap between both.",
+    "usually high for any two sets. The random expectation is far below what two halves of one set have; read the overlap between both.",
 )
