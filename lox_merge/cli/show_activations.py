@@ -95,7 +95,7 @@ def _agreement(found: Agreement) -> list[str]:
 def _overlaps(result: Activations) -> Table:
     etas = list(result.settings["etas"])
     shown = min(range(len(etas)), key=lambda place: abs(etas[place] - 0.9))
-    title = f"MSO of prompt sets at η = {etas[shown]:g}, means over layers 65–90 % deep; halves: of one set"
+    title = f"MSO of prompt sets at η = {etas[shown]:g}, means over layers {_layers(result)}; halves: of one set"
     table = _table(title, "sets")
     for head in ("model", "MSO", "expected", "halves", "centred", "expected ", "halves "):
         table.add_column(head, justify="right", overflow="fold")
@@ -117,6 +117,10 @@ def _deep(result: Activations) -> list[SetOverlap]:
     depth = int(result.settings["last_layer"])
     deep = [overlap for overlap in result.overlaps if 0.65 * depth <= overlap.layer <= 0.9 * depth]
     return deep or list(result.overlaps)
+
+
+def _layers(result: Activations) -> str:
+    return ", ".join(map(str, sorted({overlap.layer for overlap in _deep(result)})))
 
 
 def _mean(values: Sequence[float | None]) -> str:
