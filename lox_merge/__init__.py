@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lox_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lox_merge.diagnostics.activations.results import Activations
+    from lox_merge.diagnostics.activations.run import activations
     from lox_merge.diagnostics.behaviour.results import Behaviour
     from lox_merge.diagnostics.behaviour.run import behaviour
     from lox_merge.diagnostics.behaviour.texts import Prefix
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Brittleness": "lox_merge.safety.brittleness",
+    "Activations": "lox_merge.diagnostics.activations.results",
     "Behaviour": "lox_merge.diagnostics.behaviour.results",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
@@ -41,6 +44,7 @@ _HOMES = {
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
     "brittleness": "lox_merge.safety.brittleness_job",
+    "activations": "lox_merge.diagnostics.activations.run",
     "behaviour": "lox_merge.diagnostics.behaviour.run",
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
@@ -51,6 +55,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Activations",
     "Behaviour",
     "Brittleness",
     "FilterRecipe",
@@ -63,6 +68,7 @@ __all__ = [
     "Recipe",
     "Subspace",
     "__version__",
+    "activations",
     "behaviour",
     "brittleness",
     "filter_matrix",

@@ -15,6 +15,7 @@ from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 
 # Command name: module and attribute. Modules are imported when their help or their work is asked for.
 _COMMANDS = {
+    "activations": "lox_merge.cli.activations:activations_command",
     "asr": "lox_merge.cli.asr:asr_command",
     "brittleness": "lox_merge.cli.brittleness:brittleness_command",
     "behaviour": "lox_merge.cli.behaviour:behaviour_command",
@@ -65,6 +66,7 @@ def cli() -> None:
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update
     lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
     lox-merge behaviour BASE ALIGNED ...  how deep alignment is, what undid it
+    lox-merge activations BASE ALIGNED .. where hidden states moved
     lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output, make it again
     lox-merge push OUT REPO               publish it with its model card

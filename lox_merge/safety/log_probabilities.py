@@ -55,7 +55,7 @@ def _scores(model: Any, rows: Sequence[Sequence[int]], first: int) -> Tensor | N
     """Logits (rows, longest − first, vocabulary) from position `first` on; None when they did not fit."""
     tokens, mask = right_padded(rows, 0, model.device)
     try:
-        if _can_choose(model):
+        if can_choose(model):
             kept = {"logits_to_keep": tokens.shape[1] - first}
             chosen: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False, **kept).logits
             return chosen
@@ -69,6 +69,6 @@ def _scores(model: Any, rows: Sequence[Sequence[int]], first: int) -> Tensor | N
     return None
 
 
-def _can_choose(model: Any) -> bool:
+def can_choose(model: Any) -> bool:
     """Whether the model computes scores at chosen positions only; one with code of its own may not."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

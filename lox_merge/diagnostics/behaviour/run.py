@@ -20,6 +20,7 @@ from lox_merge.safety.bootstrap import bootstrap_interval
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.conversations import Conversations, conversations, load_conversations
 from lox_merge.safety.loading import LoadedModel
+from lox_merge.safety.model_labels import labelled
 from lox_merge.safety.model_set import ModelSet, Reference
 from lox_merge.safety.outline import outline
 from lox_merge.safety.progress import ProgressFactory, no_progress
@@ -64,7 +65,7 @@ def behaviour(
     """
     sets, prefixes = _sets(pairs, limit), [Prefix(prefix) if isinstance(prefix, str) else prefix for prefix in next_tokens]
     _check(sets, prefixes, top)
-    named = {BASE: base, ALIGNED: aligned, **_labelled(models)}
+    named = {BASE: base, ALIGNED: aligned, **labelled(models)}
     rendering = rendering or Rendering()
     opened = ModelSet(
         named,
@@ -148,26 +149,3 @@ def _check(sets: Sequence[Conversations], prefixes: Sequence[Prefix], top: int) 
         raise RequestError("a prompt to go on from is empty. Give each at least one word.")
     if top < 1:
         raise RequestError(f"a table of the {top} most probable tokens is empty; give 1 or more.")
-
-
-def _labelled(models: Sequence[Reference] | Mapping[str, Reference]) -> dict[str, Reference]:
-    """Labels of further models: given ones, else names of folders, Hub ids and titles, told apart by a number."""
-    if isinstance(models, Mapping):
-        if taken := sorted({BASE, ALIGNED} & models.keys()):
-            raise RequestError(f"the label {taken[0]!r} is taken. Call the model another name.")
-        return dict(models)
-    found: dict[str, Reference] = {}
-    for model in models:
-        name, number = _name(model), 2
-        label = name
-        while label in found or label in (BASE, ALIGNED):
-            label, number = f"{name} ({number})", number + 1
-        found[label] = model
-    return found
-
-
-def _name(model: Reference) -> str:
-    if isinstance(model, LoadedModel):
-        return model.title
-    path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else str(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,8 @@ def heat_map(grid: Grid, quantity: str, *, low: float | None = None, high: float
 
     quantity: what the colour bar says.
     """
-    import matplotlib
     import numpy
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
     table = numpy.full((len(grid.modules), len(grid.layers)), numpy.nan)
     for (layer, module), value in grid.values.items():
@@ -76,25 +74,46 @@ def heat_map(grid: Grid, quantity: str, *, low: float | None = None, high: float
     limits = (low if low is not None else min(known, default=0.0), high if high is not None else max(known, default=1.0))
     if limits[0] == limits[1]:  # one value has no range of colours
         limits = (limits[0] - 0.5, limits[1] + 0.5)
+    _paint(axes, table, limits, quantity)
+    every = math.ceil(columns / _TICKS)
+    axes.set_xticks([position + 0.5 for position in range(0, columns, every)], [str(layer) for layer in grid.layers[::every]])
+    axes.set_yticks([position + 0.5 for position in range(len(grid.modules))], [label(module, 30) for module in grid.modules])
+    axes.set_xlabel("layer")
+    return figure
+
+
+def draw_matrix(axes: Any, values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], quantity: str) -> None:
+    """A table of numbers between 0 and 1 with its colour bar, names down and across; hatched where there is none. quantity: of the bar."""
+    import numpy
+
+    table = numpy.array([[numpy.nan if value is None else value for value in row] for row in values], dtype=float).reshape(len(rows), len(columns))
+    _paint(axes, table, (0.0, 1.0), quantity)
+    # Names side by side would run into each other.
+    slanted = {"rotation": 30, "ha": "right"} if max(map(len, columns), default=0) > 4 else {}
+    axes.set_xticks([place + 0.5 for place in range(len(columns))], [label(name, 20) for name in columns], **slanted)
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], [label(name, 20) for name in rows])
+
+
+def _paint(axes: Any, table: Any, limits: tuple[float, float], quantity: str) -> None:
+    """Cells in colours between the limits, numbers in them where there is room, and the colour bar."""
+    import matplotlib
+    import numpy
+    from matplotlib.patches import Rectangle
+
     levels = matplotlib.colormaps["cividis"].resampled(64)  # the bar has a shape for each of them
     mesh = axes.pcolormesh(numpy.ma.masked_invalid(table), cmap=levels, vmin=limits[0], vmax=limits[1], edgecolors="face", linewidth=0.4)
     for row, column in numpy.argwhere(~numpy.isfinite(table)):
         axes.add_patch(Rectangle((column, row), 1, 1, hatch="////", fill=False, edgecolor=RULE, linewidth=0))
-    if columns <= _NUMBERED_LAYERS:
+    if table.shape[1] <= _NUMBERED_LAYERS:
         _write_numbers(axes, table, mesh.norm)
     axes.grid(False)
     axes.invert_yaxis()
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    every = math.ceil(columns / _TICKS)
-    axes.set_xticks([position + 0.5 for position in range(0, columns, every)], [str(layer) for layer in grid.layers[::every]])
-    axes.set_yticks([position + 0.5 for position in range(len(grid.modules))], [label(module, 30) for module in grid.modules])
-    axes.set_xlabel("layer")
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label(quantity, labelpad=8)
     bar.outline.set_visible(False)
     bar.solids.set(edgecolor="face", rasterized=False)
-    return figure
 
 
 def _write_numbers(axes: Any, table: Any, norm: Callable[[float], float]) -> None:

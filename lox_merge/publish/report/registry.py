@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lox_merge.errors import RequestError
+from lox_merge.publish.report.activations import activations_sections
 from lox_merge.publish.report.attack_success import attack_success_sections
 from lox_merge.publish.report.behaviour import behaviour_sections
 from lox_merge.publish.report.brittleness import brittleness_sections
@@ -23,6 +24,7 @@ from lox_merge.publish.report.verification import verification_sections
 
 # Command: function of its document and a name for messages.
 _SECTIONS: dict[str, Callable[[dict[str, Any], str], list[Section]]] = {
+    "activations": activations_sections,
     "asr": attack_success_sections,
     "brittleness": brittleness_sections,
     "behaviour": behaviour_sections,
