@@ -1,1 +1,1 @@
-"""The safety landscape: attack success around models in the space of their weights."""
+"""Attack success and utility around a model and between models: points made in memory, measured, and taken back."""

@@ -1,111 +1,126 @@
-"""Directions in the space of weights: random ones scaled to the weights, and differences of models."""
+"""Directions in which a model's weights are moved, and the slices (lines and planes) that they span."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
+from lox_merge.checkpoint.checkpoint import Checkpoint
+from lox_merge.checkpoint.dtypes import EDITABLE
+from lox_merge.errors import RequestError
+from lox_merge.jobs.select import is_legacy_buffer
 
-from lox_merge.maths.precision import frobenius_norm
-from lox_merge.safety.landscape.anchors import Source
+# The name of the authors' list of what stays, and LayerNorms that are called otherwise (GPT-2, Falcon).
+_NORM = re.compile(r"norm|(^|[._])ln_?\w*[._]|bias$", re.IGNORECASE)
 
 
-class Direction(Protocol):
-    """A direction d: what is added to a parameter is a number times its part of d."""
+@dataclass(frozen=True)
+class Direction:
+    """One axis. models: weights of other models' labels: d = Σ w (θ_label - θ₁). seed: of a random direction instead.
+
+    scaled_to: whose norm a random direction has in every tensor: None, that of θ₁; a label, that of θ_label - θ₁ (a control).
+    """
+
+    label: str
+    models: Mapping[str, float] = field(default_factory=dict)
+    seed: int | None = None
+    scaled_to: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        scale = {} if self.seed is None else {"seed": self.seed, "scaled_to": self.scaled_to}
+        return {"label": self.label, "models": dict(self.models), **scale}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A line (one direction) or a plane (two) through θ₁ with the coordinates measured along each axis."""
+
+    label: str
+    directions: tuple[Direction, ...]
+    axes: tuple[tuple[float, ...], ...]
 
     @property
-    def label(self) -> str: ...
+    def places(self) -> list[tuple[float, ...]]:
+        """Coordinates of every point, the last axis fastest."""
+        return list(itertools.product(*self.axes))
 
-    def parts(self, name: str, like: Tensor) -> Sequence[tuple[Tensor, float]]:
-        """d on one parameter as a sum of (tensor of its shape, factor); empty where d is zero there. like: the parameter, its dtype and shape."""
-        ...
+    @property
+    def random(self) -> bool:
+        return any(direction.seed is not None for direction in self.directions)
 
 
 @dataclass(frozen=True)
-class RandomDirection:
-    """Gaussian, scaled in every matrix to that matrix's Frobenius norm; norms and biases (one dimension) stay (Peng et al. 2024).
+class Axis:
+    """Coordinates from `low` to `high` in `steps` equal steps (steps + 1 points), both ends included."""
 
-    anchor: the weights that give the scale. The numbers depend on seed, place and the parameter's name alone, are drawn on the CPU and rounded
-    to the parameter's dtype, so that devices and kept or fresh draws agree. Stacked experts are as many matrices.
+    low: float
+    high: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise RequestError(f"the range {self.low:g}:{self.high:g} is not one; give two finite numbers, the smaller first, such as -0.5:0.5.")
+        if max(abs(self.low), abs(self.high)) > 100:
+            raise RequestError(f"the range {self.low:g}:{self.high:g} goes beyond ±100 times the direction, where no model answers. Narrow it.")
+        if not 1 <= self.steps <= 1000:
+            raise RequestError(f"{self.steps} steps: give 1 to 1000 (20 gives 21 points).")
+
+    @property
+    def coordinates(self) -> tuple[float, ...]:
+        # Decimal ends and steps should meet 0 and 1 exactly; sums of a float step would miss them by one unit in the last place.
+        raw = [self.low + (self.high - self.low) * step / self.steps for step in range(self.steps + 1)]
+        return tuple(round(value, 12) + 0.0 for value in raw)
+
+
+def random_slices(count: int, axis: Axis, second: Axis | None, seed: int) -> list[Slice]:
+    """`count` lines, or planes where a second axis is given, along random directions of seeds that follow one another."""
+    slices = []
+    for number in range(count):
+        seeds = (seed + number,) if second is None else (seed + 2 * number, seed + 2 * number + 1)
+        directions = tuple(Direction(f"random {own}", seed=own) for own in seeds)
+        slices.append(Slice(" × ".join(one.label for one in directions), directions, _axes(axis, second)))
+    return slices
+
+
+def model_slices(labels: Sequence[str], axis: Axis, second: Axis | None, *, controls: int, seed: int) -> list[Slice]:
+    """Through θ₁ and the models `labels`: a line to one; a plane d₁ = θ₂ - θ₁ and d₂ = θ₃ - θ₁ or (θ₃ + θ₄)/2 - θ₁ (LoX's).
+
+    A second axis with one label takes a random direction for it. controls: lines along random directions that have the norm of
+    θ₂ - θ₁ in every tensor.
     """
-
-    anchor: Source
-    seed: int
-    number: int
-    label: str
-
-    def parts(self, name: str, like: Tensor) -> Sequence[tuple[Tensor, float]]:
-        if like.ndim < 2:
-            return ()
-        digest = hashlib.sha256(f"{self.seed} {self.number} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        drawn = torch.empty(like.shape)
-        scale = self.anchor(name)
-        for own, weights in zip(drawn.view(-1, *like.shape[-2:]), scale.reshape(-1, *like.shape[-2:]), strict=True):
-            own.normal_(generator=generator)
-            norm = frobenius_norm(own)
-            own.mul_(frobenius_norm(weights) / norm if norm else 0.0)
-        return ((drawn.to(device=like.device, dtype=like.dtype), 1.0),)
+    first = Direction(f"towards {labels[0]}", {labels[0]: 1.0})
+    if second is not None:
+        if len(labels) == 1:
+            other = Direction(f"random {seed}", seed=seed)
+        elif len(labels) == 2:
+            other = Direction(f"towards {labels[1]}", {labels[1]: 1.0})
+        else:
+            other = Direction(f"towards the mean of {labels[1]} and {labels[2]}", {labels[1]: 0.5, labels[2]: 0.5})
+        return [Slice(f"{first.label} × {other.label}", (first, other), _axes(axis, second))]
+    found = [Slice(first.label, (first,), _axes(axis, None))]
+    for number in range(controls):
+        control = Direction(f"random {seed + number}, norm of {labels[0]}'s difference", seed=seed + number, scaled_to=labels[0])
+        found.append(Slice(control.label, (control,), _axes(axis, None)))
+    return found
 
 
-@dataclass(frozen=True)
-class ModelDirection:
-    """Σ factor · θ_model over `models`; factors sum to 0, so it is a difference of models. Every parameter moves, norms and biases too."""
-
-    models: tuple[tuple[Source, float], ...]
-    label: str
-
-    def parts(self, name: str, like: Tensor) -> Sequence[tuple[Tensor, float]]:
-        return [(source(name), factor) for source, factor in self.models]
+def _axes(axis: Axis, second: Axis | None) -> tuple[tuple[float, ...], ...]:
+    return (axis.coordinates,) if second is None else (axis.coordinates, second.coordinates)
 
 
-@dataclass(frozen=True)
-class KeptDirection:
-    """A direction whose parts were made once and stay in memory."""
-
-    label: str
-    kept: Mapping[str, Sequence[tuple[Tensor, float]]]
-
-    def parts(self, name: str, like: Tensor) -> Sequence[tuple[Tensor, float]]:
-        return self.kept[name]
+def movable(anchor: Checkpoint, name: str) -> bool:
+    """Whether a tensor holds weights at all: floating, and not a constant of older versions."""
+    info = anchor.info(name)
+    return info.dtype in EDITABLE and not is_legacy_buffer(info) and info.size > 0
 
 
-def keep(direction: Direction, parameters: Mapping[str, Tensor], advance: Callable[[int], None] = lambda _count: None) -> KeptDirection:
-    """All parts of a direction, in memory beside the parameters: as many bytes as they have."""
-    kept = {}
-    for name, value in parameters.items():
-        kept[name] = direction.parts(name, value)
-        advance(1)
-    return KeptDirection(direction.label, kept)
+def stays_by_default(anchor: Checkpoint, name: str) -> bool:
+    """Whether random directions leave a tensor alone: norms and biases, that is vectors, and tensors named so.
 
-
-def coordinates(model: Direction, axes: Sequence[Direction], parameters: Mapping[str, Tensor]) -> tuple[tuple[float, ...], float]:
-    """Where θ_model − θ₁ lies: least-squares coordinates on the axes, and the distance that is left over its length, in [0, 1].
-
-    float64 sums, parameter by parameter. Coordinates are NaN where the axes are linearly dependent.
+    The paper excludes norms. Its models have no biases, so that nothing is said of them there.
     """
-    rows = [*axes, model]
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for name, value in parameters.items():
-        flat = [_dense(direction.parts(name, value), value) for direction in rows]
-        for i, one in enumerate(flat):
-            for j in range(i + 1):
-                gram[i, j] += torch.dot(one, flat[j]).cpu()
-    gram = gram + gram.tril(-1).T
-    inner, product, square = gram[:-1, :-1], gram[:-1, -1], float(gram[-1, -1])
-    if float(torch.linalg.cond(inner)) > 1e10:
-        return tuple(float("nan") for _ in axes), float("nan")
-    found = torch.linalg.solve(inner, product)
-    rest = max(0.0, square - float(found @ product))
-    return tuple(float(value) for value in found), (rest / square) ** 0.5 if square else 0.0
-
-
-def _dense(parts: Sequence[tuple[Tensor, float]], like: Tensor) -> Tensor:
-    total = torch.zeros(like.numel(), dtype=torch.float64, device=like.device)
-    for tensor, factor in parts:
-        total.add_(tensor.to(like.device).reshape(-1).double(), alpha=factor)
-    return total
+    return len(anchor.info(name).shape) < 2 or bool(_NORM.search(name))
