@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from lox_merge.maths.filter import filter_matrix
     from lox_merge.maths.spectral import truncated_svd
     from lox_merge.maths.subspace import Subspace
+    from lox_merge.safety.landscape.results import Landscape
+    from lox_merge.safety.landscape.run import landscape
 
 _HOMES = {
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
     "InspectSettings": "lox_merge.diagnostics.settings",
     "Inspection": "lox_merge.diagnostics.weights",
+    "Landscape": "lox_merge.safety.landscape.results",
     "LoxMergeError": "lox_merge.errors",
     "ProjectResult": "lox_merge.jobs.project",
     "Recipe": "lox_merge.jobs.recipe",
@@ -35,6 +38,7 @@ _HOMES = {
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
     "inspect": "lox_merge.diagnostics.weights",
+    "landscape": "lox_merge.safety.landscape.run",
     "lox": "lox_merge.maths.edits",
     "project": "lox_merge.jobs.project",
     "truncated_svd": "lox_merge.maths.spectral",
@@ -45,6 +49,7 @@ __all__ = [
     "HardenResult",
     "InspectSettings",
     "Inspection",
+    "Landscape",
     "LoxMergeError",
     "ProjectResult",
     "Recipe",
@@ -53,6 +58,7 @@ __all__ = [
     "filter_matrix",
     "harden",
     "inspect",
+    "landscape",
     "lox",
     "project",
     "truncated_svd",

@@ -1,133 +1,159 @@
-"""What a landscape holds: points, lines and planes, and how wide the basin is (VISAGE)."""
+"""What a landscape found: points with rates and utility, VISAGE of every slice, and its spread over random directions."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lox_merge._version import __version__
-from lox_merge.safety.bootstrap import bootstrap_interval
-from lox_merge.safety.landscape.grid import Axis
+from lox_merge.maths.landscape import visage
+from lox_merge.safety.bootstrap import Interval, bootstrap_interval
+from lox_merge.safety.landscape.directions import Slice
+from lox_merge.safety.landscape.sources import ModelPlace
 from lox_merge.safety.types import AttackSuccess
 
-Kind = Literal["random", "line", "plane"]
-
 
 @dataclass(frozen=True)
-class LandscapePoint:
-    """One model θ + Σ place[i]·d[i]. attack: None where the model there cannot be asked; undefined then says why. utility: None likewise.
+class PointResult:
+    """One point measured. attack_success: by judge; empty where `undefined` says why nothing could be measured there.
 
-    move_seconds, evaluation_seconds: to set the weights; to get replies, judge them and measure utility.
+    finished: share of replies that the model ended by itself (a model that babbles does not), None where undefined. utility:
+    measures by name, None where undefined there (`utility_undefined` says why). seconds: to set the weights, and to ask and judge.
     """
 
-    place: tuple[float, ...]
-    attack: AttackSuccess | None
+    attack_success: dict[str, AttackSuccess]
+    finished: float | None = None
     utility: dict[str, float | None] = field(default_factory=dict)
     undefined: str | None = None
-    move_seconds: float = 0.0
+    utility_undefined: str | None = None
+    change_seconds: float = 0.0
     evaluation_seconds: float = 0.0
 
-    @property
-    def rate(self) -> float | None:
-        return None if self.attack is None else self.attack.rate
+    def rate(self, judge: str) -> float | None:
+        """ASR; None where the point is undefined or the judge decided nothing."""
+        found = self.attack_success.get(judge)
+        return None if found is None else found.rate
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PointResult:
+        rates = {
+            judge: AttackSuccess(**{**found, "interval": None if found["interval"] is None else tuple(found["interval"])})
+            for judge, found in value["attack_success"].items()
+        }
+        return cls(**{**value, "attack_success": rates})
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A model in the picture. off_plane: its distance from the line or plane over its distance from θ₁, in [0, 1]; None for θ₁ itself."""
+class Visage:
+    """VISAGE of one slice and judge: mean of 100 - ASR (%) over `used` points; None without any.
 
-    label: str
-    place: tuple[float, ...]
-    off_plane: float | None
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A line or a plane. axes: coordinates by direction, with what each direction is. visage: see `visage`; safe_points: how many enter it."""
-
-    name: str
-    directions: tuple[str, ...]
-    axes: tuple[Axis, ...]
-    points: tuple[LandscapePoint, ...]
-    marks: tuple[Mark, ...]
-
-    def point(self, *place: float) -> LandscapePoint:
-        return next(point for point in self.points if point.place == place)
-
-    @property
-    def visage(self) -> float | None:
-        return visage([point.rate for point in self.points])
-
-    @property
-    def safe_points(self) -> int:
-        return sum(point.rate is not None and point.rate < 1 for point in self.points)
-
-    @property
-    def undefined_points(self) -> int:
-        return sum(point.rate is None for point in self.points)
-
-
-def visage(rates: Sequence[float | None]) -> float | None:
-    """Mean of 100 − ASR (percent) over the points with ASR below 100 % (Peng et al. 2024, VISAGE): in (0, 100], higher is a safer basin.
-
-    Points without a rate are left out; None where no point is left.
+    full: points left out because their ASR is 100 %; undefined: points without a rate.
     """
-    inside = [100 * (1 - rate) for rate in rates if rate is not None and rate < 1]
-    return math.fsum(inside) / len(inside) if inside else None
+
+    value: float | None
+    used: int
+    full: int
+    undefined: int
 
 
 @dataclass(frozen=True)
 class Spread:
-    """VISAGE over several directions. interval: 95 % bootstrap over directions, None below two. deviation: sample standard deviation, likewise."""
+    """VISAGE over random directions: `n` of `directions` have one. sd: with n - 1; interval: 95 %, bootstrap over directions.
 
-    mean: float
-    low: float
-    high: float
-    deviation: float | None
-    interval: tuple[float, float] | None
+    sd and interval are None below two directions.
+    """
+
     directions: int
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    sd: float | None
+    interval: Interval | None
 
 
-def spread(values: Sequence[float | None], seed: int = 0) -> Spread | None:
-    """Over the directions that have a value; None where none has."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    deviation = statistics.stdev(known) if len(known) > 1 else None
-    return Spread(math.fsum(known) / len(known), min(known), max(known), deviation, bootstrap_interval(known, seed=seed), len(known))
+@dataclass(frozen=True)
+class SliceResult:
+    """points: in the order of `where.places`. marks: where the named models lie on it (None for slices of random directions alone)."""
+
+    where: Slice
+    points: tuple[PointResult, ...]
+    marks: tuple[ModelPlace, ...] = ()
+
+    def visage(self, judge: str) -> Visage:
+        rates = [point.rate(judge) for point in self.points]
+        full, undefined = sum(rate == 1 for rate in rates), sum(rate is None for rate in rates)
+        return Visage(visage(rates), len(rates) - full - undefined, full, undefined)
+
+    def to_json(self, judges: Sequence[str]) -> dict[str, Any]:
+        return {
+            "label": self.where.label,
+            "random": self.where.random,
+            "directions": [direction.to_json() for direction in self.where.directions],
+            "axes": [list(axis) for axis in self.where.axes],
+            "marks": [asdict(mark) for mark in self.marks],
+            "visage": {judge: asdict(self.visage(judge)) for judge in judges},
+            "points": [{"at": list(at), **point.to_json()} for at, point in zip(self.where.places, self.points, strict=True)],
+        }
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """The result of `landscape`. kind: random directions, the line between two models, or the plane of three or four."""
+    """The result of `landscape`. anchor: θ₁ itself, measured. moved: how many tensors random directions move, and how many stay.
 
-    kind: Kind
-    sources: dict[str, Any]
-    judge: dict[str, Any]
-    prompts: dict[str, Any]
+    models: identities of the others by label. notes: what the reader must know to read the figures. resumed: points that a file held.
+    """
+
     model: dict[str, Any]
+    title: str
+    models: dict[str, dict[str, Any]]
+    prompts: dict[str, Any]
+    judges: dict[str, dict[str, Any]]
     seed: int
-    grids: tuple[Grid, ...]
+    moved: dict[str, Any]
+    anchor: PointResult
+    slices: tuple[SliceResult, ...]
     notes: tuple[str, ...]
+    resumed: int = 0
 
-    @property
-    def visage(self) -> Spread | None:
-        """Over random directions; None for lines and planes between models, which are no sample of anything."""
-        return spread([grid.visage for grid in self.grids], self.seed) if self.kind == "random" else None
+    def spread(self, judge: str) -> Spread | None:
+        """Over the slices of random directions alone; None where there are none."""
+        own = [found for found in self.slices if all(one.seed is not None for one in found.where.directions)]
+        if not own:
+            return None
+        values = [value for found in own if (value := found.visage(judge).value) is not None]
+        return Spread(
+            directions=len(own),
+            n=len(values),
+            mean=statistics.fmean(values) if values else None,
+            low=min(values, default=None),
+            high=max(values, default=None),
+            sd=statistics.stdev(values) if len(values) > 1 else None,
+            interval=bootstrap_interval(values, seed=self.seed),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; what is undefined is null. Holds no replies and no path of this machine."""
-        found = self.visage
-        grids = [
-            {**asdict(grid), "visage": grid.visage, "safe_points": grid.safe_points, "undefined_points": grid.undefined_points} for grid in self.grids
-        ]
+        """Plain values; what is undefined is null. Holds no replies, no weights and no path of this machine."""
+        spreads = {judge: self.spread(judge) for judge in self.judges}
         return {
             "lox_merge": __version__,
-            **asdict(self),
-            "grids": grids,
-            "visage": None if found is None else asdict(found),
-            "interval": "Wilson 95 % for a rate, over prompts; bootstrap 95 % of VISAGE, over directions",
+            "command": "landscape",
+            "title": self.title,
+            "model": self.model,
+            "models": self.models,
+            "prompts": self.prompts,
+            "judges": self.judges,
+            "seed": self.seed,
+            "moved": self.moved,
+            "anchor": self.anchor.to_json(),
+            "slices": [found.to_json(list(self.judges)) for found in self.slices],
+            "visage": {judge: None if found is None else asdict(found) for judge, found in spreads.items()},
+            "interval": "Wilson 95 % for a rate, over prompts; bootstrap 95 % for the mean VISAGE, over random directions",
+            "notes": list(self.notes),
+            "resumed": self.resumed,
         }
