@@ -52,6 +52,11 @@ class Slice:
     def random(self) -> bool:
         return any(direction.seed is not None for direction in self.directions)
 
+    @property
+    def is_random_around_model(self) -> bool:
+        """Whether it is what the paper's VISAGE is of: random directions alone, scaled to the model's own norms."""
+        return all(direction.seed is not None and direction.scaled_to is None for direction in self.directions)
+
 
 @dataclass(frozen=True)
 class Axis:

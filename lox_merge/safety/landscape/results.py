@@ -122,8 +122,8 @@ class Landscape:
     resumed: int = 0
 
     def spread(self, judge: str) -> Spread | None:
-        """Over the slices of random directions alone; None where there are none."""
-        own = [found for found in self.slices if all(one.seed is not None for one in found.where.directions)]
+        """Over the slices of random directions with the model's own norms (no controls, no models); None where there are none."""
+        own = [found for found in self.slices if found.where.is_random_around_model]
         if not own:
             return None
         values = [value for found in own if (value := found.visage(judge).value) is not None]
