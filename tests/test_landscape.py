@@ -251,7 +251,7 @@ def test_pictures_show_what_was_measured(line: Landscape, plane: Landscape) -> N
         figure = landscape_figure(document_of(plane), JUDGE)
     drawn = [bar.lines[0] for bar in axes.containers if str(bar.get_label()).startswith("ASR towards base")]
     assert list(drawn[0].get_ydata()) == [point.rate(JUDGE) for point in line.slices[0].points]
-    mean = next(curve for curve in axes.lines if curve.get_label() == "ASR, mean over random directions")
+    mean = next(curve for curve in axes.lines if curve.get_label() == "ASR, mean over controls")
     expected = [sum(found.points[n].rate(JUDGE) or 0 for found in line.slices[1:]) / 2 for n in range(5)]
     assert list(mean.get_ydata()) == pytest.approx(expected)
     assert any("old task" in str(curve.get_label()) for curve in axes.lines)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import TARGETS, make_adapter, merge
 from safetensors.torch import save_file
 from tiny_models import make_pair, read_tensors
 from transformers import AutoModelForCausalLM
@@ -200,6 +201,19 @@ def test_models_are_placed_in_the_plane_by_least_squares(tmp_path: Path) -> None
     two, three = sources.places([Direction("a", {"two": 1.0}), Direction("b", {"three": 1.0})], ["two", "three"])
     assert two.coordinates == pytest.approx((1, 0), abs=1e-9) and three.coordinates == pytest.approx((0, 1), abs=1e-9)
     assert three.off_plane == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_the_other_model_may_be_an_adapter(tmp_path: Path, architecture: str) -> None:
+    base, _ = make_pair(tmp_path, architecture)
+    adapter = make_adapter(base, tmp_path / "adapter", **TARGETS[architecture])
+    mover = mover_of(base, {"adapter": adapter})
+    (line,) = model_slices(["adapter"], AXIS, None, controls=0, seed=0)
+    mover.prepare(line)
+    mover.move(line, (1.0,))
+    expected = merge(base, adapter)
+    for name, value in weights(mover).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
 
 
 def test_axes_meet_zero_and_one() -> None:

@@ -36,6 +36,11 @@ def gaussian_noise(shape: Sequence[int], name: str, seed: int) -> Tensor:
     return out
 
 
+def gaussian_bytes(shape: Sequence[int]) -> int:
+    """Memory of `gaussian_noise` of that shape."""
+    return torch.float16.itemsize * torch.Size(shape).numel()
+
+
 def euclidean_norm(values: Float[Tensor, "*shape"], minus: Float[Tensor, "*shape"] | None = None) -> float:
     """‖values‖ or ‖values - minus‖, any shape and dtype: differences in float32 at least, squares summed in float64."""
     flat, total = values.reshape(-1), 0.0

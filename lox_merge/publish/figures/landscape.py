@@ -7,8 +7,23 @@ from typing import Any
 
 from lox_merge.publish.documents.landscape import Landscape, Slice
 from lox_merge.publish.figures.marks import draw_with_intervals, rate_axis
-from lox_merge.publish.figures.style import BLUE, GREY, INK, ORANGE, RULE, VERMILLION, label, legend_below, series_style, single_panel
+from lox_merge.publish.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    RULE,
+    SKY,
+    VERMILLION,
+    label,
+    legend_below,
+    series_style,
+    single_panel,
+)
 
+_UTILITY = (ORANGE, GREEN, PURPLE, SKY)
 _LEVELS = [step / 10 for step in range(11)]
 
 
@@ -26,9 +41,9 @@ def landscape_figure(landscape: Landscape, judge: str) -> Any:
     return figure
 
 
-def plane_figure(landscape: Landscape, plane: Slice, judge: str) -> Any:
-    """One plane as a figure."""
-    return single_panel(lambda axes: draw_plane(axes, landscape, plane, judge), width=5.6, height=4.6)
+def plane_figure(landscape: Landscape, plane: Slice, judge: str, measure: str | None = None) -> Any:
+    """One plane as a figure: ASR, or a measure of utility that is a rate."""
+    return single_panel(lambda axes: draw_plane(axes, landscape, plane, judge, measure), width=5.6, height=4.6)
 
 
 def draw_lines(axes: Any, landscape: Landscape, judge: str) -> None:
@@ -47,17 +62,20 @@ def draw_lines(axes: Any, landscape: Landscape, judge: str) -> None:
         axes.plot(*_columns(known), color=GREY if named else BLUE, linewidth=0.9, alpha=0.7, label=f"ASR, {kind}" if not number else None)
     if random:
         mean = _mean({line.label: {point.at[0]: point.rate(judge) for point in line.points} for line in random})
-        axes.plot(*_columns(mean), color=INK if named else BLUE, linewidth=2.6, label="ASR, mean over random directions")
-    for measure, style in _utilities(landscape).items():
+        whose = "controls" if named else "random directions"
+        axes.plot(*_columns(mean), color=INK if named else BLUE, linewidth=2.6, label=f"ASR, mean over {whose}")
+    for position, measure in enumerate(rates_of_utility(landscape)):
         curves = {line.label: {point.at[0]: point.utility.get(measure) for point in line.points} for line in (named or random)}
-        axes.plot(*_columns(_mean(curves)), linestyle="--", color=style["color"], label=label(f"{measure}{'' if named else ', mean'}"))
+        axes.plot(
+            *_columns(_mean(curves)), linestyle="--", color=_UTILITY[position % len(_UTILITY)], label=label(f"{measure}{'' if named else ', mean'}")
+        )
     _draw_undefined(axes, landscape.lines, judge)
     rate_axis(axes, "rate")
     axes.set_xlabel("coordinate a along the direction (0: the model itself)")
 
 
-def draw_plane(axes: Any, landscape: Landscape, plane: Slice, judge: str) -> None:
-    """ASR over a plane as filled contours between measured points (dots), undefined cells hatched, models marked."""
+def draw_plane(axes: Any, landscape: Landscape, plane: Slice, judge: str, measure: str | None = None) -> None:
+    """ASR (or a rate of utility) as filled contours between measured points (dots), undefined cells hatched, models marked."""
     import matplotlib
     import numpy
     from matplotlib.patches import Rectangle
@@ -65,18 +83,17 @@ def draw_plane(axes: Any, landscape: Landscape, plane: Slice, judge: str) -> Non
     first, second = plane.axes
     rates = numpy.full((len(second), len(first)), numpy.nan)
     for point in plane.points:
-        rate = point.rate(judge)
+        rate = point.rate(judge) if measure is None else point.utility.get(measure)
         if rate is not None:
             rates[second.index(point.at[1]), first.index(point.at[0])] = rate
-    colours = matplotlib.colormaps["cividis"]
+    colours = matplotlib.colormaps["cividis"](numpy.linspace(0, 1, len(_LEVELS) - 1))
     known = numpy.ma.masked_invalid(rates)
     if min(rates.shape) > 1 and known.count():
-        filled = axes.contourf(first, second, known, levels=_LEVELS, cmap=colours, vmin=0, vmax=1)
-        for band in (filled,):
-            band.set_edgecolor("face")  # no light seams between bands in SVG and PDF
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), matplotlib.colors.ListedColormap(colours(numpy.linspace(0, 1, 10))))
+        # no light seams between bands in SVG and PDF
+        axes.contourf(first, second, known, levels=_LEVELS, colors=colours).set_edgecolor("face")
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), matplotlib.colors.ListedColormap(colours))
     bar = axes.figure.colorbar(scale, ax=axes, pad=0.02, ticks=_LEVELS[::2])
-    bar.set_label(f"ASR ({label(judge, 24)})")
+    bar.set_label(f"ASR ({label(judge, 24)})" if measure is None else label(measure))
     bar.outline.set_visible(False)
     axes.scatter(*zip(*((point.at[0], point.at[1]) for point in plane.points), strict=True), s=4, color=RULE, linewidths=0)
     width, height = (first[-1] - first[0]) / (len(first) - 1), (second[-1] - second[0]) / (len(second) - 1)
@@ -117,13 +134,13 @@ def _draw_undefined(axes: Any, lines: list[Slice], judge: str) -> None:
         axes.plot(places, [0.0] * len(places), marker="x", linestyle="", color=INK, label="undefined", clip_on=False)
 
 
-def _utilities(landscape: Landscape) -> dict[str, dict[str, Any]]:
-    """Measures that are rates everywhere, as the axis is."""
-    found: dict[str, dict[str, Any]] = {}
+def rates_of_utility(landscape: Landscape) -> list[str]:
+    """Measures that are rates at every point, as the axis of ASR is."""
+    found = []
     for measure in landscape.anchor.utility:
-        values = [value for line in landscape.lines for point in line.points if (value := point.utility.get(measure)) is not None]
+        values = [value for one in landscape.slices for point in one.points if (value := point.utility.get(measure)) is not None]
         if measure not in ("KL", "perplexity") and values and min(values) >= 0 and max(values) <= 1:
-            found[measure] = {"color": (ORANGE, *(series_style(n)["color"] for n in (2, 3, 5)))[len(found) % 4]}
+            found.append(measure)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lox_merge.publish.documents.landscape import Landscape, Measured, Slice
 from lox_merge.publish.documents.shape import judge_words, read_as
-from lox_merge.publish.figures.landscape import draw_lines, plane_figure
+from lox_merge.publish.figures.landscape import draw_lines, plane_figure, rates_of_utility
 from lox_merge.publish.report.notes import KEYWORD
 from lox_merge.publish.report.numbers import counted, number, rate_words
 from lox_merge.publish.report.section import (
@@ -106,6 +106,11 @@ def _pictures(landscape: Landscape) -> list[Picture]:
             )
             build = partial(plane_figure, landscape, plane, judge)
             found.append(Picture(name_of("asr_over_plane", plane.label, judge), f"ASR over {plane.label} ({judge})", caption, build))
+    for plane in landscape.planes:
+        for measure in rates_of_utility(landscape):
+            build = partial(plane_figure, landscape, plane, next(iter(landscape.judges)), measure)
+            caption = "The same points: what a model near them is still good for."
+            found.append(Picture(name_of("utility_over_plane", plane.label, measure), f"{measure} over {plane.label}", caption, build))
     return found
 
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from lox_merge.errors import RequestError
-from lox_merge.maths.landscape import euclidean_norm, gaussian_noise, write_point
-from lox_merge.safety.batches import free_memory
+from lox_merge.maths.landscape import euclidean_norm, gaussian_bytes, gaussian_noise, write_point
+from lox_merge.safety.batches import free_memory, release_memory
 from lox_merge.safety.landscape.directions import Direction, Slice
 from lox_merge.safety.landscape.sources import Sources, stored_values
 from lox_merge.safety.placement import Group, check_loaded, place
 
 # What directions may take of the memory that is free; replies need the rest.
-_SHARE_OF_FREE_MEMORY = 0.4
+_SHARE_OF_FREE_MEMORY = 0.5
+_CPU = torch.device("cpu")
 
 
 class WeightMover:
@@ -64,8 +65,11 @@ class WeightMover:
         for direction in where.directions:
             if direction.scaled_to not in self._norms and direction.seed is not None:
                 self._norms[direction.scaled_to] = self._sources.scale_norms(self._moved_by(direction), direction.scaled_to)
-        self._keep_noise(where)
-        self._keep_stored_near(where)
+        release_memory()
+        room = {device: _SHARE_OF_FREE_MEMORY * free_memory(device) for device in {*self._homes.values(), _CPU}}
+        self._keep_noise(where, room)
+        if any(device.type == "cuda" for device in room):
+            self._keep_stored_near(where, room)
 
     def move(self, where: Slice, coordinates: Sequence[float]) -> None:
         """Weights become θ₁ + Σ coordinate · direction."""
@@ -152,37 +156,40 @@ class WeightMover:
             found.setdefault(tensor.data_ptr() if tensor.numel() else id(group), group)
         return list(found.values())
 
-    def _keep_noise(self, where: Slice) -> None:
-        homes = self._homes
-        wanted = [(one.seed, name) for one in where.directions if one.seed is not None for name in self._moved_by(one) if name in homes]
-        room = {device: _SHARE_OF_FREE_MEMORY * free_memory(device) for device in set(homes.values())}
-        chosen = []
-        for key in wanted:
-            size = 2 * self._sources.anchor.info(key[1]).size
-            if size > room[homes[key[1]]]:
-                self.kept = False
-                continue
-            room[homes[key[1]]] -= size
-            chosen.append(key)
+    def _keep_noise(self, where: Slice, room: dict[torch.device, float]) -> None:
+        chosen: dict[tuple[int, str], torch.device] = {}
+        for direction in where.directions:
+            for name in self._moved_by(direction) if direction.seed is not None else ():
+                if name not in self._homes:
+                    continue
+                assert direction.seed is not None
+                size = gaussian_bytes(self._sources.anchor.info(name).shape)
+                # Beside the parameter, else in main memory: copied for every point, which is faster than drawn.
+                device = next((place for place in (self._homes[name], _CPU) if size <= room[place]), None)
+                if device is None:
+                    self.kept = False
+                    continue
+                room[device] -= size
+                chosen[direction.seed, name] = device
 
         def draw(key: tuple[int, str]) -> tuple[tuple[int, str], Tensor, float]:
             noise = gaussian_noise(self._sources.anchor.info(key[1]).shape, key[1], key[0])
-            return key, noise.to(homes[key[1]]), self._noise_norms.get(key) or euclidean_norm(noise)
+            return key, noise.to(chosen[key]), self._noise_norms.get(key) or euclidean_norm(noise)
 
         # numpy draws without the interpreter's lock; each tensor has a seed of its own, so the order does not matter.
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             for key, noise, norm in pool.map(draw, chosen):
                 self._noise[key], self._noise_norms[key] = noise, norm
 
-    def _keep_stored_near(self, where: Slice) -> None:
+    def _keep_stored_near(self, where: Slice, room: dict[torch.device, float]) -> None:
         """Stored tensors of parameters on a GPU stay on it where memory allows: over the bus they would take longer than replies."""
         labels = ["", *dict.fromkeys(label for direction in where.directions for label in direction.models)]
-        for name, device in self._homes.items():
-            if device.type != "cuda":
-                continue
-            for label in labels:
+        for label in labels:
+            for name, device in self._homes.items():
                 tensor = self._stored(label, name)
-                if tensor.numel() * tensor.element_size() <= _SHARE_OF_FREE_MEMORY * free_memory(device):
+                size = tensor.numel() * tensor.element_size()
+                if device.type == "cuda" and size <= room[device]:
+                    room[device] -= size
                     self._near[label, name] = tensor.to(device)
 
 
