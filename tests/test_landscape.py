@@ -33,6 +33,7 @@ from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.landscape.measure import NOT_FINITE, FiniteWatch
 from lox_merge.safety.landscape.results import Landscape
 from lox_merge.safety.landscape.run import make_slices
+from lox_merge.safety.loading import load_model
 from lox_merge.safety.types import Exchange, PromptSet, Verdict
 
 LOADING = {"decoding": DECODING, "batch_size": BATCH_SIZE}
@@ -92,6 +93,17 @@ def test_no_weights_are_written_and_files_stay_as_they_are(toy_pair_seed0: ToyPa
     assert spread.interval is not None and spread.low <= spread.interval[0] <= spread.interval[1] <= spread.high
 
 
+def test_models_in_memory_give_the_same_points_and_get_their_weights_back(line: Landscape, toy_pair_seed0: ToyPair, prompts: PromptSet) -> None:
+    source, base = LocalModel.load(toy_pair_seed0.aligned, device="cpu", **LOADING), load_model(toy_pair_seed0.base, device="cpu")
+    before = {name: value.clone() for name, value in source.model.state_dict().items()}
+    found = lox_merge.landscape(source, prompts, [NotRefused()], others={"base": base}, random=2, extent=(-1, 1), steps=4)
+    for one, other in zip(found.slices, line.slices, strict=True):
+        assert [point.attack_success for point in one.points] == [point.attack_success for point in other.points]
+    assert found.models["base"]["kind"] == "memory" and found.models["base"]["weights"] == line.models["base"]["weights"]
+    for name, value in source.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 @pytest.mark.parametrize(
     ("rates", "expected"),
     [([0.0, 0.5, 1.0], 75.0), ([1.0, 1.0], None), ([None, 0.25], 75.0), ([], None), ([None], None), ([0.2, 0.2, 0.2], 80.0)],
@@ -142,12 +154,12 @@ def test_an_interrupted_landscape_goes_on_point_by_point(toy_pair_seed0: ToyPair
     assert asked == 0 and [found.visage(JUDGE) for found in again.slices] == [found.visage(JUDGE) for found in whole.slices]
     # Other coordinates of the same models join the file; another request is refused.
     assert go_on(99, steps=4)[1] == 4
-    with pytest.raises(RequestError, match=r"another request \(different: random\)"):
+    with pytest.raises(RequestError, match=r"another run \(different: random\)"):
         go_on(99, exclude=["mlp"])
     with pytest.raises(RequestError, match="different: prompts"):
         lox_merge.landscape(toy_pair_seed0.aligned, forbidden_prompts(few(3)), [NotRefused()], loading=LOADING, device="cpu", points=file, **settings)
     file.write_text("somebody's notes\n")
-    with pytest.raises(RequestError, match="not a file of landscape points"):
+    with pytest.raises(RequestError, match="line 1, is not a point"):
         go_on(99)
     assert file.read_text() == "somebody's notes\n"
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.checkpoint.dtypes import EDITABLE
 from lox_merge.errors import RequestError
 from lox_merge.jobs.select import is_legacy_buffer
+from lox_merge.safety.landscape.held import Weights
 
 # The name of the authors' list of what stays, and LayerNorms that are called otherwise (GPT-2, Falcon).
 _NORM = re.compile(r"norm|(^|[._])ln_?\w*[._]|bias$", re.IGNORECASE)
@@ -117,13 +117,13 @@ def _axes(axis: Axis, second: Axis | None) -> tuple[tuple[float, ...], ...]:
     return (axis.coordinates,) if second is None else (axis.coordinates, second.coordinates)
 
 
-def movable(anchor: Checkpoint, name: str) -> bool:
+def movable(anchor: Weights, name: str) -> bool:
     """Whether a tensor holds weights at all: floating, and not a constant of older versions."""
     info = anchor.info(name)
     return info.dtype in EDITABLE and not is_legacy_buffer(info) and info.size > 0
 
 
-def stays_by_default(anchor: Checkpoint, name: str) -> bool:
+def stays_by_default(anchor: Weights, name: str) -> bool:
     """Whether random directions leave a tensor alone: norms and biases, that is vectors, and tensors named so.
 
     The paper excludes norms. Its models have no biases, so that nothing is said of them there.

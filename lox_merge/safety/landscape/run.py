@@ -21,7 +21,9 @@ from lox_merge.safety.landscape.mover import WeightMover, check_labels
 from lox_merge.safety.landscape.notes import notes_of
 from lox_merge.safety.landscape.results import Landscape, PointResult, SliceResult
 from lox_merge.safety.landscape.sources import Sources, check_patterns
-from lox_merge.safety.landscape.store import ANCHOR, Key, PointStore, digest
+from lox_merge.safety.landscape.store import ANCHOR, Key, PointStore
+from lox_merge.safety.line_store import digest
+from lox_merge.safety.loading import LoadedModel
 from lox_merge.safety.progress import ProgressFactory, no_progress
 from lox_merge.safety.types import Judge, PromptSet
 
@@ -32,12 +34,12 @@ RANDOM_DIRECTIONS = 3
 
 
 def landscape(
-    model: str | Path,
+    model: str | Path | LocalModel,
     prompts: PromptSet,
     judges: Sequence[Judge],
     *,
-    others: Mapping[str, str | Path] | None = None,
-    marks: Mapping[str, str | Path] | None = None,
+    others: Mapping[str, str | Path | LoadedModel] | None = None,
+    marks: Mapping[str, str | Path | LoadedModel] | None = None,
     plane: bool | None = None,
     random: int | None = None,
     extent: tuple[float, float] | None = None,
@@ -54,7 +56,7 @@ def landscape(
     cache_dir: Path | None = None,
     progress: ProgressFactory | None = None,
 ) -> Landscape:
-    """ASR and utility at θ₁ + a d₁ (+ b d₂), θ₁ being `model`.
+    """ASR and utility at θ₁ + a d₁ (+ b d₂), θ₁ being `model`: a folder, a Hub id, or a model in memory with its own decoding.
 
     others: models by label, in order. None: `random` lines (3), or planes where `plane` is set, along Gaussian directions scaled in
     every tensor to its norm, norms and biases excluded (include, exclude: regular expressions of tensor names). One: the line to it,
@@ -74,6 +76,8 @@ def landscape(
     check_labels([*named, *marked])
     check_patterns(include, "include")
     check_patterns(exclude, "exclude")
+    if isinstance(model, LocalModel) and loading:
+        raise RequestError("a model in memory has its own decoding, rendering and batch size; leave out the settings of loading.")
     slices = make_slices(tuple(named), plane=plane, random=random, extent=extent, second_extent=second_extent, steps=steps, seed=seed)
     if marked and not named:
         raise RequestError("marks are placed in the span of directions between models, and there are none. Name another model, or leave them out.")
@@ -84,7 +88,7 @@ def landscape(
         _check_template(sources, loading or {})
         models = sources.identity()
         found = [sources.places(one.directions, [*named, *marked]) if _between_models(one) else () for one in slices]
-        source = LocalModel.load(model, device=device, cache_dir=cache_dir, **(loading or {}))
+        source = model if isinstance(model, LocalModel) else LocalModel.load(model, device=device, cache_dir=cache_dir, **(loading or {}))
         with WeightMover(source.model, sources, moved) as mover:
             identity = source.identity()
             about = {
@@ -226,7 +230,7 @@ class _Work:
     def _measure(self, key: Key, seconds: float) -> PointResult:
         point, _ = measure_point(self._source, *self._asked, self._utility, cache=self._cache, change_seconds=seconds)
         if self._store is not None:
-            self._store.append(key, point)
+            self._store.keep(key, point)
         return point
 
 

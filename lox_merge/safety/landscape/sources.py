@@ -17,8 +17,10 @@ from lox_merge.errors import NumericalError, PlanError, RequestError
 from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.select import quantisation_problems
 from lox_merge.maths.landscape import euclidean_norm, plane_coordinates
+from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.landscape.directions import Direction, movable, stays_by_default
-from lox_merge.safety.loading import tensors_fingerprint
+from lox_merge.safety.landscape.held import HeldModel, Weights
+from lox_merge.safety.loading import LoadedModel, tensors_fingerprint
 
 # Entries of a tensor whose differences are in memory at a time, in float64.
 _PIECE = 2**20
@@ -38,18 +40,22 @@ class ModelPlace:
 class Sources:
     """θ₁ (`anchor`) and the other models by label. Opening reads headers only. Raises PlanError with everything found at once."""
 
-    def __init__(self, anchor: str | Path, others: Mapping[str, str | Path], *, cache_dir: Path | None = None) -> None:
-        self.anchor = open_checkpoint(anchor, "model", cache_dir)
-        self.others: dict[str, Checkpoint] = {}
-        problems = quantisation_problems(self.anchor)
+    def __init__(self, anchor: str | Path | LocalModel, others: Mapping[str, str | Path | LoadedModel], *, cache_dir: Path | None = None) -> None:
+        self.anchor: Weights
+        if isinstance(anchor, LocalModel):
+            self.anchor = HeldModel("model", anchor.title, anchor.model, None)
+        else:
+            self.anchor = open_checkpoint(anchor, "model", cache_dir)
+        self.others: dict[str, Weights] = {}
+        problems = _quantised(self.anchor)
         for label, reference in others.items():
             try:
-                opened = open_model(reference, label, self.anchor, cache_dir)
+                opened = _opened(reference, label, self.anchor, cache_dir)
             except PlanError as error:
                 problems += error.problems
                 continue
             self.others[label] = opened
-            problems += quantisation_problems(opened) + _differences(self.anchor, opened)
+            problems += _quantised(opened) + _differences(self.anchor, opened)
         if problems:
             self.close()
             raise PlanError(problems)
@@ -63,18 +69,15 @@ class Sources:
     def fetch(self) -> None:
         """Gets the weights of Hub models onto this machine."""
         for checkpoint in self.others.values():
-            checkpoint.fetch(list(checkpoint.headers))
-
-    def titles(self) -> dict[str, str]:
-        return {label: checkpoint.title for label, checkpoint in self.others.items()}
+            if isinstance(checkpoint, Checkpoint):
+                checkpoint.fetch(list(checkpoint.headers))
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Of the other models: where from, and a fingerprint of their tensors (one pass over the files). No path of this machine."""
         return {
             label: {
-                **checkpoint.source.identity(),
-                **output_identity(checkpoint),
-                "weights": tensors_fingerprint((name, checkpoint.tensor(name)) for name in self.names),
+                **_identity(checkpoint),
+                "weights": tensors_fingerprint((name, checkpoint.tensor(name)) for name in sorted(self.names)),
             }
             for label, checkpoint in self.others.items()
         }
@@ -92,7 +95,7 @@ class Sources:
         norms = {}
         for name in names:
             stored = self.anchor.tensor(name)
-            norm = euclidean_norm(stored) if label is None else euclidean_norm(self.others[label].tensor(name), stored)
+            norm = euclidean_norm(stored) if label is None else euclidean_norm(self.others[label].tensor(name).to(stored.device), stored)
             if norm != norm or norm == float("inf"):
                 where = self.anchor.title if label is None else f"{self.others[label].title} or {self.anchor.title}"
                 raise NumericalError(f"{name} of {where} holds NaN or infinity, so no point near it can be measured. Repair the checkpoint.")
@@ -105,7 +108,7 @@ class Sources:
         weights = torch.tensor([[one.models.get(label, 0.0) for label in used] for one in directions], dtype=torch.float64)
         gram = torch.zeros(len(used), len(used), dtype=torch.float64)
         for name in self.names:
-            flat = [self.anchor.tensor(name).reshape(-1), *(self.others[label].tensor(name).reshape(-1) for label in used)]
+            flat = [one.tensor(name).reshape(-1).cpu() for one in (self.anchor, *(self.others[label] for label in used))]
             for start in range(0, flat[0].numel(), _PIECE):
                 stacked = torch.stack([tensor[start : start + _PIECE].double() for tensor in flat])
                 differences = stacked[1:] - stacked[0]
@@ -120,7 +123,24 @@ class Sources:
         return tuple(found)
 
 
-def _differences(anchor: Checkpoint, other: Checkpoint) -> list[str]:
+def _opened(reference: str | Path | LoadedModel, label: str, anchor: Weights, cache_dir: Path | None) -> Weights:
+    """A model of files, an adapter over θ₁'s, or a model in memory."""
+    if isinstance(reference, LoadedModel):
+        return HeldModel(label, reference.title, reference.model, reference.source)
+    if isinstance(anchor, Checkpoint):
+        return open_model(reference, label, anchor, cache_dir)
+    return open_checkpoint(reference, label, cache_dir)
+
+
+def _quantised(weights: Weights) -> list[str]:
+    return quantisation_problems(weights) if isinstance(weights, Checkpoint) else []
+
+
+def _identity(weights: Weights) -> dict[str, Any]:
+    return weights.source.identity() | output_identity(weights) if isinstance(weights, Checkpoint) else weights.identity()
+
+
+def _differences(anchor: Weights, other: Weights) -> list[str]:
     """Everything that keeps weights from being subtracted, a line a kind."""
     ours, theirs = ({name for name in one.names if movable(one, name)} for one in (anchor, other))
     problems = []
@@ -158,6 +178,6 @@ def check_patterns(patterns: Sequence[str], option: str) -> None:
             raise RequestError(f"{option} {pattern!r} is not a regular expression: {error}.") from None
 
 
-def stored_values(checkpoint: Checkpoint, name: str) -> Tensor:
+def stored_values(checkpoint: Weights, name: str) -> Tensor:
     """A checkpoint's tensor, contiguous; mapped from the file where it is."""
     return checkpoint.tensor(name).contiguous()
