@@ -100,7 +100,7 @@ def draw_plane(axes: Any, landscape: Landscape, plane: Slice, judge: str, measur
     for row, column in numpy.argwhere(numpy.isnan(rates)):
         corner = first[column] - width / 2, second[row] - height / 2
         axes.add_patch(Rectangle(corner, width, height, hatch="////", fill=False, edgecolor=GREY, linewidth=0))
-    axes.plot([0], [0], marker="*", markersize=13, linestyle="", color=VERMILLION, markeredgecolor="white", label=label(landscape.title))
+    axes.plot([0], [0], marker="*", markersize=13, linestyle="", color="white", markeredgecolor=INK, label=label(landscape.title))
     for number, mark in enumerate(plane.marks):
         style = series_style(number) | {"linestyle": "", "markersize": 9, "markeredgecolor": "white"}
         off = "" if mark.off_plane is None or mark.off_plane < 0.01 else f" ({100 * mark.off_plane:.0f} % off the plane)"
