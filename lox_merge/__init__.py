@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lox_merge.maths.subspace import Subspace
     from lox_merge.safety.brittleness import Brittleness
     from lox_merge.safety.brittleness_job import brittleness
+    from lox_merge.safety.landscape.results import Landscape
+    from lox_merge.safety.landscape.run import landscape
 
 _HOMES = {
     "Brittleness": "lox_merge.safety.brittleness",
@@ -38,6 +40,7 @@ _HOMES = {
     "HardenResult": "lox_merge.jobs.harden",
     "InspectSettings": "lox_merge.diagnostics.settings",
     "Inspection": "lox_merge.diagnostics.weights",
+    "Landscape": "lox_merge.safety.landscape.results",
     "LoxMergeError": "lox_merge.errors",
     "Prefix": "lox_merge.diagnostics.behaviour.texts",
     "ProjectResult": "lox_merge.jobs.project",
@@ -49,6 +52,7 @@ _HOMES = {
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
     "inspect": "lox_merge.diagnostics.weights",
+    "landscape": "lox_merge.safety.landscape.run",
     "lox": "lox_merge.maths.edits",
     "project": "lox_merge.jobs.project",
     "truncated_svd": "lox_merge.maths.spectral",
@@ -62,6 +66,7 @@ __all__ = [
     "HardenResult",
     "InspectSettings",
     "Inspection",
+    "Landscape",
     "LoxMergeError",
     "Prefix",
     "ProjectResult",
@@ -74,6 +79,7 @@ __all__ = [
     "filter_matrix",
     "harden",
     "inspect",
+    "landscape",
     "lox",
     "project",
     "truncated_svd",

@@ -24,6 +24,7 @@ _COMMANDS = {
     "demo": "lox_merge.cli.demo:demo",
     "harden": "lox_merge.cli.harden:harden_command",
     "inspect": "lox_merge.cli.inspect:inspect_command",
+    "landscape": "lox_merge.cli.landscape:landscape_command",
     "project": "lox_merge.cli.project:project_command",
     "push": "lox_merge.cli.push:push_command",
     "report": "lox_merge.cli.report:report_command",
@@ -67,6 +68,7 @@ def cli() -> None:
     lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
     lox-merge behaviour BASE ALIGNED ...  how deep alignment is, what undid it
     lox-merge activations BASE ALIGNED .. where hidden states moved
+    lox-merge landscape MODEL [OTHER...]  attack success around and between models
     lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output, make it again
     lox-merge push OUT REPO               publish it with its model card

@@ -139,7 +139,7 @@ def _collect(asked: dict[Future[Reply], Prompt], found: dict[str, Reply], store:
             name = asked[future].identity
             found[name] = future.result()
             if store:
-                store.append([(name, found[name])])
+                store.keep([(name, found[name])])
             progress.advance(1)
         elif failure is None:
             failure = error

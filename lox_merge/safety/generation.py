@@ -126,7 +126,7 @@ class LocalModel:
                 if replies is None:
                     continue
                 if store:
-                    store.append([(prompts.prompts[i].identity, reply) for i, reply in zip(batch, replies, strict=True)])
+                    store.keep([(prompts.prompts[i].identity, reply) for i, reply in zip(batch, replies, strict=True)])
                 found.update(zip(batch, replies, strict=True))
                 del waiting[: len(batch)]
                 progress.advance(len(batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,13 @@ def weights_fingerprint(model: Any) -> str:
     The same on every device and for every way of loading; one pass over the weights. It tells models apart, it does not guard
     against forgery. Weights that accelerate keeps on disk enter by name and shape only.
     """
+    return tensors_fingerprint(sorted(model.state_dict().items()))
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The same of tensors in a fixed order, such as a checkpoint's."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if tensor.device.type != "meta" and tensor.numel():
             for sums in _pattern_sums(tensor):

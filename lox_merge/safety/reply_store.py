@@ -2,109 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lox_merge.errors import RequestError
-from lox_merge.jobs.atomic import write_error
+from lox_merge.safety.line_store import LineStore, digest
 from lox_merge.safety.types import PromptSet, Reply
 
-_FORMAT = "lox-merge replies 1"
 
+class ReplyStore(LineStore):
+    """Replies of one model to one set of prompts under one decoding; opening raises RequestError where the file is of others.
 
-class ReplyStore:
-    """First line: of which model, prompts and decoding the replies are. Every further line: one finished reply.
-
-    Opening raises RequestError where the file is of other replies or not of this kind. A last line that was cut short by a
-    crash is dropped. Prompts are kept by identity only: their texts are in the user's own file.
+    Prompts are kept by identity only: their texts are in the user's own file.
     """
 
     def __init__(self, path: Path, model: dict[str, Any], prompts: PromptSet) -> None:
-        self.path = path
         self._model = model
-        self._texts = {prompt.identity: prompt.text for prompt in prompts.prompts}
-        self._header = {"format": _FORMAT, "model": _digest(model), "prompts": prompts.sha256, "n": len(prompts), "about": model}
+        about = {"model": digest(model), "prompts": prompts.sha256}
+        super().__init__(path, "replies", about, "a reply to one of these prompts", shown={"n": len(prompts), "about": model})
+        texts = {prompt.identity: prompt.text for prompt in prompts.prompts}
         self._replies: dict[str, Reply] = {}
-        try:
-            self._open()
-        except OSError as error:
-            raise write_error(path, error) from error
+        for number, line in enumerate(self.lines, 2):
+            name = line.get("id")
+            if not isinstance(name, str) or name not in texts or not isinstance(line.get("text"), str):
+                raise self.damaged(number)
+            self._replies[name] = Reply(texts[name], line["text"], bool(line.get("finished")), line.get("tokens"))
 
     @property
     def finished(self) -> dict[str, Reply]:
         """Replies by the identity of their prompt."""
         return dict(self._replies)
 
-    def append(self, replies: Sequence[tuple[str, Reply]]) -> None:
+    def keep(self, replies: Sequence[tuple[str, Reply]]) -> None:
         """Keeps (identity, reply) pairs; on disk when this returns. Raises WriteError."""
-        lines = [{"id": name, "text": reply.text, "finished": reply.finished, "tokens": reply.tokens} for name, reply in replies]
-        try:
-            self._write(lines, "ab")
-        except OSError as error:
-            raise write_error(self.path, error) from error
+        self.append([{"id": name, "text": reply.text, "finished": reply.finished, "tokens": reply.tokens} for name, reply in replies])
         self._replies.update(replies)
 
-    def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = [self._parse(line, number) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
-        if not lines:
-            # A file without a whole first line is new, or its first write was cut short: anything else is somebody's data.
-            if data and not _encode(self._header).startswith(data):
-                raise RequestError(f"{self.path.name} is not a store of replies. Name another file; this one was left as it is.")
-            self._write([self._header], "wb")
-            return
-        self._check_header(lines[0])
-        for number, line in enumerate(lines[1:], 2):
-            name = line.get("id")
-            if name not in self._texts or not isinstance(line.get("text"), str):
-                raise self._damaged(number)
-            self._replies[name] = Reply(self._texts[name], line["text"], bool(line.get("finished")), line.get("tokens"))
-        if len(whole) < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-
-    def _check_header(self, header: dict[str, Any]) -> None:
-        if header.get("format") != _FORMAT:
-            raise RequestError(f"{self.path.name} is not a store of replies. Name another file; this one was left as it is.")
-        differs = [what for what in ("model", "prompts") if header.get(what) != self._header[what]]
-        if differs:
-            about = header.get("about")
-            settings = (
-                [key for key, value in self._model.items() if not isinstance(about, dict) or about.get(key) != value] if "model" in differs else []
-            )
-            what = [*settings, *(["prompts"] if "prompts" in differs else [])]
-            raise RequestError(
-                f"{self.path.name} holds replies of another run (different: {', '.join(what)}). Name another file, or remove this one to start anew."
-            )
-
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            raise self._damaged(number) from None
-        if not isinstance(value, dict):
-            raise self._damaged(number)
-        return value
-
-    def _damaged(self, number: int) -> RequestError:
-        return RequestError(f"{self.path.name}, line {number}, is not a reply to one of these prompts. Remove that line, or name another file.")
-
-    def _write(self, lines: Sequence[dict[str, Any]], mode: str) -> None:
-        with self.path.open(mode) as file:
-            file.write(b"".join(_encode(line) for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _encode(line: dict[str, Any]) -> bytes:
-    return (json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n").encode()
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    def _differences(self, header: dict[str, Any]) -> list[str]:
+        """Settings of the model by name, where it is the model that differs."""
+        about, found = header.get("about"), []
+        for part in super()._differences(header):
+            if part != "model":
+                found.append(part)
+            else:
+                found += [key for key, value in self._model.items() if not isinstance(about, dict) or about.get(key) != value]
+        return found

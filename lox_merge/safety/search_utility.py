@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lox_merge.errors import RequestError
 from lox_merge.safety.divergence import Reference, kl_divergence, reference_log_probabilities
@@ -36,6 +39,16 @@ class UtilityMeasures:
         self._tasks, self._task_limit = tuple(tasks), task_limit
         self._reference: Reference | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the figures: hashes of questions, texts and prompts, and the tasks. Plain JSON values."""
+        return {
+            "questions": None if self._questions is None else [self._questions.prompts.sha256, _sha256(self._questions.answers)],
+            "texts": _sha256(self._texts),
+            "harmless": None if self._harmless is None else self._harmless.sha256,
+            "tasks": list(self._tasks),
+            "task_limit": self._task_limit,
+        }
+
     def __bool__(self) -> bool:
         return self._questions is not None or bool(self._texts) or self._harmless is not None or bool(self._tasks)
 
@@ -55,6 +68,10 @@ class UtilityMeasures:
             scores = lm_eval_scores(source.model, source.tokenizer, self._tasks, batch_size=source.batch_size, limit=self._task_limit)
             found |= {f"{task} {metric}": value for task, metrics in scores.items() for metric, value in metrics.items()}
         return found
+
+
+def _sha256(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def load_measures(

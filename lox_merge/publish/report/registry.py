@@ -14,6 +14,7 @@ from lox_merge.publish.report.decomposition import decomposition_sections
 from lox_merge.publish.report.demo import demo_sections, full_demo_sections
 from lox_merge.publish.report.hardening import hardening_sections
 from lox_merge.publish.report.inspection import inspection_sections
+from lox_merge.publish.report.landscape import landscape_sections
 from lox_merge.publish.report.projection import projection_sections
 from lox_merge.publish.report.robustness import robustness_sections
 from lox_merge.publish.report.runs import Run
@@ -33,6 +34,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], str], list[Section]]] = {
     "demo --full": full_demo_sections,
     "harden": hardening_sections,
     "inspect": inspection_sections,
+    "landscape": landscape_sections,
     "manifest": hardening_sections,
     "project": projection_sections,
     "robustness": robustness_sections,
