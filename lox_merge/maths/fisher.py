@@ -86,25 +86,23 @@ def expected_weighted_norm(spectrum: FisherSpectrum, norm: float, dimension: int
     return norm * math.sqrt(float(spectrum.values[:dimension].sum()) / parameters)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """At gradient-flow time t (learning rate × steps of plain gradient descent).
+PREDICTIONS = ("projection", "loss", "quadratic_loss", "second_order_loss")
+
+
+def predictions(
+    spectrum: FisherSpectrum, gradient: Float[Tensor, "*many n"], curvature: Float[Tensor, "*many n"], dimension: int, time: float
+) -> dict[str, Float[Tensor, "*many"]]:
+    """PREDICTIONS at gradient-flow time t (learning rate × steps of plain gradient descent) from ⟨g_i, g⟩ and ⟨g_i, ∇g·g⟩.
 
     projection: γt²/2, which Theorem 6.2 gives for ||F^{1/2} P (θ(t) − θ*)||. loss: λγ²t⁴, the paper's scaling (Corollary 6.3), with
     no constant. quadratic_loss: γ²t⁴/8, which Theorems 6.1 and 6.2 give together; γ is weighted by F already, so λ does not
     enter again. second_order_loss: ½||F^{1/2} P (−t g + t²/2 ∇g·g)||², the first-order overlap included.
     """
-
-    time: float
-    projection: float
-    loss: float
-    quadratic_loss: float
-    second_order_loss: float
-
-
-def predict(spectrum: FisherSpectrum, gradient: Float[Tensor, " n"], curvature: Float[Tensor, " n"], dimension: int, time: float) -> Prediction:
-    """gradient, curvature: ⟨g_i, g⟩ and ⟨g_i, ∇g·g⟩ of the fine-tuning loss."""
-    coupling = float(weighted_norm(spectrum, curvature, dimension))
-    smallest = float(spectrum.values[dimension - 1])
-    moved = float(weighted_norm(spectrum, curvature * (time**2 / 2) - gradient * time, dimension))
-    return Prediction(time, coupling * time**2 / 2, smallest * coupling**2 * time**4, coupling**2 * time**4 / 8, moved**2 / 2)
+    coupling = weighted_norm(spectrum, curvature, dimension)
+    moved = weighted_norm(spectrum, curvature * (time**2 / 2) - gradient * time, dimension)
+    return {
+        "projection": coupling * time**2 / 2,
+        "loss": float(spectrum.values[dimension - 1]) * coupling**2 * time**4,
+        "quadratic_loss": coupling**2 * time**4 / 8,
+        "second_order_loss": moved**2 / 2,
+    }
