@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lox_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lox_merge.diagnostics.curvature.job import Curvature, curvature
+    from lox_merge.diagnostics.curvature.settings import CurvatureSettings
     from lox_merge.diagnostics.settings import InspectSettings
     from lox_merge.diagnostics.weights import Inspection, inspect
     from lox_merge.errors import LoxMergeError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from lox_merge.maths.subspace import Subspace
 
 _HOMES = {
+    "Curvature": "lox_merge.diagnostics.curvature.job",
+    "CurvatureSettings": "lox_merge.diagnostics.curvature.settings",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
     "InspectSettings": "lox_merge.diagnostics.settings",
@@ -32,6 +36,7 @@ _HOMES = {
     "ProjectResult": "lox_merge.jobs.project",
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
+    "curvature": "lox_merge.diagnostics.curvature.job",
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
     "inspect": "lox_merge.diagnostics.weights",
@@ -41,6 +46,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "Curvature",
+    "CurvatureSettings",
     "FilterRecipe",
     "HardenResult",
     "InspectSettings",
@@ -50,6 +57,7 @@ __all__ = [
     "Recipe",
     "Subspace",
     "__version__",
+    "curvature",
     "filter_matrix",
     "harden",
     "inspect",
