@@ -162,7 +162,7 @@ def test_wrong_requests_are_found_before_a_model_is_loaded(files: dict[str, Path
 
 def test_the_command_writes_what_the_report_reads(run_cli: RunCli, files: dict[str, Path], tmp_path: Path) -> None:
     common = ["curvature", files["aligned"], files["tuned"], "--completions", files["safe"], "--device", "cpu"]
-    settings = ["--data", files["data"], "--learning-rate", "0.01", "--projected", "64", "--projection-seeds", "2", "--batches", "2"]
+    settings = ["--data", files["data"], "--learning-rate", "0.01", "--projected", "64", "--projection-seeds", "2", "--batches", "2", "--layers", "1"]
     done = run_cli(*common, *settings, "--json", "run.json", "--plot", "p.svg", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -171,7 +171,7 @@ def test_the_command_writes_what_the_report_reads(run_cli: RunCli, files: dict[s
     assert (tmp_path / "p.svg").read_text().startswith("<?xml")
     document = json.loads((tmp_path / "run.json").read_text())
     assert document["command"] == "curvature" and str(tmp_path) not in json.dumps(document)
-    assert len(document["finetuned"][0]["parameters"][2]["projected"]["plain"]) == 2
+    assert len(document["finetuned"][0]["parameters"][0]["projected"]["plain"]) == 2
     page = run_cli("report", "run.json", "-o", "page.html", cwd=tmp_path)
     assert page.returncode == 0, page.stderr
     assert "Curvature of safe behaviour" in (tmp_path / "page.html").read_text()
