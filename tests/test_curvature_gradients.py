@@ -43,7 +43,7 @@ def test_every_parameter_agrees_with_autograd(architecture: str, memory: int) ->
 def test_the_spectrum_the_subspace_and_the_scores_are_those_of_the_explicit_fisher_matrix() -> None:
     model, examples = tiny("llama"), completions()
     gram = fisher_gram(model, examples)
-    name = "model.layers.1.mlp.down_proj.weight"
+    name = "model.layers.1.self_attn.o_proj.weight"
     gradients = flat(explicit_gradients(model, examples), (name,))
     fisher = gradients.T @ gradients / len(examples)
     values, vectors = torch.linalg.eigh(fisher)
