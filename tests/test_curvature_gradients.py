@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
 from curvature_reference import completions, explicit_gradients, flat, tiny
 
 from lox_merge.diagnostics.curvature.gram import fisher_gram
+from lox_merge.diagnostics.curvature.passes import Measured, plan_passes
 from lox_merge.diagnostics.curvature.products import products_with
 from lox_merge.diagnostics.curvature.subspace import combined_gradients, safe_subspace
 from lox_merge.errors import NumericalError, RequestError
@@ -104,6 +106,45 @@ def test_half_precision_is_near_and_nothing_of_the_model_changes(architecture: s
     assert float((gram.grams[name] - exact.grams[name]).norm() / exact.grams[name].norm()) < 0.2
     assert gram.grams[name].dtype == torch.float64 and model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_plans_hold_every_row_once_within_memory() -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        parameters, memory = [], generator.choice((300, 2_000, 50_000))
+        for number in range(generator.randint(1, 6)):
+            vector = generator.random() < 0.2
+            shared, row = (0, 0) if vector else (generator.randint(0, 400), generator.randint(1, 40))
+            parameters.append(Measured(str(number), generator.randint(1, 60), 4, generator.randint(0, 3), shared, row, generator.randint(1, 90)))
+        known = {parameter.name: parameter for parameter in parameters}
+        rows: dict[str, list[int]] = {name: [] for name in known}
+        for pieces in plan_passes(parameters, memory):
+            assert len({piece.name for piece in pieces}) == len(pieces)
+            used, groups = 0, set[int]()
+            for piece in pieces:
+                parameter = known[piece.name]
+                rows[piece.name] += range(piece.first, piece.last)
+                used += (piece.last - piece.first) * (parameter.kept_bytes if piece.formed else parameter.row_bytes)
+                used += 0 if piece.formed or parameter.group in groups else parameter.shared_bytes
+                groups |= set() if piece.formed else {parameter.group}
+            assert used <= memory
+        assert all(found == list(range(known[name].rows)) for name, found in rows.items())
+
+
+def test_a_module_that_vmap_cannot_take_is_differentiated_one_by_one() -> None:
+    class Stubborn(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.full((32,), 0.7, dtype=torch.float64))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden * self.scale * float(hidden.shape[-1] if hidden.abs().max().item() > 0 else 1)
+
+    model, examples = tiny("llama"), completions()
+    model.model.norm = Stubborn()
+    gram = fisher_gram(model, examples)
+    gradients = flat(explicit_gradients(model, examples), ("model.norm.scale",))
+    torch.testing.assert_close(gram.grams["model.norm.scale"], gradients @ gradients.T, rtol=1e-9, atol=1e-12)
 
 
 def test_any_number_of_directions_takes_one_forward_and_backward_pass() -> None:

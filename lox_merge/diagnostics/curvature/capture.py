@@ -79,7 +79,6 @@ class Capture:
         self._batch: Batch | None = None
         self._late: list[Callable[[], None]] = []
         self.not_separable: set[str] = set()
-        self.called: list[tuple[str, int]] = []
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -111,7 +110,6 @@ class Capture:
             if batch is None:
                 return None
             arguments = (*inputs, *options.values())
-            self.called.append((site.name, id(arguments[0])))
             if isinstance(output, Tensor):
                 output = output if output.requires_grad else _rooted(output)
                 output.register_hook(lambda gradient: self._arrived(site, batch, arguments, gradient.detach()))
@@ -222,7 +220,10 @@ def _at_once(site: Site, batch: Batch, arguments: tuple[Any, ...], gradient: Ten
         output, back = vjp(lambda weights: functional_call(module, weights, (row,)), parameters)[:2]
         return back(sensitivity.to(output.dtype))[0]
 
-    found = vmap(of_one)(inputs, gradients)
+    try:
+        found = vmap(of_one)(inputs, gradients)
+    except RuntimeError:  # what such a module does inside may not be known to vmap
+        return _one_by_one(site, batch, arguments, {0: gradient})
     return {leaf: [Whole(_as_rows(values), batch.owners)] for leaf, values in found.items()}
 
 
@@ -236,6 +237,7 @@ def _one_by_one(site: Site, batch: Batch, arguments: tuple[Any, ...], gradients:
     found: dict[str, list[Tensor]] = {leaf: [] for leaf, _ in leaves}
     for number in range(len(batch.owners)):
         outputs = functional_call(site.module, dict(leaves), (inputs[number],))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         chosen = [(outputs[place], value[number]) for place, value in parted.items() if value is not None]
         values = torch.autograd.grad([output for output, _ in chosen], [leaf for _, leaf in leaves], [value for _, value in chosen])
         for (leaf, _), value in zip(leaves, values, strict=True):

@@ -66,6 +66,9 @@ def plan_passes(parameters: Sequence[Measured], memory: int) -> list[list[Piece]
             free -= shared + row * fitting
             groups |= set() if formed else {parameter.group}
             first += fitting
+            if first < parameter.rows:  # its next rows need the layer visited again
+                passes.append([])
+                free, groups = memory, set()
     return [some for some in passes if some]
 
 
