@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 
 import pytest
 import torch
@@ -145,6 +146,14 @@ def test_a_module_that_vmap_cannot_take_is_differentiated_one_by_one() -> None:
     gram = fisher_gram(model, examples)
     gradients = flat(explicit_gradients(model, examples), ("model.norm.scale",))
     torch.testing.assert_close(gram.grams["model.norm.scale"], gradients @ gradients.T, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_of_a_pass_stays_in_memory() -> None:
+    model, examples, seen = tiny("llama"), completions(), list[weakref.ref[torch.Tensor]]()
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(weakref.ref(inputs[0])))
+    fisher_gram(model, examples, batch_size=2)
+    handle.remove()
+    assert len(seen) == 4 and all(reference() is None for reference in seen)
 
 
 def test_any_number_of_directions_takes_one_forward_and_backward_pass() -> None:

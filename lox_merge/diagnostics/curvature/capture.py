@@ -44,6 +44,12 @@ class Batch:
             return values.reshape(*self.mask.shape, *values.shape[1:])
         return None
 
+    def forget(self) -> None:
+        """Lets inputs go: hooks in the graph hold the batch, and inputs of later layers the graph, a circle that nobody would free."""
+        self._shared.clear()
+        for other in self._elsewhere.values():
+            other.forget()
+
     def inputs(self, values: Tensor) -> Tensor | None:
         """`rows`, as one tensor for one input, however many layers read it."""
         if id(values) not in self._shared:
@@ -103,6 +109,7 @@ class Capture:
         finally:
             self._batch = None
             self._late.clear()
+            batch.forget()
 
     def _hook(self, site: Site) -> Callable[..., Any]:
         def hook(module: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
