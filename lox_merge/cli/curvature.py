@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_merge.cli.measuring import model_options
-from lox_merge.cli.options import json_option, number, seed_option, whole_numbers
+from lox_merge.cli.options import json_option, number, seed_option
+from lox_merge.errors import RequestError
 
 if TYPE_CHECKING:
     from lox_merge.diagnostics.curvature.job import Curvature
@@ -82,9 +83,9 @@ def curvature_command(aligned: str, finetuned: tuple[str, ...], json_file: str |
 
 
 def _run(aligned: str, finetuned: tuple[str, ...], options: dict[str, Any]) -> Curvature:
-    layers = None if options["layers"] is None else tuple(whole_numbers(options["layers"], "--layers"))
-    steps = tuple(whole_numbers(options["steps"], "--steps"))
-    limit = None if options["limit"] == "all" else whole_numbers(options["limit"], "--limit")[0]
+    layers = None if options["layers"] is None else tuple(_whole_numbers(options["layers"], "--layers"))
+    steps = tuple(_whole_numbers(options["steps"], "--steps"))
+    limit = None if options["limit"] == "all" else _whole_numbers(options["limit"], "--limit")[0]
     if options["plot"]:
         from lox_merge.publish.figures.save import check_picture_file
 
@@ -117,3 +118,10 @@ def _run(aligned: str, finetuned: tuple[str, ...], options: dict[str, Any]) -> C
         progress=terminal_progress,
         **{name: options[name] for name in ("device", "dtype", "device_map", "batch_size", "cache_dir")},
     )
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{option} {text!r} is not a list of whole numbers, such as 0,1,2.") from None
