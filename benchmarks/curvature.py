@@ -4,7 +4,8 @@
     python benchmarks/curvature.py --shape 468M              hooks alone: 100 completions of 256 tokens, memory beside the model
     python benchmarks/curvature.py --shape 468M --layers 2   the same widths with fewer layers: the same memory of each pass
 
-Both ways multiply about as much; what the hooks save is memory. Each runs in a process of its own; memory is what it takes beyond the model once that is loaded.
+Both ways multiply about as much; what the hooks save is memory. Each runs in a process of its own; memory is what it takes beyond
+the model once that is loaded.
 """
 
 from __future__ import annotations
