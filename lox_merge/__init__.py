@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lox_merge.diagnostics.behaviour.results import Behaviour
     from lox_merge.diagnostics.behaviour.run import behaviour
     from lox_merge.diagnostics.behaviour.texts import Prefix
+    from lox_merge.diagnostics.curvature.job import Curvature, curvature
+    from lox_merge.diagnostics.curvature.settings import CurvatureSettings
     from lox_merge.diagnostics.settings import InspectSettings
     from lox_merge.diagnostics.weights import Inspection, inspect
     from lox_merge.errors import LoxMergeError
@@ -36,6 +38,8 @@ _HOMES = {
     "Brittleness": "lox_merge.safety.brittleness",
     "Activations": "lox_merge.diagnostics.activations.results",
     "Behaviour": "lox_merge.diagnostics.behaviour.results",
+    "Curvature": "lox_merge.diagnostics.curvature.job",
+    "CurvatureSettings": "lox_merge.diagnostics.curvature.settings",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "HardenResult": "lox_merge.jobs.harden",
     "InspectSettings": "lox_merge.diagnostics.settings",
@@ -49,6 +53,7 @@ _HOMES = {
     "brittleness": "lox_merge.safety.brittleness_job",
     "activations": "lox_merge.diagnostics.activations.run",
     "behaviour": "lox_merge.diagnostics.behaviour.run",
+    "curvature": "lox_merge.diagnostics.curvature.job",
     "filter_matrix": "lox_merge.maths.filter",
     "harden": "lox_merge.jobs.harden",
     "inspect": "lox_merge.diagnostics.weights",
@@ -62,6 +67,8 @@ __all__ = [
     "Activations",
     "Behaviour",
     "Brittleness",
+    "Curvature",
+    "CurvatureSettings",
     "FilterRecipe",
     "HardenResult",
     "InspectSettings",
@@ -76,6 +83,7 @@ __all__ = [
     "activations",
     "behaviour",
     "brittleness",
+    "curvature",
     "filter_matrix",
     "harden",
     "inspect",

@@ -20,6 +20,7 @@ _COMMANDS = {
     "brittleness": "lox_merge.cli.brittleness:brittleness_command",
     "behaviour": "lox_merge.cli.behaviour:behaviour_command",
     "card": "lox_merge.cli.card:card_command",
+    "curvature": "lox_merge.cli.curvature:curvature_command",
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
     "harden": "lox_merge.cli.harden:harden_command",
@@ -69,6 +70,7 @@ def cli() -> None:
     lox-merge behaviour BASE ALIGNED ...  how deep alignment is, what undid it
     lox-merge activations BASE ALIGNED .. where hidden states moved
     lox-merge landscape MODEL [OTHER...]  attack success around and between models
+    lox-merge curvature ALIGNED FT...     how fine-tuning bends into safety
     lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output, make it again
     lox-merge push OUT REPO               publish it with its model card

@@ -10,6 +10,7 @@ from lox_merge.publish.report.activations import activations_sections
 from lox_merge.publish.report.attack_success import attack_success_sections
 from lox_merge.publish.report.behaviour import behaviour_sections
 from lox_merge.publish.report.brittleness import brittleness_sections
+from lox_merge.publish.report.curvature import curvature_sections
 from lox_merge.publish.report.decomposition import decomposition_sections
 from lox_merge.publish.report.demo import demo_sections, full_demo_sections
 from lox_merge.publish.report.hardening import hardening_sections
@@ -29,6 +30,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], str], list[Section]]] = {
     "asr": attack_success_sections,
     "brittleness": brittleness_sections,
     "behaviour": behaviour_sections,
+    "curvature": curvature_sections,
     "decompose": decomposition_sections,
     "demo": demo_sections,
     "demo --full": full_demo_sections,
