@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lox_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lox_merge.diagnostics.framing.job import framing
+    from lox_merge.diagnostics.framing.results import Framing
     from lox_merge.diagnostics.settings import InspectSettings
     from lox_merge.diagnostics.weights import Inspection, inspect
     from lox_merge.errors import LoxMergeError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
+    "Framing": "lox_merge.diagnostics.framing.results",
     "HardenResult": "lox_merge.jobs.harden",
     "InspectSettings": "lox_merge.diagnostics.settings",
     "Inspection": "lox_merge.diagnostics.weights",
@@ -33,6 +36,7 @@ _HOMES = {
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
     "filter_matrix": "lox_merge.maths.filter",
+    "framing": "lox_merge.diagnostics.framing.job",
     "harden": "lox_merge.jobs.harden",
     "inspect": "lox_merge.diagnostics.weights",
     "lox": "lox_merge.maths.edits",
@@ -42,6 +46,7 @@ _HOMES = {
 
 __all__ = [
     "FilterRecipe",
+    "Framing",
     "HardenResult",
     "InspectSettings",
     "Inspection",
@@ -51,6 +56,7 @@ __all__ = [
     "Subspace",
     "__version__",
     "filter_matrix",
+    "framing",
     "harden",
     "inspect",
     "lox",

@@ -19,6 +19,7 @@ _COMMANDS = {
     "card": "lox_merge.cli.card:card_command",
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
+    "framing": "lox_merge.cli.framing:framing_command",
     "harden": "lox_merge.cli.harden:harden_command",
     "inspect": "lox_merge.cli.inspect:inspect_command",
     "project": "lox_merge.cli.project:project_command",

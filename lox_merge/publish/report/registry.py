@@ -9,6 +9,7 @@ from lox_merge.errors import RequestError
 from lox_merge.publish.report.attack_success import attack_success_sections
 from lox_merge.publish.report.decomposition import decomposition_sections
 from lox_merge.publish.report.demo import demo_sections, full_demo_sections
+from lox_merge.publish.report.framing import framing_sections
 from lox_merge.publish.report.hardening import hardening_sections
 from lox_merge.publish.report.inspection import inspection_sections
 from lox_merge.publish.report.projection import projection_sections
@@ -25,6 +26,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], str], list[Section]]] = {
     "decompose": decomposition_sections,
     "demo": demo_sections,
     "demo --full": full_demo_sections,
+    "framing": framing_sections,
     "harden": hardening_sections,
     "inspect": inspection_sections,
     "manifest": hardening_sections,
