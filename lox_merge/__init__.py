@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lox_merge._version import __version__
 
 if TYPE_CHECKING:
+    from lox_merge.diagnostics.curvature.job import Curvature, curvature
+    from lox_merge.diagnostics.curvature.settings import CurvatureSettings
     from lox_merge.diagnostics.framing.job import framing
     from lox_merge.diagnostics.framing.results import Framing
     from lox_merge.diagnostics.settings import InspectSettings
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from lox_merge.maths.subspace import Subspace
 
 _HOMES = {
+    "Curvature": "lox_merge.diagnostics.curvature.job",
+    "CurvatureSettings": "lox_merge.diagnostics.curvature.settings",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
     "Framing": "lox_merge.diagnostics.framing.results",
     "HardenResult": "lox_merge.jobs.harden",
@@ -35,6 +39,7 @@ _HOMES = {
     "ProjectResult": "lox_merge.jobs.project",
     "Recipe": "lox_merge.jobs.recipe",
     "Subspace": "lox_merge.maths.subspace",
+    "curvature": "lox_merge.diagnostics.curvature.job",
     "filter_matrix": "lox_merge.maths.filter",
     "framing": "lox_merge.diagnostics.framing.job",
     "harden": "lox_merge.jobs.harden",
@@ -45,6 +50,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "Curvature",
+    "CurvatureSettings",
     "FilterRecipe",
     "Framing",
     "HardenResult",
@@ -55,6 +62,7 @@ __all__ = [
     "Recipe",
     "Subspace",
     "__version__",
+    "curvature",
     "filter_matrix",
     "framing",
     "harden",
