@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lox_merge.diagnostics.framing.job import framing
     from lox_merge.diagnostics.framing.results import Framing
     from lox_merge.diagnostics.settings import InspectSettings
+    from lox_merge.diagnostics.watch.callback import AlignmentWatch
     from lox_merge.diagnostics.weights import Inspection, inspect
     from lox_merge.errors import LoxMergeError
     from lox_merge.jobs.filter_recipe import FilterRecipe
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lox_merge.maths.subspace import Subspace
 
 _HOMES = {
+    "AlignmentWatch": "lox_merge.diagnostics.watch.callback",
     "Curvature": "lox_merge.diagnostics.curvature.job",
     "CurvatureSettings": "lox_merge.diagnostics.curvature.settings",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
@@ -50,6 +52,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AlignmentWatch",
     "Curvature",
     "CurvatureSettings",
     "FilterRecipe",
