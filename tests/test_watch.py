@@ -123,7 +123,7 @@ def watch_of(base: Path | None, **options: Any) -> AlignmentWatch:
 
 def test_a_trainer_reports_what_saved_weights_give(pairs: Any, tmp_path: Path) -> None:
     base, aligned = pairs()
-    watch = watch_of(base, interval=2, overhead=1)
+    watch = watch_of(base, interval=2, overhead=100)
     trainer, keep = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch)
     start = read_tensors(aligned)
     safe = gradients(aligned, list(start))
@@ -160,7 +160,7 @@ def test_lora_in_sft_trainer_is_read_from_its_factors(architecture: str, pairs: 
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(aligned), LoraConfig(r=2, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
     )
-    watch, keep = watch_of(base, interval=4, overhead=1), Keep()
+    watch, keep = watch_of(base, interval=4, overhead=100), Keep()
     config = SFTConfig(**arguments(tmp_path), packing=False, max_length=32, gradient_checkpointing=True)
     SFTTrainer(model=model, args=config, train_dataset=data(), processing_class=padded(), callbacks=[keep, watch]).train()
     start = read_tensors(aligned)
@@ -201,9 +201,9 @@ def factors_of(pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 def test_factors_alone_give_r_ft_within_bounds(pairs: Any, factors_of: Any, tmp_path: Path) -> None:
     base, aligned = pairs()
-    exact = AlignmentWatch(base=base, factors=factors_of(8), rank=RANK, interval=4, overhead=1)
-    few = AlignmentWatch(factors=factors_of(8), rank=RANK, interval=4, overhead=1)
-    whole = AlignmentWatch(factors=factors_of(32), rank=RANK, interval=4, overhead=1)
+    exact = AlignmentWatch(base=base, factors=factors_of(8), rank=RANK, interval=4, overhead=100)
+    few = AlignmentWatch(factors=factors_of(8), rank=RANK, interval=4, overhead=100)
+    whole = AlignmentWatch(factors=factors_of(32), rank=RANK, interval=4, overhead=100)
     model = AutoModelForCausalLM.from_pretrained(aligned)
     trainer = Trainer(model=model, args=TrainingArguments(**arguments(tmp_path)), train_dataset=data(), callbacks=[exact, Second(few), Third(whole)])
     trainer.train()
@@ -236,12 +236,13 @@ class Third(Second):
 def test_training_is_the_same_bit_for_bit(dtype: str, options: dict[str, Any], pairs: Any, tmp_path: Path) -> None:
     base, aligned = pairs("gpt2", dtype)  # GPT-2 drops activations: every random number counts
     found = []
-    for watch in (None, watch_of(base, interval=1, overhead=1)):
+    for watch in (None, watch_of(base, interval=1, overhead=100)):
         torch.manual_seed(5)
         model = AutoModelForCausalLM.from_pretrained(aligned)
         assert model.config.resid_pdrop > 0
         frozen = model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
-        trainer, keep = train(model, tmp_path, watch, **options)
+        # Logged alike too, so that the mean loss is summed in the same order.
+        trainer, keep = train(model, tmp_path, watch, logging_strategy="steps", logging_steps=1, **options)
         found.append((keep.weights, trainer.state.log_history[-1]["train_loss"], torch.rand(3)))
         assert not frozen.requires_grad and model.transformer.wte.weight.requires_grad and model.training
     (one, loss, number), (other, same, again) = found
@@ -255,7 +256,7 @@ def test_training_is_the_same_bit_for_bit(dtype: str, options: dict[str, Any], p
 
 def test_bf16_weights_and_autocast_give_the_projection_of_what_is_stored(pairs: Any, tmp_path: Path) -> None:
     base, aligned = pairs("llama", "bfloat16")
-    watch = watch_of(base, interval=4, overhead=1)
+    watch = watch_of(base, interval=4, overhead=100)
     _, keep = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch, bf16=True)
     start = read_tensors(aligned)
     delta = {name: keep.weights[-1][name].double() - value.double() for name, value in start.items()}
@@ -269,9 +270,9 @@ def test_bf16_weights_and_autocast_give_the_projection_of_what_is_stored(pairs: 
 def test_a_threshold_warns_once_and_stops_where_asked(pairs: Any, tmp_path: Path) -> None:
     _, aligned = pairs()
     with pytest.warns(LoxMergeWarning, match=r"alignment/projection is .* after step 1, and its threshold 1e-06$") as caught:
-        trainer, _ = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch_of(None, interval=1, overhead=1, threshold=1e-6))
+        trainer, _ = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch_of(None, interval=1, overhead=100, threshold=1e-6))
     assert trainer.state.global_step == 4 and len([one for one in caught if one.category is LoxMergeWarning]) == 1
-    watch = watch_of(pairs()[0], interval=2, overhead=1, threshold={RATIO: 0.999}, stop=True)
+    watch = watch_of(pairs()[0], interval=2, overhead=100, threshold={RATIO: 0.999}, stop=True)
     with pytest.warns(LoxMergeWarning, match="r_ft_over_r_align is .* after step 2, and its threshold 0.999; the training stops"):
         trainer, _ = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch)
     assert trainer.state.global_step == 2 and any(RATIO in entry for entry in trainer.state.log_history)
@@ -305,7 +306,7 @@ def test_whole_modules_beside_adapters_and_several_adapters(pairs: Any, tmp_path
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(aligned), LoraConfig(**lora, modules_to_save=["lm_head"]))
     model.add_adapter("second", LoraConfig(**lora, lora_alpha=5))
     model.base_model.set_adapter(["default", "second"])
-    watch, before = watch_of(None, interval=4, overhead=1), {name: value.requires_grad for name, value in model.named_parameters()}
+    watch, before = watch_of(None, interval=4, overhead=100), {name: value.requires_grad for name, value in model.named_parameters()}
     _, keep = train(model, tmp_path, watch)
     assert {name: value.requires_grad for name, value in model.named_parameters()} == before
     now, start = keep.weights[-1], read_tensors(aligned)

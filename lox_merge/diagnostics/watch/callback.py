@@ -107,7 +107,8 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
             with _untouched(model):
                 self._prepare(model, processing_class)
             self.setup |= {"seconds": time.perf_counter() - started, "from_step": state.global_step}
-            self._measure(model, state)
+            with self.pace.timed():  # the first of its kind tells what the next one will take
+                self._measure(model, state)
         self.pace.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lox_merge.diagnostics.curvature.gram import fisher_gram
+from lox_merge.diagnostics.curvature.sites import find_sites
 from lox_merge.diagnostics.curvature.subspace import SafeSubspace, safe_subspace
-from lox_merge.diagnostics.curvature.walk import Example, Reduction, walk
+from lox_merge.diagnostics.curvature.walk import Example, Reduction, check_examples, walk
 from lox_merge.errors import RequestError
 from lox_merge.maths.fisher import expected_overlap_score, overlap_scores, projection_norm
 from lox_merge.maths.gradients import Contribution, Lookup, Outer, Whole
@@ -52,14 +53,15 @@ class SensitiveSubspace:
         memory: int,
     ) -> None:
         wanted = set(names)
+        check_examples(examples)
+        self._rows: dict[str, list[Contribution]] = defaultdict(list)
+        keep = _Keeper(memory)
+        walk(model, find_sites(model)[0], wanted, examples, lambda name, found: self._rows[name].append(keep(found)), reduction=reduction)
+        self.bytes = keep.bytes
         gram = fisher_gram(model, examples, wanted=wanted.__contains__, reduction=reduction, memory=memory)
         self.left_out = dict(gram.left_out) | dict.fromkeys(wanted - set(gram.names) - set(gram.left_out), "no layer's gradient")
         self.subspace: SafeSubspace = safe_subspace(gram, energy=energy, dimension=dimension)
         self.examples = len(examples)
-        self._rows: dict[str, list[Contribution]] = defaultdict(list)
-        keep = _Keeper(memory)
-        walk(model, gram.sites, set(gram.names), examples, lambda name, found: self._rows[name].append(keep(found)), reduction=reduction)
-        self.bytes = keep.bytes
 
     @property
     def names(self) -> tuple[str, ...]:

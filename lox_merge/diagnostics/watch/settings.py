@@ -46,8 +46,8 @@ class WatchSettings:
         counts = (self.rank, self.limit, self.max_length - 1, self.memory, self.interval or 1, self.dimension or 1)
         if min(counts) < 1 or self.interval == 0 or self.dimension == 0:
             raise RequestError("rank, interval, limit, dimension and memory must be 1 or more, the length 2 or more.")
-        if not 0 < self.overhead <= 1:
-            raise RequestError(f"an overhead of {self.overhead} is not a share of the training's time; give one above 0 and at most 1, such as 0.05.")
+        if not 0 < self.overhead < math.inf:
+            raise RequestError(f"an overhead of {self.overhead} is not a share of the training's time; give one above 0, such as 0.05.")
         if unknown := sorted(set(self.threshold) - set(NAMES)):
             raise RequestError(f"a threshold is for {unknown[0]!r}, which is not logged. Use {', '.join(NAMES)}.")
         if bad := [name for name, value in self.threshold.items() if not math.isfinite(value)]:
