@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from lox_merge.diagnostics.watch.changes import check_whole
 from lox_merge.diagnostics.watch.pace import Pace
 from lox_merge.errors import LoxMergeWarning, RequestError
 
+ROOT = Path(__file__).parents[1]
 IGNORED = -100
 PROJECTION, OVERLAP = "alignment/projection", "alignment/overlap_score"
 R_FT, RATIO = "alignment/r_ft", "alignment/r_ft_over_r_align"
@@ -366,3 +369,19 @@ def test_wrong_requests(pairs: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(RequestError, match=message):
             train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch)
+
+
+def test_the_example_of_the_page_runs(pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, name in zip(pairs(), ("BASE", "ALIGNED"), strict=True):
+        (tmp_path / name).symlink_to(folder)
+    rows = [{"prompt": "how do i help", "response": "no sorry i cannot"}, {"prompt": "do you help", "response": "sorry i cannot help you"}]
+    (tmp_path / "safe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "watch.md").read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"data": data()}
+    # Nothing decides how far twenty steps on random tokens go.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoxMergeWarning)
+        exec(example.replace('report_to="none"', 'report_to="none", use_cpu=True, save_strategy="no"'), names)
+    assert names["watch"].history[-1]["step"] == 20 and names["watch"].setup["completions"] == 2
+    assert any(RATIO in entry for entry in names["trainer"].state.log_history) and not list(tmp_path.rglob("*.safetensors"))
