@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from tiny_models import make_pair, read_tensors, tokenizer
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -345,6 +346,14 @@ def test_parts_of_weights_are_refused_by_name(pairs: Any) -> None:
     model.lm_head.weight.ds_id = 1  # how DeepSpeed marks what it has taken apart
     with pytest.raises(RequestError, match=r"lm_head.weight is sharded by DeepSpeed ZeRO-3"):
         check_whole(model)
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(RequestError, match=r"is sharded by FSDP; .* ZeRO-2 or on one device"):
+            check_whole(model)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_wrong_requests(pairs: Any, tmp_path: Path) -> None:

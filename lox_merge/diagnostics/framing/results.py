@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lox_merge.safety.bootstrap import Interval
+from lox_merge.diagnostics.matrix_results import Interval
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ _PLAIN_INITS = ("gaussian", "eva")
 
 def check_whole(model: Any) -> None:
     """Raises RequestError for a model of which this process holds parts only."""
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     for name, parameter in model.named_parameters():
-        kind = "FSDP" if type(parameter).__name__ in ("DTensor", "FlatParameter") or type(parameter.data).__name__ == "DTensor" else ""
-        kind = "DeepSpeed ZeRO-3" if hasattr(parameter, "ds_id") else kind
-        if kind:
+        kind = "FSDP" if wrapped or type(parameter.data).__name__ == "DTensor" else None
+        if kind is None and hasattr(parameter, "ds_id"):
+            kind = "DeepSpeed ZeRO-3"
+        if kind is not None:
             raise RequestError(
                 f"{name} is sharded by {kind}; AlignmentWatch needs whole weights. Train with DDP, ZeRO-2 or on one device, or without it."
             )

@@ -6,47 +6,10 @@ from typing import Any
 
 from pydantic import Field
 
-from lox_merge.publish.documents.shape import Interval, Shape
+from lox_merge.diagnostics.framing.results import Mean, ModelCosines
+from lox_merge.publish.documents.shape import Shape
 
-
-class Mean(Shape):
-    """A mean over n pairs and its bootstrap 95 % interval; None where undefined."""
-
-    mean: float | None
-    interval: Interval | None
-    n: int
-
-
-class PairCosines(Shape):
-    """One completion under both framings; the fields are those of diagnostics.framing.results.PairCosines."""
-
-    rows: tuple[int, int]
-    tokens: int
-    excluded: int
-    mean_losses: tuple[float, float]
-    loss: float | None
-    centred: float | None
-    shuffled: float | None
-    gradient: float | None
-
-
-class ModelCosines(Shape):
-    """One model; the fields are those of diagnostics.framing.results.ModelCosines."""
-
-    model: str
-    loss: Mean
-    centred: Mean
-    shuffled: Mean
-    other_loss: Mean
-    other_centred: Mean
-    gradient: Mean
-    mean_gradient: float | None
-    same_framing: Mean
-    other_completion: Mean
-    weights: tuple[str, ...]
-    entries: int
-    band: float
-    pairs: tuple[PairCosines, ...] = Field(min_length=1)
+__all__ = ["Data", "Framing", "Mean", "ModelCosines", "Settings"]
 
 
 class Data(Shape):
