@@ -122,10 +122,10 @@ def main() -> None:
     for setting, watch in made.items():
         ratio = statistics.median(one / other for one, other in zip(seconds[setting], seconds["without"], strict=True))
         measured = [entry["seconds"] for entry in watch.history[1:]]
-        own = {"overhead": ratio - 1, "own_account": watch.setup["overhead"], "measurements": len(measured), "seconds": statistics.median(measured)}
+        own = {"overhead": ratio - 1, "own_account": watch.pace.overhead, "measurements": len(measured), "seconds": statistics.median(measured)}
         result[setting] = own | {"setup_seconds": watch.setup["seconds"], "kept_bytes": watch.setup["bytes"]}
         print(
-            f"{setting}: {ratio - 1:+.1%} of a step ({watch.setup['overhead']:.1%} by its own account), {len(measured)} measurements of "
+            f"{setting}: {ratio - 1:+.1%} of a step ({watch.pace.overhead:.1%} by its own account), {len(measured)} measurements of "
             f"{statistics.median(measured):.2f} s; a step {plain:.3f} s; setup {watch.setup['seconds']:.1f} s",
             flush=True,
         )

@@ -128,7 +128,9 @@ def watch_of(base: Path | None, **options: Any) -> AlignmentWatch:
 def test_a_trainer_reports_what_saved_weights_give(pairs: Any, tmp_path: Path) -> None:
     base, aligned = pairs()
     watch = watch_of(base, interval=2, overhead=100)
-    trainer, keep = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch)
+    # Steps without a measurement are logged too, without its figures.
+    trainer, keep = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch, logging_strategy="steps", logging_steps=1)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
     start = read_tensors(aligned)
     safe = gradients(aligned, list(start))
     logged = {entry["step"]: entry for entry in trainer.state.log_history if PROJECTION in entry}

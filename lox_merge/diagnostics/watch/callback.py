@@ -109,6 +109,7 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
             self.setup |= {"seconds": time.perf_counter() - started, "from_step": state.global_step}
             with self.pace.timed():  # the first of its kind tells what the next one will take
                 self._measure(model, state)
+            self._pending = {}  # no step to log it at
         self.pace.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
@@ -137,7 +138,7 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
             self._pending = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.setup["overhead"] = self.pace.overhead
+        self.pace.end()
         self._clear()
 
     def _clear(self) -> None:

@@ -17,10 +17,15 @@ class Pace:
         self.measuring = 0.0
         self._last = 0.0
         self._began = time.perf_counter()
+        self._ended: float | None = None
 
     def begin(self) -> None:
         """The training starts now."""
-        self._began, self.measuring = time.perf_counter(), 0.0
+        self._began, self._ended, self.measuring = time.perf_counter(), None, 0.0
+
+    def end(self) -> None:
+        """The training ended."""
+        self._ended = time.perf_counter()
 
     def due(self, step: int) -> bool:
         if self.interval is not None:
@@ -29,8 +34,8 @@ class Pace:
 
     @property
     def training(self) -> float:
-        """Seconds since `begin` that were not spent on measuring."""
-        return time.perf_counter() - self._began - self.measuring
+        """Seconds between `begin` and `end`, or now, that were not spent on measuring."""
+        return (time.perf_counter() if self._ended is None else self._ended) - self._began - self.measuring
 
     @property
     def overhead(self) -> float | None:
