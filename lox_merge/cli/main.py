@@ -17,6 +17,7 @@ from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 _COMMANDS = {
     "asr": "lox_merge.cli.asr:asr_command",
     "card": "lox_merge.cli.card:card_command",
+    "curvature": "lox_merge.cli.curvature:curvature_command",
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
     "framing": "lox_merge.cli.framing:framing_command",
@@ -62,6 +63,7 @@ def cli() -> None:
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update
     lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
+    lox-merge curvature ALIGNED FT...     how fine-tuning bends into safety
     lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output, make it again
     lox-merge push OUT REPO               publish it with its model card

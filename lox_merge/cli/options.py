@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
-from lox_merge.errors import RecipeError
+from lox_merge.errors import RecipeError, RequestError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -48,6 +48,14 @@ def pattern_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str]
             raise RecipeError(f"{option} {text!r} is not REGEX=VALUE, such as 'mlp=4'.")
         pairs.append((pattern, value))
     return tuple(pairs)
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """'0,50,100' as numbers. Raises RequestError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{option} {text!r} is not a list of whole numbers, such as 0,50,100.") from None
 
 
 def number(text: str, option: str) -> float:

@@ -18,8 +18,8 @@ from lox_merge.cli.measuring import (
     utility_of,
     utility_options,
 )
-from lox_merge.cli.options import cache_option, json_option, number, order_option
-from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.cli.options import cache_option, json_option, number, order_option, whole_numbers
+from lox_merge.errors import LoxMergeError
 
 if TYPE_CHECKING:
     from lox_merge.safety.robustness import Robustness
@@ -93,7 +93,7 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
 
 
 def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any]) -> Robustness:
-    steps, seeds = _whole_numbers(options["steps"], "--steps"), _whole_numbers(options["seeds"], "--seeds")
+    steps, seeds = whole_numbers(options["steps"], "--steps"), whole_numbers(options["seeds"], "--seeds")
     if options["plot"]:
         from lox_merge.publish.figures.save import check_picture_file
 
@@ -132,13 +132,6 @@ def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any])
         order_is_right=options["order_is_right"],
         report=lambda text: click.echo(text, err=True),
     )
-
-
-def _whole_numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"{option} {text!r} is not a list of whole numbers, such as 0,50,100.") from None
 
 
 def _check_decided(result: Robustness) -> None:

@@ -26,6 +26,15 @@ class Batch:
     owners: Tensor
     mask: Tensor
     _shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _elsewhere: dict[torch.device, Batch] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Batch:
+        """The same for layers on this device: a model may be spread over several."""
+        if device == self.mask.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Batch(self.owners.to(device), self.mask.to(device))
+        return self._elsewhere[device]
 
     def by_example(self, values: Tensor) -> Tensor | None:
         """(b, …) of a tensor that keeps examples apart, or has them joined with their tokens; None for any other."""
@@ -116,7 +125,7 @@ class Capture:
 
     def _arrived(self, site: Site, batch: Batch, arguments: tuple[Any, ...], gradient: Tensor) -> None:
         with self._looking_aside(), torch.enable_grad():
-            found = _contributions(site, batch, arguments, gradient)
+            found = _contributions(site, batch.on(gradient.device), arguments, gradient)
         self._pass_on(site, found)
 
     @contextmanager
@@ -218,6 +227,7 @@ def _at_once(site: Site, batch: Batch, arguments: tuple[Any, ...], gradient: Ten
 
 
 def _one_by_one(site: Site, batch: Batch, arguments: tuple[Any, ...], gradients: dict[int, Tensor]) -> dict[str, list[Contribution]] | None:
+    batch = batch.on(arguments[0].device)
     inputs = batch.by_example(arguments[0].detach())
     parted = {place: batch.by_example(gradient) for place, gradient in gradients.items()}
     if inputs is None or any(value is None for value in parted.values()):

@@ -194,9 +194,10 @@ def _gram_of(found: Sequence[Contribution], piece: Piece, shape: Measured, examp
 def _add_gram(gram: Tensor, found: Sequence[Contribution], first: int, rows: int, shape: Measured, scratch: int, rows_seen: RowsSeen | None) -> None:
     """Adds one matrix's inner products. first: the number of its first row, for `rows_seen`."""
     owners = torch.unique(torch.cat([some.owners for some in found]))
-    joined = _joined(found)
-    if joined is not None and rows_seen is None and pairs_are_cheaper(len(joined.owners), len(owners), shape.columns, rows):
-        gram += pair_gram(joined, len(gram))
+    outer = [some for some in found if isinstance(some, Outer)]
+    only_outer = len(outer) == len(found) and rows_seen is None
+    if only_outer and pairs_are_cheaper(sum(len(some.owners) for some in outer), len(owners), shape.columns, rows):
+        gram += pair_gram(_joined(outer), len(gram))
         return
     step = max(1, scratch // max(1, kept_bytes(shape.columns, len(owners))))
     for start in range(0, rows, step):
@@ -212,13 +213,9 @@ def _add_gram(gram: Tensor, found: Sequence[Contribution], first: int, rows: int
             rows_seen(shape.name, first + start, whole)
 
 
-def _joined(found: Sequence[Contribution]) -> Outer | None:
-    """All rows as one; None where the parameter is used in several ways."""
-    outer = [some for some in found if isinstance(some, Outer)]
-    if len(outer) < len(found):
-        return None
+def _joined(found: Sequence[Outer]) -> Outer:
     return Outer(
-        torch.cat([some.inputs for some in outer]), torch.cat([some.gradients for some in outer]), torch.cat([some.owners for some in outer])
+        torch.cat([some.inputs for some in found]), torch.cat([some.gradients for some in found]), torch.cat([some.owners for some in found])
     )
 
 

@@ -92,7 +92,8 @@ def twice_differentiable(model: Any, names: Sequence[str]) -> Iterator[list[str]
                 chosen.append(f"{'attention' if kind == 'attn' else 'experts'}: eager in place of {there}, whose kernel has no second derivative")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in set(names))
-        yield chosen
+        with torch.enable_grad():
+            yield chosen
     except ValueError as error:
         raise RequestError(f"{type(model).__name__} has no plain attention to differentiate twice ({error}). Leave out the data sets.") from error
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from lox_merge._version import __version__
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -137,6 +138,7 @@ def curvature(
         "format": FORMAT,
         "lox_merge": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "model": {"title": loaded.title, "source": loaded.source, "dtype": str(model.dtype).removeprefix("torch."), "class": type(model).__name__},
         "completions": safe.identity() | {"used": len(examples), "tokens": gram.tokens},
         "rendering": rendering.identity(loaded.tokenizer),

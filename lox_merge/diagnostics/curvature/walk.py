@@ -20,7 +20,7 @@ from lox_merge.safety.progress import ProgressFactory, no_progress
 Example = dict[str, list[int]]
 Reduction = Literal["sum", "mean"]
 # Tokens and texts of a backward pass: more of them no longer make it faster.
-_TOKENS, _ROWS = 2048, 32
+_TOKENS, _ROWS = 1024, 32
 
 
 def check_model(model: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lox_merge.errors import RequestError
 from lox_merge.publish.report.attack_success import attack_success_sections
+from lox_merge.publish.report.curvature import curvature_sections
 from lox_merge.publish.report.decomposition import decomposition_sections
 from lox_merge.publish.report.demo import demo_sections, full_demo_sections
 from lox_merge.publish.report.framing import framing_sections
@@ -23,6 +24,7 @@ from lox_merge.publish.report.verification import verification_sections
 # Command: function of its document and a name for messages.
 _SECTIONS: dict[str, Callable[[dict[str, Any], str], list[Section]]] = {
     "asr": attack_success_sections,
+    "curvature": curvature_sections,
     "decompose": decomposition_sections,
     "demo": demo_sections,
     "demo --full": full_demo_sections,

@@ -1,0 +1,146 @@
+"""Fisher Gram matrices by hooks against per-example autograd (torch.func: vmap of grad), and the memory that a real shape takes.
+
+    python benchmarks/curvature.py                           both on a small model: time, memory, largest difference
+    python benchmarks/curvature.py --shape 468M              hooks alone: 100 completions of 256 tokens, memory beside the model
+    python benchmarks/curvature.py --shape 468M --layers 2   the same widths with fewer layers: the same memory of each pass
+
+Each way runs in a process of its own; memory is what it takes beyond the model once that is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from measure import anonymous_memory
+from synthetic import SIZES, Shapes
+
+SMALL = Shapes(256, 1024, 4, 1000, 256, 1)
+
+
+def model_of(shapes: Shapes, layers: int | None, dtype: torch.dtype, device: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shapes.vocabulary,
+        hidden_size=shapes.hidden,
+        intermediate_size=shapes.intermediate,
+        num_hidden_layers=layers or shapes.layers,
+        num_attention_heads=shapes.hidden // 64,
+        num_key_value_heads=shapes.key_value // 64,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+
+
+def examples_of(count: int, tokens: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    rows = torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "labels": [-100] * (tokens // 4) + row[tokens // 4 :]} for row in rows]
+
+
+def by_hooks(model: Any, examples: list[dict[str, list[int]]], memory: int) -> tuple[dict[str, torch.Tensor], int]:
+    from lox_merge.diagnostics.curvature.gram import fisher_gram
+
+    found = fisher_gram(model, examples, memory=memory)
+    return found.grams, found.passes
+
+
+def by_func(model: Any, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """All gradients of all examples at once, as vmap gives them; masks are built outside, which vmap asks for."""
+    from torch.func import functional_call, grad, vmap
+
+    model.set_attn_implementation("eager")
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    tokens = torch.tensor([example["input_ids"] for example in examples], device=model.device)
+    labels = torch.tensor([example["labels"] for example in examples], device=model.device)
+    length = tokens.shape[1]
+    mask = torch.full((1, 1, length, length), float("-inf"), device=model.device, dtype=model.dtype).triu(1)
+
+    def likelihood(weights: dict[str, torch.Tensor], row: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        logits = functional_call(model, weights, (), {"input_ids": row[None], "attention_mask": mask, "use_cache": False}).logits[0, :-1]
+        chosen = logits.float().log_softmax(-1).gather(1, label[1:].clamp(min=0)[:, None])[:, 0]
+        return (chosen * (label[1:] >= 0)).sum()
+
+    gradients = vmap(grad(likelihood), in_dims=(None, 0, 0))(parameters, tokens, labels)
+    return {name: (value.flatten(1) @ value.flatten(1).T).double().cpu() for name, value in gradients.items()}
+
+
+def run_one(arguments: argparse.Namespace) -> None:
+    """In a process of its own: prints JSON."""
+    shapes = SIZES[arguments.shape] if arguments.shape else SMALL
+    model = model_of(shapes, arguments.layers, getattr(torch, arguments.dtype), arguments.device)
+    examples = examples_of(arguments.completions, arguments.tokens, shapes.vocabulary)
+    process, peak, done = psutil.Process(), [0], threading.Event()
+    start = anonymous_memory(process)
+    cuda = arguments.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous_memory(process))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    began = time.perf_counter()
+    passes = 1
+    if arguments.way == "hooks":
+        grams, passes = by_hooks(model, examples, int(arguments.memory * 1e9))
+    else:
+        grams = by_func(model, examples)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    most = torch.cuda.max_memory_allocated() if cuda else peak[0]
+    torch.save(grams, arguments.out)
+    print(json.dumps({"seconds": seconds, "memory": most - start, "passes": passes, "parameters": sum(p.numel() for p in model.parameters())}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SIZES))
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--completions", type=int)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--memory", type=float, default=2.0, help="--memory of lox-merge curvature, GB")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--way", choices=["hooks", "func"])
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+    arguments.completions = arguments.completions or (100 if arguments.shape else 48)
+    arguments.tokens = arguments.tokens or (256 if arguments.shape else 64)
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.shape else "float32")
+    if arguments.way:
+        run_one(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = {}
+        for way in ("hooks",) if arguments.shape else ("hooks", "func"):
+            out = Path(folder) / f"{way}.pt"
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--out", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr)
+            record = json.loads(done.stdout.splitlines()[-1])
+            found[way] = torch.load(out)
+            print(f"{way:6s} {record['seconds']:8.1f} s  {record['memory'] / 1e9:6.2f} GB beside the model  {record['passes']} pass(es)", flush=True)
+        if len(found) == 2:
+            worst = max(float((one - found["func"][name]).norm() / found["func"][name].norm()) for name, one in found["hooks"].items())
+            print(f"largest relative difference of a Gram matrix: {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()
