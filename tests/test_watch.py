@@ -260,16 +260,17 @@ def test_training_is_the_same_bit_for_bit(dtype: str, options: dict[str, Any], p
     assert all(value is not None for value in watch.history[-1]["figures"].values())
 
 
-def test_bf16_weights_and_autocast_give_the_projection_of_what_is_stored(pairs: Any, tmp_path: Path) -> None:
-    base, aligned = pairs("llama", "bfloat16")
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_autocast_has_no_part_in_the_gradients_at_the_start(dtype: str, error: float, pairs: Any, tmp_path: Path) -> None:
+    base, aligned = pairs("llama", dtype)
     watch = watch_of(base, interval=4, overhead=100)
     _, keep = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch, bf16=True)
     start = read_tensors(aligned)
     delta = {name: keep.weights[-1][name].double() - value.double() for name, value in start.items()}
     projection, overlap = sensitive(gradients(aligned, list(start)), delta)
     figures = watch.history[-1]["figures"]
-    # Gradients at θ_0 are those of a bfloat16 forward pass; the changes of weights are exact.
-    assert figures[PROJECTION] == pytest.approx(projection, rel=0.05) and figures[OVERLAP] == pytest.approx(overlap, rel=0.1)
+    # Of bfloat16 weights the gradients are those of a bfloat16 forward pass; the changes of weights are exact.
+    assert figures[PROJECTION] == pytest.approx(projection, rel=error) and figures[OVERLAP] == pytest.approx(overlap, rel=2 * error)
     assert figures[R_FT] == pytest.approx(r_ft(read_tensors(base), start, keep.weights[-1], linear(start)), rel=2e-4)
 
 
@@ -312,6 +313,8 @@ def test_whole_modules_beside_adapters_and_several_adapters(pairs: Any, tmp_path
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(aligned), LoraConfig(**lora, modules_to_save=["lm_head"]))
     model.add_adapter("second", LoraConfig(**lora, lora_alpha=5))
     model.base_model.set_adapter(["default", "second"])
+    for name, value in model.named_parameters():
+        value.requires_grad_(value.requires_grad and "second" not in name)  # it acts, and is not trained
     watch, before = watch_of(None, interval=4, overhead=100), {name: value.requires_grad for name, value in model.named_parameters()}
     _, keep = train(model, tmp_path, watch)
     assert {name: value.requires_grad for name, value in model.named_parameters()} == before

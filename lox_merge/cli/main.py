@@ -63,6 +63,7 @@ def cli() -> None:
     lox-merge robustness BASE ALIGNED ... fine-tune alike, compare what is left
     lox-merge project BASE ALIGNED FT OUT filter a fine-tuning update
     lox-merge inspect BASE ALIGNED FT...  what the weights say, beside chance
+    lox-merge framing MODEL --first A ... the same replies under two framings
     lox-merge curvature ALIGNED FT...     how fine-tuning bends into safety
     lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output, make it again
