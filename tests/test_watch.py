@@ -399,3 +399,15 @@ def test_the_example_of_the_page_runs(pairs: Any, tmp_path: Path, monkeypatch: p
         exec(example.replace('report_to="none"', 'report_to="none", use_cpu=True, save_strategy="no"'), names)
     assert names["watch"].history[-1]["step"] == 20 and names["watch"].setup["completions"] == 2
     assert any(RATIO in entry for entry in names["trainer"].state.log_history) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_resumed_training_says_from_where_it_is_measured(pairs: Any, tmp_path: Path) -> None:
+    aligned = pairs()[1]
+    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": False}
+    train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, None, max_steps=2, **options)
+    settings = TrainingArguments(**arguments(tmp_path))
+    watch = watch_of(None, interval=2, overhead=100)
+    trainer = Trainer(model=AutoModelForCausalLM.from_pretrained(aligned), args=settings, train_dataset=data(), callbacks=[watch])
+    with pytest.warns(LoxMergeWarning, match="goes on from step 2: AlignmentWatch measures from there"):
+        trainer.train(resume_from_checkpoint=True)
+    assert watch.setup["from_step"] == 2 and [entry["step"] for entry in watch.history] == [2, 4]
