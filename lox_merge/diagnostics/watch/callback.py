@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lox_merge.diagnostics.curvature.walk import Example, check_examples, check_model
+from lox_merge.diagnostics.curvature.walk import Example, check_model
 from lox_merge.diagnostics.watch.changes import Changes, check_begin, check_whole
+from lox_merge.diagnostics.watch.completions import chosen_examples
 from lox_merge.diagnostics.watch.pace import Pace
 from lox_merge.diagnostics.watch.processes import agreed
 from lox_merge.diagnostics.watch.retained import RetainedAlignment
@@ -23,7 +23,7 @@ from lox_merge.diagnostics.watch.settings import OVERLAP, PROJECTION, R_FT, RATI
 from lox_merge.errors import LoxMergeWarning, RequestError
 from lox_merge.maths.weight_changes import Change
 from lox_merge.safety.chat import Rendering
-from lox_merge.safety.conversations import Conversations, load_conversations, tokenised
+from lox_merge.safety.conversations import Conversations, load_conversations
 
 Figures = dict[str, float | None]
 
@@ -154,7 +154,8 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
             raise RequestError("no parameter to watch: none that is trained is named by only=…" if self.settings.only else "no parameter is trained.")
         self.setup = {"parameters": len(changes.names)}
         if self._completions is not None:
-            examples = self._examples(processing_class)
+            tokenizer = self._tokenizer or getattr(processing_class, "tokenizer", processing_class)
+            examples = chosen_examples(self._completions, self.settings, tokenizer, self._rendering)
             options = {name: getattr(self.settings, name) for name in ("energy", "dimension", "reduction", "memory")}
             with changes.at_start():
                 self._sensitive = SensitiveSubspace(model, changes.names, examples, **options)
@@ -184,21 +185,6 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 model, start, base=self._base, factors=self._factors, rank=self.settings.rank, seed=self.settings.seed, cache_dir=self._cache_dir
             )
         self._changes = changes
-
-    def _examples(self, processing_class: Any) -> list[Example]:
-        settings, given = self.settings, self._completions
-        if isinstance(given, Conversations):
-            tokenizer = self._tokenizer or getattr(processing_class, "tokenizer", processing_class)
-            if tokenizer is None:
-                raise RequestError("the trainer has no tokenizer for the completions. Give AlignmentWatch one: tokenizer=…")
-            kept = given.conversations
-            if len(kept) > settings.limit:
-                kept = tuple(random.Random(settings.seed).sample(kept, settings.limit))
-            some = Conversations(given.name, given.source, kept, given.sha256)
-            return tokenised(some, tokenizer, self._rendering, settings.max_length)
-        rows = [{name: list(row[name])[: settings.max_length] for name in ("input_ids", "labels")} for row in given or ()][: settings.limit]
-        check_examples(rows)
-        return rows
 
     @torch.no_grad()
     def _measure(self, model: Any, state: Any) -> bool:

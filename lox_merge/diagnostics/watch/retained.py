@@ -147,9 +147,9 @@ class RetainedAlignment:
 
     def _energies(self, matrix: _Matrix, change: Change | None) -> tuple[float, float, float]:
         """‖Proj_k D‖², ‖D‖², and how far the latter may be off."""
-        delta = self._alignment(matrix.name, matrix.stored, matrix.transposed) if matrix.held is None else None
         if change is None:
             return squared_norm(matrix.head), matrix.norm**2, 0.0
+        delta = self._alignment(matrix.name, matrix.stored, matrix.transposed) if matrix.held is None else None
         device = (change.values if isinstance(change, DenseChange) else change.left).device
         kept = squared_norm(matrix.head.to(device) + change.projected(matrix.basis.to(device)))
         if delta is not None and isinstance(change, DenseChange):
