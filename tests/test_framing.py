@@ -125,6 +125,14 @@ def test_a_framing_against_itself_is_one_and_one_pair_has_no_interval(pair: tupl
     assert any("One pair" in note for note in result.notes)
 
 
+def test_equal_completions_are_no_control_for_each_other(pair: tuple[Path, Path]) -> None:
+    first, second = (data(name, [(prompt, "yes no") for prompt in prompts]) for name, prompts in (("a", ("how", "do")), ("b", ("you", "help"))))
+    result = framing([pair[1]], first, second, device="cpu")
+    (model,) = result.models
+    assert (model.gradient.n, model.same_framing.n, model.other_completion.n, model.other_centred.n) == (2, 0, 0, 0)
+    assert any("All pairs have the same completion" in note for note in result.notes)
+
+
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
