@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from lox_merge.diagnostics.behaviour.texts import Prefix
     from lox_merge.diagnostics.curvature.job import Curvature, curvature
     from lox_merge.diagnostics.curvature.settings import CurvatureSettings
+    from lox_merge.diagnostics.framing.job import framing
+    from lox_merge.diagnostics.framing.results import Framing
     from lox_merge.diagnostics.settings import InspectSettings
+    from lox_merge.diagnostics.watch.callback import AlignmentWatch
     from lox_merge.diagnostics.weights import Inspection, inspect
     from lox_merge.errors import LoxMergeError
     from lox_merge.jobs.filter_recipe import FilterRecipe
@@ -38,9 +41,11 @@ _HOMES = {
     "Brittleness": "lox_merge.safety.brittleness",
     "Activations": "lox_merge.diagnostics.activations.results",
     "Behaviour": "lox_merge.diagnostics.behaviour.results",
+    "AlignmentWatch": "lox_merge.diagnostics.watch.callback",
     "Curvature": "lox_merge.diagnostics.curvature.job",
     "CurvatureSettings": "lox_merge.diagnostics.curvature.settings",
     "FilterRecipe": "lox_merge.jobs.filter_recipe",
+    "Framing": "lox_merge.diagnostics.framing.results",
     "HardenResult": "lox_merge.jobs.harden",
     "InspectSettings": "lox_merge.diagnostics.settings",
     "Inspection": "lox_merge.diagnostics.weights",
@@ -55,6 +60,7 @@ _HOMES = {
     "behaviour": "lox_merge.diagnostics.behaviour.run",
     "curvature": "lox_merge.diagnostics.curvature.job",
     "filter_matrix": "lox_merge.maths.filter",
+    "framing": "lox_merge.diagnostics.framing.job",
     "harden": "lox_merge.jobs.harden",
     "inspect": "lox_merge.diagnostics.weights",
     "landscape": "lox_merge.safety.landscape.run",
@@ -67,9 +73,11 @@ __all__ = [
     "Activations",
     "Behaviour",
     "Brittleness",
+    "AlignmentWatch",
     "Curvature",
     "CurvatureSettings",
     "FilterRecipe",
+    "Framing",
     "HardenResult",
     "InspectSettings",
     "Inspection",
@@ -85,6 +93,7 @@ __all__ = [
     "brittleness",
     "curvature",
     "filter_matrix",
+    "framing",
     "harden",
     "inspect",
     "landscape",

@@ -23,6 +23,7 @@ _COMMANDS = {
     "curvature": "lox_merge.cli.curvature:curvature_command",
     "decompose": "lox_merge.cli.decompose:decompose_command",
     "demo": "lox_merge.cli.demo:demo",
+    "framing": "lox_merge.cli.framing:framing_command",
     "harden": "lox_merge.cli.harden:harden_command",
     "inspect": "lox_merge.cli.inspect:inspect_command",
     "landscape": "lox_merge.cli.landscape:landscape_command",
@@ -70,6 +71,7 @@ def cli() -> None:
     lox-merge behaviour BASE ALIGNED ...  how deep alignment is, what undid it
     lox-merge activations BASE ALIGNED .. where hidden states moved
     lox-merge landscape MODEL [OTHER...]  attack success around and between models
+    lox-merge framing MODEL --first A ... the same replies under two framings
     lox-merge curvature ALIGNED FT...     how fine-tuning bends into safety
     lox-merge report RUN...               one page from the JSON of runs
     lox-merge verify OUT                  check an output, make it again

@@ -28,3 +28,11 @@ def robustness_notes(result: Robustness) -> list[str]:
     if any(identity.get("kind") == "keyword" for identity in result.judges.values()):
         lines.append(KEYWORD)
     return lines
+
+
+FRAMING_NOT_SHOWN = (
+    "Losses are not negative, so their cosine is high by construction; centred ones agree wherever first words are hard and last ones easy. "
+    "Only what exceeds another completion's is about the words.",
+    "Gradients of one framing agree for different completions too: only what exceeds that is about the completion.",
+    "Cosines at these weights predict no training result: optimisers, later steps and other layers may do otherwise.",
+)

@@ -13,6 +13,7 @@ from lox_merge.publish.report.brittleness import brittleness_sections
 from lox_merge.publish.report.curvature import curvature_sections
 from lox_merge.publish.report.decomposition import decomposition_sections
 from lox_merge.publish.report.demo import demo_sections, full_demo_sections
+from lox_merge.publish.report.framing import framing_sections
 from lox_merge.publish.report.hardening import hardening_sections
 from lox_merge.publish.report.inspection import inspection_sections
 from lox_merge.publish.report.landscape import landscape_sections
@@ -34,6 +35,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], str], list[Section]]] = {
     "decompose": decomposition_sections,
     "demo": demo_sections,
     "demo --full": full_demo_sections,
+    "framing": framing_sections,
     "harden": hardening_sections,
     "inspect": inspection_sections,
     "landscape": landscape_sections,
