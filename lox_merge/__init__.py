@@ -71,9 +71,9 @@ _HOMES = {
 
 __all__ = [
     "Activations",
+    "AlignmentWatch",
     "Behaviour",
     "Brittleness",
-    "AlignmentWatch",
     "Curvature",
     "CurvatureSettings",
     "FilterRecipe",

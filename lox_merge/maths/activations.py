@@ -15,7 +15,7 @@ _ROUNDING = 1e-13
 def scalar_projection(
     states: Float[Tensor, "layers positions width"], direction: Float[Tensor, "layers positions width"]
 ) -> Float[Tensor, " layers"]:
-    """⟨z, v⟩/‖v‖ of the flattened states, per layer, in float64; NaN where v = 0 ("Re-Emergent Misalignment", section 4.3)."""
+    """⟨z, v⟩/‖v‖ of the flattened states, per layer, in float64; NaN where v = 0 ("Re-Emergent Misalignment", Giordani 2025)."""
     flat = direction.double().flatten(1)
     products = torch.linalg.vecdot(states.double().flatten(1), flat)
     norms = torch.linalg.vector_norm(flat, dim=1)

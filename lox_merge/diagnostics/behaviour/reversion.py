@@ -30,7 +30,7 @@ def reversion(
 ) -> tuple[Reversion, tuple[TextReversion, ...]]:
     """(log p_aligned − log p_model)/(log p_aligned − log p_base) of joint log-probabilities; each argument (tokens,) a text, nats.
 
-    "Re-Emergent Misalignment" (Giordani 2025, arXiv 2507.03662, sec. 4.1) compares these log-probabilities by eye. RULE
+    "Re-Emergent Misalignment" (Giordani 2025, arXiv 2507.03662) compares these log-probabilities by eye. RULE
     says where it is undefined. Below 0: beyond aligned; above 1: beyond base. Both are kept.
     Returns the index of all texts, and of each.
     """

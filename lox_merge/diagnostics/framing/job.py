@@ -40,7 +40,7 @@ def framing(
 ) -> Framing:
     """Cosines of loss vectors and of last-attention-layer gradients between two framings of the same completions.
 
-    "Re-emergent misalignment" (Giordani 2025), sec. 4.2. models: folders, Hub ids or PEFT adapters over the first of them, by label
+    "Re-emergent misalignment" (Giordani 2025). models: folders, Hub ids or PEFT adapters over the first of them, by label
     (without labels: by their own names). The first one's tokenizer renders the texts for all of them. first, second: files of
     conversations, or conversations. module: regular expression of weight names instead of the last layer's attention. seed: of the
     bootstrap. Raises RequestError for data sets that do not share their completions, rows that are too long, quantised models, a
