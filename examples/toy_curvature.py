@@ -159,7 +159,7 @@ def study(seed: int, cache: Path, names: Sequence[str] | None = None, steps: tup
             safe,
             finetuned=early,
             data=list(sets.values()),
-            settings=CurvatureSettings(seed=seed, data_batch_size=32, learning_rate=TRAINING.learning_rate),
+            settings=CurvatureSettings(seed=seed, batches=32, learning_rate=TRAINING.learning_rate),
         )
     overlaps = {record["name"]: record for record in found.finetuned}
     results = []
