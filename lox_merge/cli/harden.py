@@ -19,6 +19,7 @@ from lox_merge.cli.options import (
     pattern_pairs,
     seed_option,
     tolerance_option,
+    workers_option,
 )
 from lox_merge.cli.push import PushWhenDone, push_when_done
 from lox_merge.errors import RequestError
@@ -54,6 +55,7 @@ from lox_merge.errors import RequestError
 @order_option
 @base_option
 @device_option
+@workers_option
 @seed_option
 @cache_option
 @click.option("--low-disk", is_flag=True, help="Have weight files of the Hub on disk only while they are read: for models larger than the disk.")
@@ -84,6 +86,7 @@ def harden_command(
     order_is_right: bool,
     base_is_right: bool,
     device: str,
+    workers: str,
     seed: int,
     cache_dir: Path | None,
     low_disk: bool,
@@ -108,6 +111,7 @@ def harden_command(
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
     from lox_merge.jobs.estimate import estimate
+    from lox_merge.jobs.executors.sizing import check_workers, parse_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening
     from lox_merge.jobs.plan import check_disk, check_output
@@ -135,6 +139,8 @@ def harden_command(
     )
     if low_disk and (searched or as_adapter):
         raise RequestError(f"--low-disk does not go with {'--rank search, which loads whole models' if searched else '--as-adapter'}. Leave one out.")
+    count = parse_workers(workers)
+    check_workers(count, low_disk=low_disk, as_adapter=as_adapter)
     if push_to is None and (public or license is not None):
         raise RequestError("--public and --license are about publishing: they go with --push REPO.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
@@ -168,7 +174,7 @@ def harden_command(
             report = harden_as_adapter(plan, device=device, overwrite=overwrite, show=json_file != "-")
         else:
             with byte_progress(plan.bytes_written, "hardening") as progress:
-                result = execute(plan, device=device, overwrite=overwrite, progress=progress)
+                result = execute(plan, device=device, workers=count, overwrite=overwrite, progress=progress)
             report = result.to_json()
             if json_file != "-":
                 print_result(result)

@@ -18,6 +18,7 @@ from lox_merge.cli.options import (
     order_option,
     seed_option,
     tolerance_option,
+    workers_option,
 )
 
 
@@ -60,6 +61,7 @@ from lox_merge.cli.options import (
 @order_option
 @base_option
 @device_option
+@workers_option
 @seed_option
 @cache_option
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
@@ -92,6 +94,7 @@ def project_command(
     order_is_right: bool,
     base_is_right: bool,
     device: str,
+    workers: str,
     seed: int,
     cache_dir: Path | None,
     overwrite: bool,
@@ -113,6 +116,7 @@ def project_command(
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_filter import print_filter_plan, print_filter_result
     from lox_merge.jobs.estimate import estimate
+    from lox_merge.jobs.executors.sizing import parse_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.filter_checks import check_direction
     from lox_merge.jobs.filter_recipe import FilterRecipe
@@ -140,6 +144,7 @@ def project_command(
         fused=fused,
         skip_non_finite=skip_non_finite,
     )
+    count = parse_workers(workers)
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
         plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, **sources)
@@ -155,7 +160,7 @@ def project_command(
                 print_filter_plan(plan, report)
             return
         with byte_progress(plan.bytes_written, "filtering") as progress:
-            result = execute_projection(plan, device=device, overwrite=overwrite, progress=progress)
+            result = execute_projection(plan, device=device, workers=count, overwrite=overwrite, progress=progress)
     if json_file:
         write_json(json_file, result.to_json())
     if json_file != "-":

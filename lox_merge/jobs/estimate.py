@@ -11,7 +11,7 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores
 
 # Interpreter, torch and its thread pools, measured (benchmarks/harden.py).
-_PROCESS_BYTES = 350 * 2**20
+PROCESS_BYTES = 350 * 2**20
 _TRIAL_SIDE = 1024
 # Deltas of real checkpoints decay more slowly than the trial's; the estimate errs on the long side.
 _TRIAL_FACTOR = 1.5
@@ -36,13 +36,18 @@ def _seconds_per_entry(plan: Plan) -> float:
         torch.set_num_threads(before)
 
 
+def peak_memory(plan: Plan) -> int:
+    """Upper estimate of the bytes that one process takes beside mapped files."""
+    costs = [(plan.edit.working_memory(view.shape, tensor), tensor, view) for tensor in plan.edited for view in tensor.views]
+    total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
+    largest = max((cost + 4 * tensor.info.size for cost, tensor, _ in costs), default=0)
+    return PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest)
+
+
 def estimate(plan: Plan, command: str = "harden") -> dict[str, Any]:
     """Plain values: counts, bytes, peak_memory (bytes, anonymous), seconds on this CPU."""
     matrices = [(tensor, view) for tensor in plan.edited for view in tensor.views]
     entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
-    costs = [(plan.edit.working_memory(view.shape, tensor), tensor, view) for tensor, view in matrices]
-    total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
-    largest = max(cost + 4 * tensor.info.size for cost, tensor, _ in costs)
     seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / available_cores() + _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written)
     return {
         "command": f"{command} --dry-run",
@@ -52,7 +57,7 @@ def estimate(plan: Plan, command: str = "harden") -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         **({"most_bytes_downloaded_at_once": plan.passing.most_bytes} if plan.passing else {}),
-        "peak_memory": _PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest),
+        "peak_memory": peak_memory(plan),
         "seconds": seconds,
         "recipe": plan.recipe.to_json(),
         "warnings": plan.warnings,

@@ -1,0 +1,77 @@
+"""What runs in a worker process: orders come in, what happens goes out; it ends with whoever started it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import traceback
+import warnings
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
+from lox_merge.jobs.executors.writer import ShardWriter, WorkerTask
+from lox_merge.jobs.hashing import SourceFile
+
+Order = tuple[int, list[SourceFile]] | None
+
+
+def work(connection: Connection, task: WorkerTask) -> None:
+    """Writes the shards that are ordered until None comes. Never raises: what went wrong is told."""
+    # Ctrl-C and SIGTERM reach the whole group: the process that was asked decides, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.chdir(task.folder)
+    lock = threading.Lock()
+
+    def tell(kind: str, *values: Any) -> None:
+        values = tuple(_portable(value) if isinstance(value, BaseException) else value for value in values)
+        try:
+            with lock:
+                connection.send((kind, *values))
+        except OSError:
+            os._exit(1)
+
+    def warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, LoxMergeWarning):
+            tell("warning", str(message))
+
+    warnings.simplefilter("always", LoxMergeWarning)
+    warnings.showwarning = warn
+    orders: SimpleQueue[Order] = SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
+    writer = ShardWriter(task, tell)
+    try:
+        tell("started")
+        while (order := orders.get()) is not None:
+            writer.write(*order)
+        writer.wait()
+    except Interrupted:
+        pass
+    except BaseException as error:
+        tell("failed", error)
+    finally:
+        writer.close()
+
+
+def _listen(connection: Connection, orders: SimpleQueue[Order]) -> None:
+    try:
+        while True:
+            orders.put(connection.recv())
+    except (EOFError, OSError):
+        # Whoever started this process is gone, and another run may be writing to the same folder.
+        os._exit(1)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The exception itself where it arrives as it is; any other with its traceback as text."""
+    try:
+        arrived = pickle.loads(pickle.dumps(error))
+    except Exception:
+        arrived = None
+    if isinstance(error, (LoxMergeError, OSError)) and type(arrived) is type(error) and str(arrived) == str(error):
+        return error
+    return RuntimeError("in a worker process:\n" + "".join(traceback.format_exception(error)))
