@@ -111,9 +111,9 @@ def harden_command(
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
     from lox_merge.jobs.estimate import estimate
-    from lox_merge.jobs.executors.sizing import check_workers, parse_workers
+    from lox_merge.jobs.executors.sizing import check_workers, parse_workers, settle_workers
     from lox_merge.jobs.factors import open_factors
-    from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening
+    from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening, resolve_device
     from lox_merge.jobs.plan import check_disk, check_output
     from lox_merge.jobs.recipe import Recipe
 
@@ -164,7 +164,7 @@ def harden_command(
             check_disk(plan)
             if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
                 check_some_delta(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan)
+            report = estimate(plan, "harden", settle_workers(count, plan, resolve_device(device)))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":

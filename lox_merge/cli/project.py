@@ -116,7 +116,8 @@ def project_command(
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_filter import print_filter_plan, print_filter_result
     from lox_merge.jobs.estimate import estimate
-    from lox_merge.jobs.executors.sizing import parse_workers
+    from lox_merge.jobs.execute import resolve_device
+    from lox_merge.jobs.executors.sizing import parse_workers, settle_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.filter_checks import check_direction
     from lox_merge.jobs.filter_recipe import FilterRecipe
@@ -153,7 +154,7 @@ def project_command(
             check_disk(plan)
             if all(checkpoint.source.identity()["kind"] == "folder" for checkpoint in plan.checkpoints.values()):
                 check_direction(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan, "project")
+            report = estimate(plan, "project", settle_workers(count, plan, resolve_device(device)))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":
