@@ -53,10 +53,9 @@ def typical_cost(plan: Plan) -> int:
     return 1
 
 
-def write_shard(plan: Plan, position: int, journal: Journal, ahead: Ahead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
-    """Writes one shard to its temporary file. Returns it open (not yet synced) and its record without hashes of sources."""
+def write_shard(plan: Plan, position: int, path: Path, ahead: Ahead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
+    """Writes one shard to its temporary file `path`. Returns it open (not yet synced) and its record without hashes of sources."""
     shard = plan.shards[position]
-    path = journal.partial(shard.file)
     digest = hashlib.sha256()
     tensors: list[dict[str, Any]] = []
     try:
@@ -146,14 +145,16 @@ def make_durable(file: IO[bytes], path: Path) -> None:
         raise write_error(path, error) from error
 
 
-def finish_shard(plan: Plan, position: int, record: dict[str, Any], journal: Journal, sources: dict[SourceFile, str]) -> dict[str, Any]:
+def finish_shard(
+    plan: Plan, position: int, partial: Path, record: dict[str, Any], journal: Journal, sources: dict[SourceFile, str]
+) -> dict[str, Any]:
     """Gives a durable shard its name, then records it. sources: sha256 of every file that it was made from. Raises WriteError."""
     shard = plan.shards[position]
     path = journal.out / shard.file
     record["sources"] = by_role(sources, plan.checkpoints)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        journal.partial(shard.file).replace(path)
+        partial.replace(path)
     except OSError as error:
         raise write_error(path, error) from error
     journal.record(shard.file, record)

@@ -117,8 +117,14 @@ class Journal:
         if not any(self.out.iterdir()):
             self.out.rmdir()
 
-    def partial(self, file: str) -> Path:
-        return self.folder / (file.replace("/", "__") + ".partial")
+    def partial(self, file: str, writer: str = "") -> Path:
+        """Where a file is written first. writer: its mark, where several write: one that was given up may still be at it."""
+        return self.folder / (file.replace("/", "__") + writer + ".partial")
+
+    def sweep(self) -> None:
+        """Removes what earlier writers left unfinished."""
+        for path in self.folder.glob("*.partial"):
+            path.unlink(missing_ok=True)
 
     def _record(self, file: str) -> Path:
         return self.folder / (file.replace("/", "__") + ".json")

@@ -33,6 +33,11 @@ class Executor(Protocol):
         """How many shards ahead of the work the job's hasher may read."""
         ...
 
+    @property
+    def workers(self) -> int:
+        """How many write at a time, at most; once it has written, how many did."""
+        ...
+
     def write(self, job: ShardJob, todo: Sequence[int]) -> dict[int, dict[str, Any]]:
         """Writes the shards at these positions of the plan. Returns their records.
 

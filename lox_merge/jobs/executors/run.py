@@ -30,6 +30,7 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress, 
                 progress.advance(shard.header.file_size)
                 records[position] = record
         todo = [position for position in range(len(plan.shards)) if position not in records]
+        journal.sweep()
         if todo:
             records |= executor.write(ShardJob(plan, journal, device, hasher, progress), todo)
     finally:

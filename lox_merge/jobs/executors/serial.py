@@ -18,6 +18,7 @@ class Serial:
     """See jobs.executors.protocol.Executor."""
 
     reads_ahead: int = 1
+    workers: int = 1
 
     def write(self, job: ShardJob, todo: Sequence[int]) -> dict[int, dict[str, Any]]:
         plan, passing = job.plan, job.plan.passing
@@ -34,7 +35,7 @@ class Serial:
                         passing.bring(position)
                     ahead.reach(position)
                     job.hasher.start_shard(position)
-                    file, record = write_shard(plan, position, job.journal, ahead, job.progress)
+                    file, record = write_shard(plan, position, job.journal.partial(plan.shards[position].file), ahead, job.progress)
                     if written:
                         written[-1][1].result()  # at most one finished shard waits for the disk
                     written.append((position, finisher.submit(_finish, job, file, position, record)))
@@ -48,5 +49,6 @@ class Serial:
 
 
 def _finish(job: ShardJob, file: IO[bytes], position: int, record: dict[str, Any]) -> dict[str, Any]:
-    make_durable(file, job.journal.partial(job.plan.shards[position].file))
-    return finish_shard(job.plan, position, record, job.journal, job.hasher.hashes(position))
+    partial = job.journal.partial(job.plan.shards[position].file)
+    make_durable(file, partial)
+    return finish_shard(job.plan, position, partial, record, job.journal, job.hasher.hashes(position))

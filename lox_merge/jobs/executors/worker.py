@@ -1,4 +1,4 @@
-"""What runs in a worker process: orders come in, what happens goes out; it ends with whoever started it."""
+"""A worker: orders come in, what happens goes out. As a process of this machine it ends with whoever started it."""
 
 from __future__ import annotations
 
@@ -13,27 +13,17 @@ from queue import SimpleQueue
 from typing import Any
 
 from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
-from lox_merge.jobs.executors.writer import ShardWriter, WorkerTask
+from lox_merge.jobs.executors.writer import ShardWriter, Tell, WorkerTask
 from lox_merge.jobs.hashing import SourceFile
 
 Order = tuple[int, list[SourceFile]] | None
 
 
-def work(connection: Connection, task: WorkerTask) -> None:
+def serve(task: WorkerTask, orders: SimpleQueue[Order], send: Tell) -> None:
     """Writes the shards that are ordered until None comes. Never raises: what went wrong is told."""
-    # Ctrl-C and SIGTERM reach the whole group: the process that was asked decides, and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.chdir(task.folder)
-    lock = threading.Lock()
 
     def tell(kind: str, *values: Any) -> None:
-        values = tuple(_portable(value) if isinstance(value, BaseException) else value for value in values)
-        try:
-            with lock:
-                connection.send((kind, *values))
-        except OSError:
-            os._exit(1)
+        send(kind, *(_portable(value) if isinstance(value, BaseException) else value for value in values))
 
     def warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, LoxMergeWarning):
@@ -41,10 +31,10 @@ def work(connection: Connection, task: WorkerTask) -> None:
 
     warnings.simplefilter("always", LoxMergeWarning)
     warnings.showwarning = warn
-    orders: SimpleQueue[Order] = SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
-    writer = ShardWriter(task, tell)
+    writer = None
     try:
+        os.chdir(task.folder)
+        writer = ShardWriter(task, tell)
         tell("started")
         while (order := orders.get()) is not None:
             writer.write(*order)
@@ -54,7 +44,27 @@ def work(connection: Connection, task: WorkerTask) -> None:
     except BaseException as error:
         tell("failed", error)
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
+
+
+def work(connection: Connection, task: WorkerTask) -> None:
+    """Serves the process at the other end of `connection`."""
+    # Ctrl-C and SIGTERM reach the whole group: the process that was asked decides, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lock = threading.Lock()
+
+    def send(kind: str, *values: Any) -> None:
+        try:
+            with lock:
+                connection.send((kind, *values))
+        except OSError:
+            os._exit(1)
+
+    orders: SimpleQueue[Order] = SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
+    serve(task, orders, send)
 
 
 def _listen(connection: Connection, orders: SimpleQueue[Order]) -> None:
@@ -62,7 +72,7 @@ def _listen(connection: Connection, orders: SimpleQueue[Order]) -> None:
         while True:
             orders.put(connection.recv())
     except (EOFError, OSError):
-        # Whoever started this process is gone, and another run may be writing to the same folder.
+        # Whoever started this process is gone, and another run may be about to write the same folder.
         os._exit(1)
 
 
@@ -74,4 +84,4 @@ def _portable(error: BaseException) -> BaseException:
         arrived = None
     if isinstance(error, (LoxMergeError, OSError)) and type(arrived) is type(error) and str(arrived) == str(error):
         return error
-    return RuntimeError("in a worker process:\n" + "".join(traceback.format_exception(error)))
+    return RuntimeError("in a worker:\n" + "".join(traceback.format_exception(error)))

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -27,12 +28,16 @@ Tell = Callable[..., None]
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What a worker has to know. Plain data: it opens the checkpoints itself, and no tensor travels. folder: the working directory."""
+    """What a worker has to know. Plain data: it opens the checkpoints itself, and no tensor travels.
+
+    folder: the working directory. mark: of the temporary files of this worker and of no other.
+    """
 
     plan: Plan
     device: torch.device
     size: CrewSize
     folder: str
+    mark: str = ""
 
 
 class ShardWriter:
@@ -40,7 +45,7 @@ class ShardWriter:
 
     def __init__(self, task: WorkerTask, tell: Tell) -> None:
         self._plan, self._tell = task.plan, tell
-        self._journal = Journal(task.plan.out)
+        self._journal, self._mark = Journal(task.plan.out), task.mark
         self._crew = Crew(task.device, task.size)
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._finishing = ThreadPoolExecutor(1, thread_name_prefix="finish")
@@ -53,7 +58,7 @@ class ShardWriter:
             self._hashing.submit(self._hash, source)
         ahead = Ahead(self._plan, [position], self._crew)
         with self._crew.threads():
-            file, record = write_shard(self._plan, position, self._journal, ahead, _Told(self._tell, position))
+            file, record = write_shard(self._plan, position, self._partial(position), ahead, _Told(self._tell, position))
         self.wait()  # at most one finished shard waits for the disk
         self._last = self._finishing.submit(self._finish, file, position, record)
         self._tell("free")
@@ -64,8 +69,11 @@ class ShardWriter:
             self._last.result()
 
     def _finish(self, file: IO[bytes], position: int, record: dict[str, Any]) -> None:
-        make_durable(file, self._journal.partial(self._plan.shards[position].file))
+        make_durable(file, self._partial(position))
         self._tell("written", position, record)
+
+    def _partial(self, position: int) -> Path:
+        return self._journal.partial(self._plan.shards[position].file, self._mark)
 
     def _hash(self, source: SourceFile) -> None:
         try:
