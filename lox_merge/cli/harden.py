@@ -12,6 +12,7 @@ from lox_merge.cli.options import (
     cache_option,
     device_option,
     dtype_option,
+    executor_option,
     fused_option,
     json_option,
     number,
@@ -56,6 +57,7 @@ from lox_merge.errors import RequestError
 @base_option
 @device_option
 @workers_option
+@executor_option
 @seed_option
 @cache_option
 @click.option("--low-disk", is_flag=True, help="Have weight files of the Hub on disk only while they are read: for models larger than the disk.")
@@ -87,6 +89,7 @@ def harden_command(
     base_is_right: bool,
     device: str,
     workers: str,
+    executor: str,
     seed: int,
     cache_dir: Path | None,
     low_disk: bool,
@@ -111,7 +114,8 @@ def harden_command(
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
     from lox_merge.jobs.estimate import estimate
-    from lox_merge.jobs.executors.sizing import check_workers, parse_workers, settle_workers
+    from lox_merge.jobs.executors.choose import check_executor, workers_of_dry_run
+    from lox_merge.jobs.executors.sizing import check_workers, parse_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening, resolve_device
     from lox_merge.jobs.plan import check_disk, check_output
@@ -140,6 +144,7 @@ def harden_command(
     if low_disk and (searched or as_adapter):
         raise RequestError(f"--low-disk does not go with {'--rank search, which loads whole models' if searched else '--as-adapter'}. Leave one out.")
     count = parse_workers(workers)
+    check_executor(executor, low_disk=low_disk, as_adapter=as_adapter)
     check_workers(count, low_disk=low_disk, as_adapter=as_adapter)
     if push_to is None and (public or license is not None):
         raise RequestError("--public and --license are about publishing: they go with --push REPO.")
@@ -164,7 +169,7 @@ def harden_command(
             check_disk(plan)
             if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
                 check_some_delta(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan, "harden", settle_workers(count, plan, resolve_device(device)))
+            report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, resolve_device(device)))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":
@@ -174,7 +179,7 @@ def harden_command(
             report = harden_as_adapter(plan, device=device, overwrite=overwrite, show=json_file != "-")
         else:
             with byte_progress(plan.bytes_written, "hardening") as progress:
-                result = execute(plan, device=device, workers=count, overwrite=overwrite, progress=progress)
+                result = execute(plan, device=device, workers=count, executor=executor, overwrite=overwrite, progress=progress)
             report = result.to_json()
             if json_file != "-":
                 print_result(result)

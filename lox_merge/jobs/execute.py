@@ -16,11 +16,9 @@ from lox_merge.checkpoint.checkpoint import SINGLE_INDEX
 from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.engine import Progress
-from lox_merge.jobs.executors.processes import Processes
-from lox_merge.jobs.executors.protocol import Executor
+from lox_merge.jobs.executors.choose import PROCESSES, check_executor, choose_executor
 from lox_merge.jobs.executors.run import run
-from lox_merge.jobs.executors.serial import Serial
-from lox_merge.jobs.executors.sizing import Workers, check_workers, settle_workers
+from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.low_disk import Passing
 from lox_merge.jobs.manifest import build_manifest, job_description
@@ -91,16 +89,18 @@ def carry_out(
     check: Callable[[Plan, Journal], None],
     begin: Callable[[Plan, Journal], None] = lambda plan, journal: None,
     workers: Workers = 1,
+    executor: str = PROCESSES,
     stacklevel: int = 4,
 ) -> JobResult:
     """Writes what `plan` says. stacklevel: whose call the warnings are about, seen from here.
 
-    workers: how many processes write shards at a time; 1 is this one alone. The bytes are the same.
+    workers: how many write shards at a time, 1 is this process alone; executor: as what. The bytes are the same.
     check: looks at the weights before anything is written, and raises RequestError where they are not what the edit is for.
     begin: what the edit has to know of all weights before the first shard; runs once the output is locked.
     """
     started = time.perf_counter()
     check_workers(workers, low_disk=plan.passing is not None)
+    check_executor(executor, low_disk=plan.passing is not None)
     target = resolve_device(device)
     job = job_description(plan, target)
     journal = Journal(plan.out)
@@ -118,8 +118,7 @@ def carry_out(
         check(plan, journal)
     for text in plan.warnings:
         warnings.warn(text, LoxMergeWarning, stacklevel=stacklevel)
-    count = settle_workers(workers, plan, target, stacklevel=stacklevel)
-    executor: Executor = Serial() if count == 1 else Processes(count)
+    chosen = choose_executor(executor, workers, plan, target, stacklevel=stacklevel)
     try:
         with journal.locked():
             if plan.passing is not None and (overwrite or not journal.begun):
@@ -130,7 +129,7 @@ def carry_out(
             begin(plan, journal)
             resumed = sum((plan.out / shard.file).is_file() for shard in plan.shards)
             check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
-            records = run(plan, journal, target, progress or Silent(), executor)
+            records = run(plan, journal, target, progress or Silent(), chosen)
             manifest = build_manifest(plan, job, records, _write_side_files(plan, journal))
             write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
             sync_folder(plan.out)
@@ -142,7 +141,7 @@ def carry_out(
         raise Interrupted(
             f"interrupted. Finished shards are kept in {plan.out}; run the same command again to go on, or pass --overwrite to start anew."
         ) from None
-    return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written, count)
+    return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written, chosen.workers)
 
 
 def _check_passing(plan: Plan, passing: Passing, journal: Journal, check: Callable[[Plan, Journal], None]) -> None:

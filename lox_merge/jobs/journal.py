@@ -73,6 +73,10 @@ class Journal:
         """Whether a job was begun here and not finished."""
         return self.read(_JOB) is not None
 
+    def job(self) -> dict[str, Any] | None:
+        """The job that was begun here and not finished."""
+        return self.read(_JOB)
+
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON object of the working state; None where there is none."""
         return self._read(self.folder / name)
@@ -122,7 +126,7 @@ class Journal:
         return self.folder / (file.replace("/", "__") + writer + ".partial")
 
     def sweep(self) -> None:
-        """Removes what earlier writers left unfinished."""
+        """Removes what writers left unfinished that are no more."""
         for path in self.folder.glob("*.partial"):
             path.unlink(missing_ok=True)
 

@@ -17,6 +17,7 @@ from lox_merge.jobs.executors.writer import WorkerTask
 
 # A shard whose workers are lost this often is not done again.
 ATTEMPTS = 3
+_NONE = -1  # what a worker holds that is lost before it is given a shard
 
 
 class Worker(Protocol):
@@ -40,6 +41,7 @@ class Collected:
         self._waiting = deque(self.order)
         self._ledger = SourceLedger(self.job, self.order)
         self._written: dict[int, tuple[Path, dict[str, Any]]] = {}
+        self._idle: list[Worker] = []
         self._advanced: Counter[int] = Counter()
         self._attempts: Counter[int] = Counter()
 
@@ -48,17 +50,19 @@ class Collected:
         return len(self.records) == len(self.order)
 
     def give(self, worker: Worker) -> None:
-        """The next shard to this worker, if there is one."""
+        """The next shard to this worker, as soon as there is one."""
         if self._waiting:
             position = self._waiting.popleft()
             worker.held.append(position)
             worker.send((position, self._ledger.to_hash(position)))
+        else:
+            self._idle.append(worker)
 
     def take(self, worker: Worker, kind: str, *values: Any) -> None:
         """What a worker told (see jobs.executors.writer). Raises what it failed with."""
         if kind == "failed":
             raise values[0]
-        if kind == "free":
+        if kind in ("started", "free"):
             self.give(worker)
         elif kind == "bytes":
             position, count = values
@@ -71,8 +75,8 @@ class Collected:
             self._finish()
         elif kind == "written":
             position, record = values
-            worker.held.remove(position)
             self._written[position] = self._partial(worker, position), record
+            worker.held.remove(position)
             self._finish()
 
     def _finish(self) -> None:
@@ -88,28 +92,24 @@ class Collected:
         ATTEMPTS times."""
         plan, held = self.job.plan, worker.held
         files = ", ".join(plan.shards[position].file for position in held)
-        for position in held:
+        for position in held or [_NONE]:
             self._attempts[position] += 1
             if self._attempts[position] == ATTEMPTS:
+                when = f"while they wrote {plan.shards[position].file}" if held else "before they wrote anything"
                 raise LoxMergeError(
-                    f"{plan.shards[position].file}: {ATTEMPTS} workers were lost while they wrote it, the last one by {how}. "
-                    f"Finished shards are kept in {plan.out}; run the same command again to go on{remedy}."
+                    f"{ATTEMPTS} workers were lost {when}, the last one by {how}. Finished shards are kept in {plan.out}; "
+                    f"run the same command again to go on{remedy}."
                 )
             self.job.progress.advance(-self._advanced.pop(position, 0))
-        self.clean(worker)
+        for position in held:
+            self._partial(worker, position).unlink(missing_ok=True)
         self._waiting.extendleft(reversed(held))
+        # Those that found nothing to do: on a cluster another worker may be long in coming.
+        idle, self._idle = [other for other in self._idle if other is not worker], []
+        for other in idle:
+            self.give(other)
         if held:
             warnings.warn(f"a worker was lost by {how} while it wrote {files}; another one does it again", LoxMergeWarning, stacklevel=2)
-
-    def clean(self, worker: Worker) -> None:
-        """Removes what a worker that is no more left unfinished."""
-        for position in worker.held:
-            self._partial(worker, position).unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """Removes written shards that nobody will finish."""
-        for partial, _ in self._written.values():
-            partial.unlink(missing_ok=True)
 
     def _partial(self, worker: Worker, position: int) -> Path:
         return self.job.journal.partial(self.job.plan.shards[position].file, worker.task.mark)

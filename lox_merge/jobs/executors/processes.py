@@ -40,7 +40,6 @@ class Processes:
             size = crew_of_each(job.plan, job.device, count, len(devices))
             for number in range(count):
                 workers.append(_Worker(WorkerTask(job.plan, in_turn(devices, number), size, str(Path.cwd()))))
-                collected.give(workers[-1])
             while not collected.complete:
                 by_connection = {worker.connection: worker for worker in workers}
                 for connection in wait(list(by_connection)):
@@ -51,15 +50,13 @@ class Processes:
                         continue
                     how = worker.end_of_itself()
                     collected.lost(worker, how, " with fewer workers (out of memory?)" if "KILL" in how else "")
-                    workers[workers.index(worker)] = fresh = _Worker(worker.task)
-                    collected.give(fresh)
+                    workers[workers.index(worker)] = _Worker(worker.task)
             for worker in workers:
                 worker.dismiss()
         finally:
             for worker in workers:
                 worker.end()
-                collected.clean(worker)
-            collected.discard()
+            job.journal.sweep()
         return collected.records
 
 

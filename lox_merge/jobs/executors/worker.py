@@ -33,7 +33,8 @@ def serve(task: WorkerTask, orders: SimpleQueue[Order], send: Tell) -> None:
     warnings.showwarning = warn
     writer = None
     try:
-        os.chdir(task.folder)
+        if task.folder is not None:
+            os.chdir(task.folder)
         writer = ShardWriter(task, tell)
         tell("started")
         while (order := orders.get()) is not None:

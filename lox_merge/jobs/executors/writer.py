@@ -21,7 +21,7 @@ from lox_merge.jobs.work import Crew, CrewSize
 
 # What a worker tells: its kind and its values.
 #   bytes (position, count): so much of a shard is written      hashed (file, sha256)
-#   free (): it can take another shard                          written (position, record): whole and synced, under its temporary name
+#   started (), free (): it can take a shard                    written (position, record): whole and synced, under its temporary name
 #   failed (exception)                                          warning (text)
 Tell = Callable[..., None]
 
@@ -30,13 +30,13 @@ Tell = Callable[..., None]
 class WorkerTask:
     """What a worker has to know. Plain data: it opens the checkpoints itself, and no tensor travels.
 
-    folder: the working directory. mark: of the temporary files of this worker and of no other.
+    folder: the working directory; None where no path depends on it. mark: of the temporary files of this worker and of no other.
     """
 
     plan: Plan
     device: torch.device
     size: CrewSize
-    folder: str
+    folder: str | None
     mark: str = ""
 
 
