@@ -152,7 +152,7 @@ def stopped(pair: Pair, folder: Path, sent: signal.Signals) -> tuple[Path, subpr
         out = folder / f"out{attempt}"
         command = [*CLI, "harden", *map(str, pair), str(out), "--workers", "2"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while process.poll() is None and not list((out / ".lox_merge").glob("*.partial")):
+        while process.poll() is None and not list((out / ".lox_merge").glob("*.safetensors.*.partial")):
             time.sleep(0.001)
         workers = workers_of(psutil.Process(process.pid)) if process.poll() is None else []
         if sent == signal.SIGINT and process.poll() is None:

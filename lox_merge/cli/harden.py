@@ -110,6 +110,11 @@ def harden_command(
     lox-merge harden meta-llama/Llama-2-7b-hf me/llama-2-7b-aligned out
     lox-merge harden base aligned out --rank noise-floor --alpha 1.0 --exclude lm_head
     """
+    from lox_merge.jobs.executors.server import warm_up
+
+    if not dry_run:
+        warm_up(workers, executor)  # beside this process's own imports
+
     from lox_merge.cli.adapter import harden_as_adapter, plan_as_adapter
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json

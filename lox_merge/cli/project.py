@@ -115,6 +115,11 @@ def project_command(
     lox-merge project base aligned finetuned out --fraction 0.25
     lox-merge project base aligned finetuned out --rank 64 --threshold 0.35
     """
+    from lox_merge.jobs.executors.server import warm_up
+
+    if not dry_run:
+        warm_up(workers, executor)  # beside this process's own imports
+
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_filter import print_filter_plan, print_filter_result

@@ -6,17 +6,16 @@ import contextlib
 import multiprocessing
 import secrets
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from lox_merge.errors import LoxMergeError
 from lox_merge.jobs.executors.collect import Collected
 from lox_merge.jobs.executors.protocol import ShardJob
+from lox_merge.jobs.executors.server import process_context
 from lox_merge.jobs.executors.sizing import crew_of_each, devices_of, in_turn, longest_first
 from lox_merge.jobs.executors.worker import work
 from lox_merge.jobs.executors.writer import WorkerTask
@@ -68,7 +67,7 @@ class _Worker:
         self.held: list[int] = []
         self._started = False
         self.connection, theirs = multiprocessing.Pipe()
-        self._process = _process(theirs, self.task)
+        self._process = process_context().Process(target=work, args=(theirs, self.task), daemon=True)
         self._process.start()
         theirs.close()  # so that its end is seen here
 
@@ -108,12 +107,3 @@ class _Worker:
                 "`if __name__ == '__main__':`; one worker needs no process."
             )
         return f"exit code {code}"
-
-
-def _process(connection: Connection, task: WorkerTask) -> BaseProcess:
-    """Forking a process with torch's threads is not safe. Where forking is safe at all, a server that has only imported is forked."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn").Process(target=work, args=(connection, task), daemon=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lox_merge.jobs.executors.worker"])
-    return context.Process(target=work, args=(connection, task), daemon=True)

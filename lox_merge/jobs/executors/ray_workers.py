@@ -42,7 +42,7 @@ class RayWorkers:
     workers: int = 1
 
     def write(self, job: ShardJob, todo: Sequence[int]) -> dict[int, dict[str, Any]]:
-        with connected(self.address, self.asked) as ray:
+        with connected(self.address) as ray, _told_to_stop() as stopped:
             count, options, size = _shares(ray, job.plan, job.device, self.asked, len(todo))
             self.workers = count
             collected = Collected(job, longest_first(job.plan, todo))
@@ -53,6 +53,8 @@ class RayWorkers:
                 for _ in range(count):
                     workers.append(_Worker(ray, task, options))
                 while not collected.complete:
+                    if stopped.is_set():
+                        raise KeyboardInterrupt
                     asked = {worker.news: worker for worker in workers}
                     ready, _ = ray.wait(list(asked), num_returns=1, timeout=_LOOK)
                     for worker in [asked[news] for news in ready]:
@@ -94,7 +96,22 @@ class _Worker:
 
 
 @contextmanager
-def connected(address: str, workers: Workers = "auto") -> Iterator[Any]:
+def _told_to_stop() -> Iterator[threading.Event]:
+    """Set by Ctrl-C and SIGTERM. Ray runs code of its own in finalisers, where an exception that these raise would be lost."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
     """The module ray, connected. A Ray that was connected before stays so. Raises RequestError where there is none to connect to."""
     try:
         ray: Any = importlib.import_module("ray")
