@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=HERE / "out")
     parser.add_argument("--size", choices=SIZES, default="117M")
-    parser.add_argument("--rank", default="16")
+    parser.add_argument("--rank", default="64")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     base, aligned = make_pair(arguments.work / arguments.size, arguments.size)

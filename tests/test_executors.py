@@ -25,8 +25,13 @@ from tiny_models import INDEX, make_pair
 from lox_merge import FilterRecipe, Recipe, harden, project
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, NonFiniteDeltaError, NumericalError, OutputError, PlanError, RequestError
 from lox_merge.jobs.decompose import decompose
+from lox_merge.jobs.engine import source_path
+from lox_merge.jobs.executors.protocol import ShardJob
 from lox_merge.jobs.executors.sizing import check_workers, devices_of, in_turn, longest_first, parse_workers, settle_workers, shard_cost
+from lox_merge.jobs.executors.sources import SourceLedger
 from lox_merge.jobs.harden import plan_hardening
+from lox_merge.jobs.hashing import SourceHasher
+from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.work import CrewSize
 from lox_merge.maths.spectral import truncated_svd
 
@@ -311,6 +316,23 @@ def test_the_longest_shard_is_begun_first(pair: Pair, tmp_path: Path) -> None:
     assert order[0] == 0 and costs == sorted(costs, reverse=True)
     copied = plan_hardening(*pair, tmp_path / "out", recipe=Recipe(include=("embed",)))
     assert shard_cost(copied, copied.shards[3]) < shard_cost(plan, plan.shards[3]), "what is only copied takes less"
+
+
+def test_each_source_file_is_hashed_by_one_worker(pair: Pair, tmp_path: Path) -> None:
+    plan = plan_hardening(*pair, tmp_path / "out")
+    order = longest_first(plan, range(len(plan.shards)))
+    needed = [shard.sources(plan.checkpoints) for shard in plan.shards]
+    hasher = SourceHasher(needed, lambda file: source_path(plan, file), ahead=0)
+    there = hasher.hashes(order[-1])  # of a shard that was finished before
+    ledger = SourceLedger(ShardJob(plan, Journal(plan.out), torch.device("cpu"), hasher, Watch()), order[:-1])
+    given = [file for position in order[:-1] for file in ledger.to_hash(position)]
+    assert len(given) == len(set(given))
+    assert set(given) == {file for files in needed for file in files} - there.keys()
+    assert not ledger.complete(order[0])
+    for file in given:
+        ledger.found(file, "digest")
+    assert ledger.complete(order[0]) and not ledger.to_hash(order[0])
+    hasher.close()
 
 
 def test_workers_take_devices_in_turn() -> None:
