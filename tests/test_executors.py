@@ -19,6 +19,7 @@ import torch
 from adapters import make_adapter
 from conftest import CLI, RunCli
 from finetuned import finetune
+from hub_clients import LoopbackHub, run_client
 from safetensors.torch import load_file, save_file
 from tiny_models import INDEX, make_pair
 
@@ -117,6 +118,21 @@ def test_adapters_factors_and_pickled_weights_reach_the_workers(tmp_path: Path) 
         outs = [harden(base, aligned, tmp_path / f"pickled{workers}", workers=workers).out for workers in (1, 2)]
     assert len(seen) == 2, "the workers open the file too, and say nothing of it"
     assert hashes(outs[0]) == hashes(outs[1])
+
+
+def test_models_of_the_hub_are_downloaded_once(tmp_path: Path) -> None:
+    with LoopbackHub(tmp_path / "hub") as hub:
+        for role, folder in zip(("base", "aligned"), make_pair(tmp_path, "llama", aligned_shards=2), strict=True):
+            hub.put(f"org/{role}", folder)
+        environment = hub.environment(tmp_path / "home")
+        fetched = []
+        for workers in (2, 1):
+            start = len(hub.requests)
+            call = f"harden('org/base', 'org/aligned', {str(tmp_path / str(workers))!r}, workers={workers})"
+            assert run_client(environment, f"from lox_merge import harden; result = {call}.workers") == workers
+            fetched.append([request for request in hub.requests[start:] if request.origin == "storage" and request.range is None])
+    assert len(fetched[0]) == 3 and not fetched[1]
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
 
 
 @pytest.mark.parametrize("recipe", [FilterRecipe(fraction=0.2), FilterRecipe(fraction=0.1, layers=3)], ids=["orthogonal", "layers"])

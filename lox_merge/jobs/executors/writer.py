@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import torch
 
+from lox_merge.errors import Interrupted
 from lox_merge.jobs.ahead import Ahead
 from lox_merge.jobs.atomic import sha256_of
 from lox_merge.jobs.engine import make_durable, source_path, write_shard
@@ -78,7 +79,9 @@ class ShardWriter:
     def _hash(self, source: SourceFile) -> None:
         try:
             self._tell("hashed", source, sha256_of(source_path(self._plan, source), self._stop))
-        except OSError as error:
+        except Interrupted:
+            pass  # the worker ends
+        except Exception as error:
             self._tell("failed", error)
 
     def close(self) -> None:
