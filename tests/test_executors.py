@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
@@ -27,9 +29,12 @@ from lox_merge import FilterRecipe, Recipe, harden, project
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, NonFiniteDeltaError, NumericalError, OutputError, PlanError, RequestError
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.engine import source_path
+from lox_merge.jobs.executors.collect import Collected
 from lox_merge.jobs.executors.protocol import ShardJob
 from lox_merge.jobs.executors.sizing import check_workers, devices_of, in_turn, longest_first, parse_workers, settle_workers, shard_cost
 from lox_merge.jobs.executors.sources import SourceLedger
+from lox_merge.jobs.executors.worker import serve
+from lox_merge.jobs.executors.writer import WorkerTask
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.jobs.journal import Journal
@@ -81,6 +86,15 @@ class Watch:
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
     """Worker processes: forked by the server that this process started."""
     return [worker for server in process.children() for worker in server.children() if "forkserver" in " ".join(server.cmdline())]
+
+
+class Held:
+    """A worker that is not there."""
+
+    task, held = None, ()
+
+    def send(self, order: object) -> None:
+        raise AssertionError
 
 
 @pytest.mark.parametrize("workers", [2, 3, 20])
@@ -244,14 +258,23 @@ def test_nan_in_a_worker_is_the_serial_message(tmp_path: Path) -> None:
     assert messages[0] == messages[1]
 
 
-def test_warnings_of_a_worker_arrive(tmp_path: Path) -> None:
-    pair = make_pair(tmp_path, "llama", aligned_shards=2, hidden=256, change=1e-4)
-    texts = []
-    for workers in (1, 2):
-        with pytest.warns(LoxMergeWarning) as seen:
-            harden(*pair, tmp_path / f"out{workers}", recipe=Recipe(tolerance=1e-9), workers=workers)
-        texts.append(sorted({str(warning.message) for warning in seen}))
-    assert texts[0] == texts[1]
+def test_warnings_of_a_worker_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_hardening(*make_pair(tmp_path, "llama", hidden=256), tmp_path / "out")
+    job = ShardJob(plan, Journal(plan.out), torch.device("cpu"), SourceHasher([], lambda file: source_path(plan, file)), Watch())
+    job.journal.folder.mkdir(parents=True)
+    told: list[Any] = []
+    orders: SimpleQueue[Any] = SimpleQueue()
+    for order in ((0, []), None):
+        orders.put(order)
+    monkeypatch.setattr("lox_merge.maths.lanczos.LARGEST_PASSES", 3)
+    with warnings.catch_warnings():
+        serve(WorkerTask(plan, job.device, CrewSize(1, 1), None), orders, lambda *event: told.append(event))
+    texts = [event[1] for event in told if event[0] == "warning"]
+    assert texts and all("did not converge" in text for text in texts)
+    assert [event[:2] for event in told if event[0] == "written"] == [("written", 0)]
+    collected = Collected(job, [0])
+    with pytest.warns(LoxMergeWarning, match="did not converge"):
+        collected.take(Held(), "warning", texts[0])
 
 
 @pytest.mark.parametrize(
