@@ -45,6 +45,9 @@ class PlanError(RequestError):
             message = f"{count} problems, nothing was written:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
         super().__init__(message)
 
+    def __reduce__(self) -> tuple[type[PlanError], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)  # an exception is made again from what it was made from, not from its message
+
 
 class NumericalError(LoxMergeError):
     """A computation met values it cannot work with, or did not converge."""
@@ -62,6 +65,9 @@ class NonFiniteDeltaError(NumericalError):
             "One of the checkpoints is damaged or overflowed. Nothing was kept of this run. "
             "Repair the checkpoint, or pass --skip-non-finite to copy these tensors from the aligned model unchanged."
         )
+
+    def __reduce__(self) -> tuple[type[NonFiniteDeltaError], tuple[dict[str, int]]]:
+        return type(self), (self.counts,)
 
 
 class WriteError(LoxMergeError):

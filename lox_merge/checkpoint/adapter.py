@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,9 @@ class AdaptedCheckpoint(Checkpoint):
     changes: Mapping[str, Change] = field(kw_only=True)
     notes: list[str] = field(kw_only=True, default_factory=list)
     _last: tuple[str, Tensor] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_last": None}
 
     @cached_property
     def weight_headers(self) -> Mapping[str, Header]:

@@ -37,6 +37,10 @@ class Checkpoint:
     pickled: bool = False
     _open: dict[str, WeightFile] = field(default_factory=dict, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: it opens the files itself; tensors do not travel."""
+        return self.__dict__ | {"_open": {}}
+
     @property
     def title(self) -> str:
         return self.source.title

@@ -124,6 +124,10 @@ class HubFiles:
     _folder: Path | None = field(default=None, repr=False)
     _fetched: set[str] = field(default_factory=set, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, maybe on another machine with a cache of its own."""
+        return self.__dict__ | {"_folder": None, "_fetched": set()}
+
     @property
     def title(self) -> str:
         return f"{self.snapshot.repo_id}@{self.snapshot.revision}" if self.snapshot.revision else self.snapshot.repo_id

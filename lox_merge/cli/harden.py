@@ -12,6 +12,7 @@ from lox_merge.cli.options import (
     cache_option,
     device_option,
     dtype_option,
+    executor_option,
     fused_option,
     json_option,
     number,
@@ -19,6 +20,7 @@ from lox_merge.cli.options import (
     pattern_pairs,
     seed_option,
     tolerance_option,
+    workers_option,
 )
 from lox_merge.cli.push import PushWhenDone, push_when_done
 from lox_merge.errors import RequestError
@@ -54,6 +56,8 @@ from lox_merge.errors import RequestError
 @order_option
 @base_option
 @device_option
+@workers_option
+@executor_option
 @seed_option
 @cache_option
 @click.option("--low-disk", is_flag=True, help="Have weight files of the Hub on disk only while they are read: for models larger than the disk.")
@@ -84,6 +88,8 @@ def harden_command(
     order_is_right: bool,
     base_is_right: bool,
     device: str,
+    workers: str,
+    executor: str,
     seed: int,
     cache_dir: Path | None,
     low_disk: bool,
@@ -104,12 +110,19 @@ def harden_command(
     lox-merge harden meta-llama/Llama-2-7b-hf me/llama-2-7b-aligned out
     lox-merge harden base aligned out --rank noise-floor --alpha 1.0 --exclude lm_head
     """
+    from lox_merge.jobs.executors.server import warm_up
+
+    if not dry_run:
+        warm_up(workers, executor)  # beside this process's own imports
+
     from lox_merge.cli.adapter import harden_as_adapter, plan_as_adapter
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
     from lox_merge.jobs.estimate import estimate
+    from lox_merge.jobs.executors.choose import check_executor, workers_of_dry_run
+    from lox_merge.jobs.executors.sizing import check_workers, parse_workers
     from lox_merge.jobs.factors import open_factors
-    from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening
+    from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening, resolve_device
     from lox_merge.jobs.plan import check_disk, check_output
     from lox_merge.jobs.recipe import Recipe
 
@@ -135,6 +148,9 @@ def harden_command(
     )
     if low_disk and (searched or as_adapter):
         raise RequestError(f"--low-disk does not go with {'--rank search, which loads whole models' if searched else '--as-adapter'}. Leave one out.")
+    count = parse_workers(workers)
+    check_executor(executor, low_disk=low_disk, as_adapter=as_adapter)
+    check_workers(count, low_disk=low_disk, as_adapter=as_adapter)
     if push_to is None and (public or license is not None):
         raise RequestError("--public and --license are about publishing: they go with --push REPO.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
@@ -158,7 +174,7 @@ def harden_command(
             check_disk(plan)
             if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
                 check_some_delta(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan)
+            report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, resolve_device(device)))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":
@@ -168,7 +184,7 @@ def harden_command(
             report = harden_as_adapter(plan, device=device, overwrite=overwrite, show=json_file != "-")
         else:
             with byte_progress(plan.bytes_written, "hardening") as progress:
-                result = execute(plan, device=device, overwrite=overwrite, progress=progress)
+                result = execute(plan, device=device, workers=count, executor=executor, overwrite=overwrite, progress=progress)
             report = result.to_json()
             if json_file != "-":
                 print_result(result)

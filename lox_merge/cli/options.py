@@ -19,6 +19,20 @@ json_option: Decorator = click.option(
 device_option: Decorator = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the SVD runs; auto takes a GPU when there is one."
 )
+workers_option: Decorator = click.option(
+    "--workers",
+    default="1",
+    show_default=True,
+    metavar="N|auto",
+    help="Processes that write shards at a time, if memory holds them. The bytes are the same.",
+)
+executor_option: Decorator = click.option(
+    "--executor",
+    default="processes",
+    show_default=True,
+    metavar="processes|ray|ray://HOST:PORT",
+    help="Where workers are: processes of this machine, or a Ray cluster with shared storage.",
+)
 seed_option: Decorator = click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random number.")
 cache_option: Decorator = click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder (default: the Hub's own).")
 dtype_option: Decorator = click.option(

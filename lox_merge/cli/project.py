@@ -12,12 +12,14 @@ from lox_merge.cli.options import (
     cache_option,
     device_option,
     dtype_option,
+    executor_option,
     fused_option,
     json_option,
     number,
     order_option,
     seed_option,
     tolerance_option,
+    workers_option,
 )
 
 
@@ -60,6 +62,8 @@ from lox_merge.cli.options import (
 @order_option
 @base_option
 @device_option
+@workers_option
+@executor_option
 @seed_option
 @cache_option
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
@@ -92,6 +96,8 @@ def project_command(
     order_is_right: bool,
     base_is_right: bool,
     device: str,
+    workers: str,
+    executor: str,
     seed: int,
     cache_dir: Path | None,
     overwrite: bool,
@@ -109,10 +115,18 @@ def project_command(
     lox-merge project base aligned finetuned out --fraction 0.25
     lox-merge project base aligned finetuned out --rank 64 --threshold 0.35
     """
+    from lox_merge.jobs.executors.server import warm_up
+
+    if not dry_run:
+        warm_up(workers, executor)  # beside this process's own imports
+
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_filter import print_filter_plan, print_filter_result
     from lox_merge.jobs.estimate import estimate
+    from lox_merge.jobs.execute import resolve_device
+    from lox_merge.jobs.executors.choose import check_executor, workers_of_dry_run
+    from lox_merge.jobs.executors.sizing import parse_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.filter_checks import check_direction
     from lox_merge.jobs.filter_recipe import FilterRecipe
@@ -140,6 +154,8 @@ def project_command(
         fused=fused,
         skip_non_finite=skip_non_finite,
     )
+    count = parse_workers(workers)
+    check_executor(executor)
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
         plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, **sources)
@@ -148,14 +164,14 @@ def project_command(
             check_disk(plan)
             if all(checkpoint.source.identity()["kind"] == "folder" for checkpoint in plan.checkpoints.values()):
                 check_direction(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan, "project")
+            report = estimate(plan, "project", workers_of_dry_run(executor, count, plan, resolve_device(device)))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":
                 print_filter_plan(plan, report)
             return
         with byte_progress(plan.bytes_written, "filtering") as progress:
-            result = execute_projection(plan, device=device, overwrite=overwrite, progress=progress)
+            result = execute_projection(plan, device=device, workers=count, executor=executor, overwrite=overwrite, progress=progress)
     if json_file:
         write_json(json_file, result.to_json())
     if json_file != "-":

@@ -94,6 +94,8 @@ def print_plan_rows(plan: Plan, report: dict[str, Any], settings: str) -> None:
     ]
     if plan.passing:
         rows.insert(-2, ("downloads", f"at most {size(plan.passing.most_bytes)} on disk at once, beside the output"))
+    if report["workers"] > 1:
+        rows.insert(-2, ("workers", f"{report['workers']}, a shard at a time each"))
     for text in plan.warnings:
         click.echo(f"warning: {text}", err=True)
     print_pairs("Plan (nothing was written)", rows)

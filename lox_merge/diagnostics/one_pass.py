@@ -18,7 +18,7 @@ from lox_merge.errors import LoxMergeWarning, NumericalError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, form_delta, working_memory
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, CrewSize, form_delta, working_memory
 from lox_merge.maths.geometry import Products, inner_products
 from lox_merge.maths.precision import frobenius_norm
 from lox_merge.maths.rank import RankRule
@@ -77,7 +77,7 @@ def measure_all(sources: Sources, settings: InspectSettings, device: torch.devic
     """Reads and measures everything. Raises NumericalError that names every tensor with NaN or Inf, unless those are to be skipped."""
     matrices, vectors = list[Matrix](), list[Vector]()
     bad: dict[str, tuple[int, ...]] = {}
-    crew = Crew(device, _typical_bytes(sources, settings))
+    crew = Crew(device, CrewSize.of(device, _typical_bytes(sources, settings)))
     try:
         with crew.threads():
             for tensor, found in _in_order(sources, settings, crew, factors):

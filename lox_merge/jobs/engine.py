@@ -1,4 +1,4 @@
-"""The streaming engine: reads what a shard needs, edits, writes; one shard after another, matrices ahead of the writer."""
+"""The streaming engine: reads what a shard needs, edits, writes it to a temporary file, puts it in its place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -17,66 +16,16 @@ from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError
 from lox_merge.jobs.ahead import Ahead
 from lox_merge.jobs.atomic import write_error
-from lox_merge.jobs.hashing import SourceFile, SourceHasher
+from lox_merge.jobs.hashing import SourceFile
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.jobs.work import Crew
 
 
 class Progress(Protocol):
     """Told how many bytes of the output are done."""
 
     def advance(self, count: int) -> None: ...
-
-
-def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
-    """Writes every shard that is not finished yet. Returns one record per shard, in order.
-
-    Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished shards stay.
-    """
-    needed = [shard.sources(plan.checkpoints) for shard in plan.shards]
-    passing = plan.passing
-    hasher = SourceHasher(needed, lambda file: source_path(plan, file), ahead=1 if passing is None else 0)
-    records: list[dict[str, Any] | None] = []
-    try:
-        for position, shard in enumerate(plan.shards):
-            record = journal.finished(shard.file)
-            if record is not None:
-                known = passing.known(record) if passing else None
-                journal.check_sources(record, by_role(hasher.hashes(position, known), plan.checkpoints))
-                progress.advance(shard.header.file_size)
-            records.append(record)
-        todo = [position for position, record in enumerate(records) if record is None]
-        crew = Crew(device, typical_cost(plan))
-        finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
-        try:
-            with crew.threads():
-                written: list[tuple[int, Future[dict[str, Any]]]] = []
-                ahead = Ahead(plan, todo, crew)
-                if passing:
-                    passing.start(todo)
-                for position in todo:
-                    if passing:
-                        passing.bring(position)
-                    ahead.reach(position)
-                    hasher.start_shard(position)
-                    file, record = _write_shard(plan, position, journal, ahead, progress)
-                    if written:
-                        written[-1][1].result()  # at most one finished shard waits for the disk
-                    written.append((position, finisher.submit(_finish_shard, file, plan, position, record, journal, hasher)))
-                    if passing:
-                        written[-1][1].result()  # its sources make room for the next shard's
-                        passing.finish(position)
-                for position, future in written:
-                    records[position] = future.result()
-        finally:
-            crew.close()
-            finisher.shutdown(wait=True)
-    finally:
-        hasher.close()
-        plan.close()
-    return [record for record in records if record is not None]
 
 
 def source_path(plan: Plan, file: SourceFile) -> Path:
@@ -104,10 +53,9 @@ def typical_cost(plan: Plan) -> int:
     return 1
 
 
-def _write_shard(plan: Plan, position: int, journal: Journal, ahead: Ahead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
-    """Writes one shard to its temporary file. Returns it open (not yet synced) and its record without hashes of sources."""
+def write_shard(plan: Plan, position: int, path: Path, ahead: Ahead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
+    """Writes one shard to its temporary file `path`. Returns it open (not yet synced) and its record without hashes of sources."""
     shard = plan.shards[position]
-    path = journal.partial(shard.file)
     digest = hashlib.sha256()
     tensors: list[dict[str, Any]] = []
     try:
@@ -188,16 +136,25 @@ def _non_finite(plan: Plan, tensor: TensorPlan) -> int:
     return bad
 
 
-def _finish_shard(file: IO[bytes], plan: Plan, position: int, record: dict[str, Any], journal: Journal, hasher: SourceHasher) -> dict[str, Any]:
-    """Makes a written shard durable under its name, then records it."""
-    shard = plan.shards[position]
-    path = journal.out / shard.file
+def make_durable(file: IO[bytes], path: Path) -> None:
+    """Closes a written shard, at `path` while it is unfinished, once it survives a power cut. Raises WriteError."""
     try:
         with file:
             os.fsync(file.fileno())
-        record["sources"] = by_role(hasher.hashes(position), plan.checkpoints)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def finish_shard(
+    plan: Plan, position: int, partial: Path, record: dict[str, Any], journal: Journal, sources: dict[SourceFile, str]
+) -> dict[str, Any]:
+    """Gives a durable shard its name, then records it. sources: sha256 of every file that it was made from. Raises WriteError."""
+    shard = plan.shards[position]
+    path = journal.out / shard.file
+    record["sources"] = by_role(sources, plan.checkpoints)
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        journal.partial(shard.file).replace(path)
+        partial.replace(path)
     except OSError as error:
         raise write_error(path, error) from error
     journal.record(shard.file, record)

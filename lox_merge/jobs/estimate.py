@@ -11,10 +11,12 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores
 
 # Interpreter, torch and its thread pools, measured (benchmarks/harden.py).
-_PROCESS_BYTES = 350 * 2**20
+PROCESS_BYTES = 350 * 2**20
 _TRIAL_SIDE = 1024
 # Deltas of real checkpoints decay more slowly than the trial's; the estimate errs on the long side.
 _TRIAL_FACTOR = 1.5
+# Until worker processes have imported torch.
+_START_SECONDS = 3.0
 # Reading from cache, hashing and writing of one byte on the machines of benchmarks/harden.py.
 _SECONDS_PER_BYTE = 1 / 1.2e9
 
@@ -36,14 +38,23 @@ def _seconds_per_entry(plan: Plan) -> float:
         torch.set_num_threads(before)
 
 
-def estimate(plan: Plan, command: str = "harden") -> dict[str, Any]:
-    """Plain values: counts, bytes, peak_memory (bytes, anonymous), seconds on this CPU."""
+def peak_memory(plan: Plan) -> int:
+    """Upper estimate of the bytes that one process takes beside mapped files."""
+    costs = [(plan.edit.working_memory(view.shape, tensor), tensor, view) for tensor in plan.edited for view in tensor.views]
+    total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
+    largest = max((cost + 4 * tensor.info.size for cost, tensor, _ in costs), default=0)
+    return PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest)
+
+
+def estimate(plan: Plan, command: str = "harden", workers: int = 1) -> dict[str, Any]:
+    """Plain values: counts, bytes, peak_memory (bytes, anonymous, of all workers), seconds on this CPU.
+
+    Workers divide the cores that one process would use, so that they shorten what is not arithmetic, and start up first.
+    """
     matrices = [(tensor, view) for tensor in plan.edited for view in tensor.views]
     entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
-    costs = [(plan.edit.working_memory(view.shape, tensor), tensor, view) for tensor, view in matrices]
-    total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
-    largest = max(cost + 4 * tensor.info.size for cost, tensor, _ in costs)
-    seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / available_cores() + _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written)
+    moving = _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written) / workers
+    seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / available_cores() + moving + (_START_SECONDS if workers > 1 else 0)
     return {
         "command": f"{command} --dry-run",
         "edited_tensors": len(plan.edited),
@@ -52,7 +63,8 @@ def estimate(plan: Plan, command: str = "harden") -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         **({"most_bytes_downloaded_at_once": plan.passing.most_bytes} if plan.passing else {}),
-        "peak_memory": _PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest),
+        "workers": workers,
+        "peak_memory": peak_memory(plan) if workers == 1 else PROCESS_BYTES + workers * peak_memory(plan),
         "seconds": seconds,
         "recipe": plan.recipe.to_json(),
         "warnings": plan.warnings,

@@ -15,7 +15,10 @@ import torch
 from lox_merge.checkpoint.checkpoint import SINGLE_INDEX
 from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
-from lox_merge.jobs.engine import Progress, run
+from lox_merge.jobs.engine import Progress
+from lox_merge.jobs.executors.choose import PROCESSES, check_executor, choose_executor
+from lox_merge.jobs.executors.run import run
+from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.low_disk import Passing
 from lox_merge.jobs.manifest import build_manifest, job_description
@@ -27,7 +30,7 @@ WANTED_GAIN = 0.95
 
 @dataclass(frozen=True)
 class JobResult:
-    """A finished job. seconds: wall time of this call. resumed_shards: taken over from an earlier call."""
+    """A finished job. seconds: wall time of this call. resumed_shards: taken over from an earlier call. workers: that wrote shards."""
 
     out: Path
     manifest: dict[str, Any]
@@ -35,6 +38,7 @@ class JobResult:
     resumed_shards: int
     bytes_read: int
     bytes_written: int
+    workers: int = 1
 
     def report(self, command: str) -> dict[str, Any]:
         """For --json: the manifest's summary, recipe and sources, and this call's times."""
@@ -43,6 +47,7 @@ class JobResult:
             "output": self.out.name,
             "seconds": self.seconds,
             "resumed_shards": self.resumed_shards,
+            "workers": self.workers,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "summary": self.manifest["summary"],
@@ -83,14 +88,19 @@ def carry_out(
     progress: Progress | None,
     check: Callable[[Plan, Journal], None],
     begin: Callable[[Plan, Journal], None] = lambda plan, journal: None,
+    workers: Workers = 1,
+    executor: str = PROCESSES,
     stacklevel: int = 4,
 ) -> JobResult:
     """Writes what `plan` says. stacklevel: whose call the warnings are about, seen from here.
 
+    workers: how many write shards at a time, 1 is this process alone; executor: as what. The bytes are the same.
     check: looks at the weights before anything is written, and raises RequestError where they are not what the edit is for.
     begin: what the edit has to know of all weights before the first shard; runs once the output is locked.
     """
     started = time.perf_counter()
+    check_workers(workers, low_disk=plan.passing is not None)
+    check_executor(executor, low_disk=plan.passing is not None)
     target = resolve_device(device)
     job = job_description(plan, target)
     journal = Journal(plan.out)
@@ -108,6 +118,7 @@ def carry_out(
         check(plan, journal)
     for text in plan.warnings:
         warnings.warn(text, LoxMergeWarning, stacklevel=stacklevel)
+    chosen = choose_executor(executor, workers, plan, target, stacklevel=stacklevel)
     try:
         with journal.locked():
             if plan.passing is not None and (overwrite or not journal.begun):
@@ -118,7 +129,7 @@ def carry_out(
             begin(plan, journal)
             resumed = sum((plan.out / shard.file).is_file() for shard in plan.shards)
             check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
-            records = run(plan, journal, target, progress or Silent())
+            records = run(plan, journal, target, progress or Silent(), chosen)
             manifest = build_manifest(plan, job, records, _write_side_files(plan, journal))
             write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
             sync_folder(plan.out)
@@ -130,7 +141,7 @@ def carry_out(
         raise Interrupted(
             f"interrupted. Finished shards are kept in {plan.out}; run the same command again to go on, or pass --overwrite to start anew."
         ) from None
-    return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written)
+    return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written, chosen.workers)
 
 
 def _check_passing(plan: Plan, passing: Passing, journal: Journal, check: Callable[[Plan, Journal], None]) -> None:

@@ -7,7 +7,7 @@ needed to trust them (certificates, norms, fingerprints of both sources) is JSON
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,9 @@ class Factors:
         self.path, self.document, self._file = path, document, file
         self.rank = int(document["job"]["recipe"]["rank"])
         self.matrices = {(entry["name"], entry["part"]): MatrixRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in document["matrices"]}
+
+    def __reduce__(self) -> tuple[Callable[[Path], Factors], tuple[Path]]:
+        return Factors.open, (self.path.absolute(),)  # another process maps the file itself
 
     @classmethod
     def open(cls, path: str | Path) -> Factors:

@@ -17,7 +17,7 @@ from lox_merge.jobs.filter_edit import FilterEdit
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.jobs.work import Crew, available_cores, form_delta
+from lox_merge.jobs.work import Crew, CrewSize, available_cores, form_delta
 from lox_merge.maths.geometry import REVERTING_COSINE
 
 # float32 pieces that stay in a core's cache.
@@ -81,7 +81,7 @@ def find_least_similar(plan: Plan, edit: FilterEdit, device: torch.device) -> fr
     """Names (tensor and part) of the `recipe.layers` matrices with the smallest cos(P(Δ_ft), Δ_ft). Takes a decomposition of every
     matrix, as the run itself does. Ties go to the tensor that comes first."""
     assert edit.recipe.layers is not None
-    crew = Crew(device, typical_cost(plan))
+    crew = Crew(device, CrewSize.of(device, typical_cost(plan)))
 
     def cosine(tensor: TensorPlan, view: MatrixView, stored: list[Tensor]) -> float | None:
         base, aligned, finetuned = (matrix.to(crew.device) for matrix in stored)

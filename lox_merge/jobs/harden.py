@@ -15,6 +15,8 @@ from lox_merge.checkpoint.files import find_source
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import WANTED_GAIN, JobResult, Silent, carry_out, resolve_device, warn_about_gain
+from lox_merge.jobs.executors.choose import PROCESSES, check_executor
+from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import Plan, make_plan
@@ -128,6 +130,8 @@ def harden(
     recipe: Recipe | None = None,
     factors: str | Path | None = None,
     device: str = "auto",
+    workers: Workers = 1,
+    executor: str = PROCESSES,
     overwrite: bool = False,
     order_is_right: bool = False,
     base_is_right: bool = False,
@@ -142,18 +146,30 @@ def harden(
     side files. factors: file of `decompose` for this pair; no SVD is spent then. Called again after an interruption it goes on
     with the shards that are finished; finished output of the same job is checked and returned. low_disk: weight files on the Hub are
     downloaded shard by shard into `out` and dropped after use, except for those that the cache holds; RequestError where no source is
-    on the Hub. Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
+    on the Hub. workers: so many write shards at a time, as far as memory holds them ('auto': as the machine allows), and executor says
+    where: 'processes' of this machine, 'ray' or 'ray://host:port' for a cluster with shared storage. The bytes are the same.
+    Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
     """
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
+    check_workers(workers, low_disk=low_disk)
+    check_executor(executor, low_disk=low_disk)
     with open_factors(factors) as held:
         plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, **sources)
-        return execute(plan, device=device, overwrite=overwrite, progress=progress)
+        return execute(plan, device=device, workers=workers, executor=executor, overwrite=overwrite, progress=progress)
 
 
-def execute(plan: Plan, *, device: str = "auto", overwrite: bool = False, progress: Progress | None = None) -> HardenResult:
+def execute(
+    plan: Plan,
+    *,
+    device: str = "auto",
+    workers: Workers = 1,
+    executor: str = PROCESSES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> HardenResult:
     """Carries out a plan; see `harden`."""
-    done = carry_out(plan, device=device, overwrite=overwrite, progress=progress, check=lambda plan, _: check_some_delta(plan))
-    result = HardenResult(**vars(done))
+    settings: dict[str, Any] = {"device": device, "workers": workers, "executor": executor, "overwrite": overwrite, "progress": progress}
+    result = HardenResult(**vars(carry_out(plan, check=lambda plan, _: check_some_delta(plan), **settings)))
     if result.bytes_written:
         summary = result.summary
         remedy = ", or --as-adapter, which ships the update beside the aligned weights"

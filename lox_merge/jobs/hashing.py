@@ -11,6 +11,25 @@ from lox_merge.errors import SourceChangedError
 from lox_merge.jobs.atomic import sha256_of
 
 SourceFile = tuple[str, str]  # (role, file name)
+Stamp = tuple[int, int]  # size and time of the last change, nanoseconds
+
+
+def stamp(file: SourceFile, path: Path) -> Stamp:
+    """What shows that a source was written to. Raises SourceChangedError where it is gone."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SourceChangedError(f"{file[0]}: {file[1]} is no longer there ({error.strerror}). Restore it and run the same command again.") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def check_stamp(file: SourceFile, path: Path, before: Stamp) -> None:
+    """Raises SourceChangedError when a file changed since it had the stamp `before`."""
+    if stamp(file, path) != before:
+        raise SourceChangedError(
+            f"{file[0]}: {file[1]} changed while it was being read. Nothing of this shard was kept; "
+            "leave the sources alone and start again with --overwrite."
+        )
 
 
 class SourceHasher:
@@ -24,7 +43,7 @@ class SourceHasher:
         self._path_of = path_of
         self._needed = needed
         self._futures: dict[SourceFile, Future[str]] = {}
-        self._stamps: dict[SourceFile, tuple[int, int]] = {}
+        self._stamps: dict[SourceFile, Stamp] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -37,7 +56,7 @@ class SourceHasher:
         with self._lock:
             for file in files:
                 if file not in self._futures:
-                    self._stamps[file] = self._stamp(file)
+                    self._stamps[file] = stamp(file, self._path_of(file))
                     self._futures[file] = self._pool.submit(sha256_of, self._path_of(file), self._stop)
 
     def hashes(self, position: int, known: Mapping[SourceFile, str] | None = None) -> dict[SourceFile, str]:
@@ -52,21 +71,14 @@ class SourceHasher:
         self._queue(unknown)
         for file in unknown:
             found[file] = self._futures[file].result()
-            if self._stamp(file) != self._stamps[file]:
-                raise SourceChangedError(
-                    f"{file[0]}: {file[1]} changed while it was being read. Nothing of this shard was kept; "
-                    "leave the sources alone and start again with --overwrite."
-                )
+            check_stamp(file, self._path_of(file), self._stamps[file])
         return found
 
-    def _stamp(self, file: SourceFile) -> tuple[int, int]:
-        try:
-            status = self._path_of(file).stat()
-        except OSError as error:
-            raise SourceChangedError(
-                f"{file[0]}: {file[1]} is no longer there ({error.strerror}). Restore it and run the same command again."
-            ) from error
-        return status.st_size, status.st_mtime_ns
+    def known(self) -> dict[SourceFile, tuple[str, Stamp]]:
+        """Hash and stamp of every file that was read to its end."""
+        with self._lock:
+            done = {file: future for file, future in self._futures.items() if future.done() and not future.cancelled() and not future.exception()}
+            return {file: (future.result(), self._stamps[file]) for file, future in done.items()}
 
     def close(self) -> None:
         self._stop.set()

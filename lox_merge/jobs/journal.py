@@ -73,6 +73,10 @@ class Journal:
         """Whether a job was begun here and not finished."""
         return self.read(_JOB) is not None
 
+    def job(self) -> dict[str, Any] | None:
+        """The job that was begun here and not finished."""
+        return self.read(_JOB)
+
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON object of the working state; None where there is none."""
         return self._read(self.folder / name)
@@ -117,8 +121,14 @@ class Journal:
         if not any(self.out.iterdir()):
             self.out.rmdir()
 
-    def partial(self, file: str) -> Path:
-        return self.folder / (file.replace("/", "__") + ".partial")
+    def partial(self, file: str, writer: str = "") -> Path:
+        """Where a file is written first. writer: its mark, where several write: one that was given up may still be at it."""
+        return self.folder / (file.replace("/", "__") + writer + ".partial")
+
+    def sweep(self) -> None:
+        """Removes what writers left unfinished that are no more."""
+        for path in self.folder.glob("*.partial"):
+            path.unlink(missing_ok=True)
 
     def _record(self, file: str) -> Path:
         return self.folder / (file.replace("/", "__") + ".json")

@@ -18,13 +18,18 @@ def job_description(plan: Plan, device: torch.device) -> dict[str, Any]:
     """Everything that decides the output's bytes, known before any tensor is read. Holds no path of the machine."""
     triplets = plan.triplets.record()
     return {
-        "tool": {"name": "lox-merge", "version": __version__, "torch": torch.__version__},
+        "tool": tool(),
         "method": plan.edit.method,
         "device": device.type,
         "recipe": plan.recipe.to_json(),
         **({} if triplets is None else {"factors": triplets}),
         **{role: checkpoint.source.identity() | {"headers": header_hashes(checkpoint)} for role, checkpoint in plan.checkpoints.items()},
     }
+
+
+def tool() -> dict[str, str]:
+    """The versions that decide the output's bytes."""
+    return {"name": "lox-merge", "version": __version__, "torch": torch.__version__}
 
 
 def header_hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -32,7 +32,7 @@ from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import TripletSource
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, certificate_record, form_delta, working_memory
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, CrewSize, certificate_record, form_delta, working_memory
 from lox_merge.maths.precision import rounding_noise_edge
 from lox_merge.maths.subspace import Subspace
 
@@ -59,7 +59,7 @@ def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: P
     shards = [shard for shard in plan.shards if _edited(shard)]
     hasher = SourceHasher([shard.sources(plan.checkpoints) for shard in shards], lambda file: source_path(plan, file))
     records: list[dict[str, Any]] = []
-    crew = Crew(device, typical_cost(plan))
+    crew = Crew(device, CrewSize.of(device, typical_cost(plan)))
     try:
         with crew.threads():
             for position, shard in enumerate(shards):

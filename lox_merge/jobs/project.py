@@ -12,6 +12,8 @@ from lox_merge.errors import RecipeError
 from lox_merge.jobs.atomic import json_bytes, write_atomically
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import JobResult, carry_out, resolve_device, warn_about_gain
+from lox_merge.jobs.executors.choose import PROCESSES
+from lox_merge.jobs.executors.sizing import Workers
 from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.filter_checks import check_direction, find_least_similar
 from lox_merge.jobs.filter_edit import FilterEdit, check_factors
@@ -72,6 +74,8 @@ def project(
     recipe: FilterRecipe,
     factors: str | Path | None = None,
     device: str = "auto",
+    workers: Workers = 1,
+    executor: str = PROCESSES,
     overwrite: bool = False,
     order_is_right: bool = False,
     base_is_right: bool = False,
@@ -83,16 +87,24 @@ def project(
     "Safety subspaces are not distinct" (Ponkshe et al. 2025), Eqs. 5 and 6, with Safe LoRA and SafeMERGE as settings of the recipe.
     base, aligned, finetuned: folders or Hub ids `org/name[@revision]`; finetuned may be a PEFT LoRA adapter over aligned (the output is
     the whole model, in aligned's layout). The output has finetuned's shard files, names, order, dtypes and side files. factors: file of
-    `decompose` for base and aligned. Resumes and refuses as `harden` does; a `finetuned` that points back along the alignment delta is
-    refused. Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
+    `decompose` for base and aligned. workers, executor: as in `harden`. Resumes and refuses as `harden` does; a `finetuned` that
+    points back along the alignment delta is refused. Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
     """
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     with open_factors(factors) as held:
         plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, **sources)
-        return execute_projection(plan, device=device, overwrite=overwrite, progress=progress)
+        return execute_projection(plan, device=device, workers=workers, executor=executor, overwrite=overwrite, progress=progress)
 
 
-def execute_projection(plan: Plan, *, device: str = "auto", overwrite: bool = False, progress: Progress | None = None) -> ProjectResult:
+def execute_projection(
+    plan: Plan,
+    *,
+    device: str = "auto",
+    workers: Workers = 1,
+    executor: str = PROCESSES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ProjectResult:
     """Carries out a plan; see `project`."""
     target = resolve_device(device)
 
@@ -104,7 +116,7 @@ def execute_projection(plan: Plan, *, device: str = "auto", overwrite: bool = Fa
     def begin(plan: Plan, journal: Journal) -> None:
         settle_layers(plan, journal, target)
 
-    done = carry_out(plan, device=device, overwrite=overwrite, progress=progress, check=prepare, begin=begin)
+    done = carry_out(plan, device=device, workers=workers, executor=executor, overwrite=overwrite, progress=progress, check=prepare, begin=begin)
     result = ProjectResult(**vars(done))
     if result.bytes_written:
         summary = result.summary

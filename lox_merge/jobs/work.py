@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +100,27 @@ def working_memory(shape: tuple[int, int], rank: RankRule) -> int:
     return needed + 4 * 8 * short * short + 8 * long * (k or short)
 
 
+@dataclass(frozen=True)
+class CrewSize:
+    """matrices: how many are edited at a time, one thread each. cores: what each of them takes; it decides the order of sums, and so bytes."""
+
+    matrices: int
+    cores: int
+
+    @classmethod
+    def of(cls, device: torch.device, typical_bytes: int) -> CrewSize:
+        """For one process that has the machine for itself. typical_bytes: working memory of a matrix in the middle of the work."""
+        if device.type != "cpu":
+            return cls(1, torch.get_num_threads())
+        cores = available_cores()
+        matrices = max(1, min(cores, IN_FLIGHT_BYTES // max(1, typical_bytes)))
+        return cls(matrices, max(1, cores // matrices))
+
+    def shared(self, processes: int) -> CrewSize:
+        """For each of several processes on the machine. A matrix takes as many cores as ever: the bytes stay the same."""
+        return CrewSize(max(1, self.matrices // processes), self.cores)
+
+
 class Crew:
     """Threads that edit matrices ahead of the writer, within a memory budget.
 
@@ -106,11 +128,9 @@ class Crew:
     of threads follows from the machine and the sizes alone, so that two runs of one job do the same arithmetic.
     """
 
-    def __init__(self, device: torch.device, typical_bytes: int) -> None:
+    def __init__(self, device: torch.device, size: CrewSize) -> None:
         self.device = device
-        cores = available_cores()
-        self.workers = 1 if device.type != "cpu" else max(1, min(cores, IN_FLIGHT_BYTES // max(1, typical_bytes)))
-        self.threads_each = max(1, cores // self.workers) if device.type == "cpu" else torch.get_num_threads()
+        self.workers, self.threads_each = size.matrices, size.cores
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="edit")
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
