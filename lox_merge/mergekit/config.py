@@ -50,9 +50,9 @@ def read_configuration(path: Path) -> tuple[dict[str, Any], MergeConfiguration]:
     """The YAML as written and as mergekit understands it. Raises RequestError for anything that is no configuration."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RequestError(f"the configuration {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date or number that there is not
         raise RequestError(f"the configuration {path.name} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise RequestError(f"the configuration {path.name} holds no settings; see merge_configs/ for examples.")

@@ -13,7 +13,7 @@ from lox_merge.safety.chat import Rendering
 from lox_merge.safety.decoding import Decoding
 from lox_merge.safety.progress import CountProgress, ProgressFactory, no_progress
 from lox_merge.safety.reply_store import ReplyStore
-from lox_merge.safety.types import Prompt, PromptSet, Reply
+from lox_merge.safety.types import Prompt, PromptSet, Reply, without_halves
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer that is not what the protocol says, with status 200: worth asking again, but not as often as a busy server.
@@ -102,7 +102,7 @@ class EndpointModel:
                     f"the endpoint gave no reply to the prompt {prompt.identity} of model {self._title}: {error} ({type(error).__name__}). "
                     "Check that it serves this model; replies so far are kept where a store was named."
                 ) from error
-            except (ValueError, TypeError, LookupError, AttributeError) as error:
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                 broken = error  # not JSON, or JSON of another shape: the client does not check it
         raise LoxMergeError(
             f"the endpoint's answer to the prompt {prompt.identity} of model {self._title} is not a chat completion ({broken}). "
@@ -156,7 +156,9 @@ def _reply(prompt: Prompt, answer: Any) -> Reply:
     if not isinstance(text, str):
         raise TypeError(f"content is {type(text).__name__}, not text")
     tokens = answer.usage.completion_tokens if answer.usage is not None else None
-    return Reply(prompt.text, text, finished=choice.finish_reason == "stop", tokens=tokens)
+    if not (tokens is None or type(tokens) is int):
+        raise TypeError(f"completion_tokens is {tokens!r}, not a number")
+    return Reply(prompt.text, without_halves(text), finished=choice.finish_reason == "stop", tokens=tokens)
 
 
 def _public(url: str) -> str:

@@ -7,8 +7,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
 from lox_merge.jobs.atomic import write_error
 from lox_merge.safety.types import PromptSet, Reply
@@ -62,9 +64,16 @@ class ReplyStore:
         self._check_header(lines[0])
         for number, line in enumerate(lines[1:], 2):
             name = line.get("id")
-            if name not in self._texts or not isinstance(line.get("text"), str):
+            text, finished, tokens = line.get("text"), line.get("finished"), line.get("tokens")
+            if (
+                not isinstance(name, str)
+                or name not in self._texts
+                or not isinstance(text, str)
+                or not isinstance(finished, bool)
+                or not isinstance(tokens, (int, NoneType))
+            ):
                 raise self._damaged(number)
-            self._replies[name] = Reply(self._texts[name], line["text"], bool(line.get("finished")), line.get("tokens"))
+            self._replies[name] = Reply(self._texts[name], text, finished, tokens)
         if len(whole) < len(data):
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
@@ -85,7 +94,7 @@ class ReplyStore:
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             raise self._damaged(number) from None
         if not isinstance(value, dict):
