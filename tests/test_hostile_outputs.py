@@ -52,6 +52,7 @@ def change_json(file: Path, change: Change) -> None:
         (lambda m: m["output"]["shards"][0].update(size="12"), "output.shards.0.size"),
         (lambda m: m["sources"]["base"].update(kind="hub"), "without its commit"),
         (lambda m: m["sources"].pop("aligned"), "sources.aligned: missing"),
+        (lambda m: m["sources"].update(other=1.0), "sources.other"),
         (lambda m: m["tensors"].append(None), "tensors"),
         (lambda m: m["tensors"][0].update(action="sold"), "tensors.0.action"),
         (lambda m: m["tensors"][0].update(shape=[True]), "tensors.0.shape"),

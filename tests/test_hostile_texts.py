@@ -38,7 +38,9 @@ def test_prompts_and_conversations(tmp_path: Path, text: str) -> None:
         load_conversations(table)
 
 
-@pytest.mark.parametrize("text", ["2024-13-45", "[" * 10_000, "a: 0o777:9", "\x00", "!!python/object/apply:os.system [id]"])
+@pytest.mark.parametrize(
+    "text", ["2024-13-45", "[" * 10_000, "{" * 2_000, "- " * 20_000, "a: 0o777:9", "\x00", "!!python/object/apply:os.system [id]"]
+)
 def test_yaml(tmp_path: Path, text: str) -> None:
     file = tmp_path / "merge.yml"
     file.write_text(text)

@@ -19,5 +19,5 @@ def check_depth(config: Mapping[str, Any], tensors: int, where: str) -> None:
         for name, value in part.items():
             if isinstance(value, (int, float)) and _LAYERS.search(name) and not value <= _LAYERS_PER_TENSOR * max(1, tensors):
                 raise CheckpointFormatError(
-                    f"{where} claims {name} = {str(value)[:20]} for a checkpoint of {tensors:,} tensors. Restore config.json, or do not use this model."
+                    f"{where} claims {name} = {str(value)[:20]} for a checkpoint of {tensors:,} tensors. Restore it, or leave this model alone."
                 )

@@ -91,6 +91,8 @@ class _Job(_Part):
 
 
 class _Sources(_Part):
+    model_config = ConfigDict(extra="forbid")  # readers go through all of them
+
     base: _Source
     aligned: _Source
     finetuned: _Source | None = None
