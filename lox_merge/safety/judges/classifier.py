@@ -66,7 +66,7 @@ class _ModelJudge(ABC):
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(self._folder, **_FILES_ONLY)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # files of somebody else's may run transformers into anything
             raise SourceError(f"the tokenizer of the judge {source.title} cannot be loaded by transformers: {error}") from error
 
     @property
@@ -95,7 +95,7 @@ class _ModelJudge(ABC):
                 with _quiet():
                     # The dtype stored: a guard of 8B parameters would not fit in float32 where it fits as it is.
                     model, report = automatic.from_pretrained(self._folder, **_FILES_ONLY, dtype="auto", output_loading_info=True)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
+            except Exception as error:
                 raise SourceError(f"the judge {self._source.title} cannot be loaded by transformers: {error}") from error
             if report["missing_keys"]:
                 # transformers fills them with random numbers, whose verdicts would look like any others.
