@@ -15,12 +15,13 @@ from pathlib import Path
 from types import FrameType
 
 import click
+import matplotlib
 from huggingface_hub.constants import HF_HOME
 
 from lox_merge.errors import LoxMergeError
 
 SECONDS = 10.0
-# Python's own files, libraries' data, what the system has for everybody, and the Hub's cache, which is asked for commits by name.
+# Python's own files, libraries' data, what the system has for everybody, and caches of libraries.
 _COMMON = tuple(
     os.path.realpath(folder)
     for folder in (
@@ -36,6 +37,7 @@ _COMMON = tuple(
         "/etc/ssl",
         "/etc/mime.types",
         HF_HOME,
+        matplotlib.get_cachedir(),
     )
 )
 _LIBRARY = str(Path(__file__).parents[2] / "lox_merge")

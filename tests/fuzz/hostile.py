@@ -87,6 +87,26 @@ def _spoil(draw: Callable[..., Any], holder: Any, key: Any) -> None:
 
 
 @st.composite
+def with_hostile_texts(draw: Callable[..., Any], document: Any) -> Any:
+    """`document` with a few of its texts replaced by others, so that every shape stays sound."""
+    changed = copy.deepcopy(document)
+    holders: list[tuple[Any, Any]] = []
+
+    def collect(value: Any) -> None:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, str):
+                holders.append((value, key))
+            elif isinstance(inner, (dict, list)):
+                collect(inner)
+
+    collect(changed)
+    for _ in range(draw(st.integers(1, 6)) if holders else 0):
+        holder, key = holders[draw(st.integers(0, len(holders) - 1))]
+        holder[key] = draw(st.one_of(st.sampled_from([text for text in TEXTS if text not in (_DEEP, _DIGITS)]), st.text(max_size=20)))
+    return changed
+
+
+@st.composite
 def json_bytes(draw: Callable[..., Any], document: Any, places: int = 3) -> bytes:
     """A spoilt document as bytes, which now and then are no UTF-8, no JSON, or JSON that parsers read in different ways."""
     return draw(tampered(written(draw(spoilt(document, places)))))

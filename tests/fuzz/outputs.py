@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fuzz.cases import Target
 from fuzz.checkpoints import harden_case
-from fuzz.hostile import json_bytes, spoilt, written
+from fuzz.hostile import json_bytes, with_hostile_texts, written
 from fuzz.materials import Materials, remove, split_header, with_header
 from lox_merge import Recipe, harden
 from lox_merge.errors import LoxMergeError
@@ -69,7 +69,12 @@ def manifests(materials: Materials) -> Target:
             raise failures[0]
 
     return Target(
-        "manifests", st.one_of(json_bytes(document), json_bytes(document), json_bytes(hub)), feed, materials.folder, written(document), dear=3
+        "manifests",
+        st.one_of(json_bytes(document), json_bytes(hub), with_hostile_texts(document).map(written)),
+        feed,
+        materials.folder,
+        written(document),
+        dear=3,
     )
 
 
@@ -120,7 +125,3 @@ def _unfinished(materials: Materials) -> Path:
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     return out
-
-
-def spoilt_text(document: Any) -> st.SearchStrategy[bytes]:
-    return spoilt(document).map(written)

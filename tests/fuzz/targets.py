@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fuzz import checkpoints, outputs, texts
+from fuzz import checkpoints, models, outputs, reports, texts
 from fuzz.cases import Target
 from fuzz.materials import Materials
 
@@ -16,6 +16,8 @@ TARGETS: dict[str, Callable[[Materials], Target]] = {
     "factors": outputs.factors,
     "manifests": outputs.manifests,
     "working states": outputs.working_states,
+    "models": models.models,
+    "reports": reports.reports,
     "prompts": texts.prompts,
     "conversations": texts.conversations,
     "recipes": texts.recipes,
