@@ -10,6 +10,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
 from lox_merge.jobs.atomic import write_error
@@ -21,7 +23,8 @@ _FORMAT = "lox-merge replies 1"
 class ReplyStore:
     """First line: of which model, prompts and decoding the replies are. Every further line: one finished reply.
 
-    Opening raises RequestError where the file is of other replies or not of this kind. A last line that was cut short by a
+    Held by one process at a time; the lock beside the file goes with its owner, however that ends. Opening raises RequestError where
+    another one holds it, or the file is of other replies or not of this kind. A last line that was cut short by a
     crash is dropped. Prompts are kept by identity only: their texts are in the user's own file.
     """
 
@@ -31,8 +34,13 @@ class ReplyStore:
         self._texts = {prompt.identity: prompt.text for prompt in prompts.prompts}
         self._header = {"format": _FORMAT, "model": _digest(model), "prompts": prompts.sha256, "n": len(prompts), "about": model}
         self._replies: dict[str, Reply] = {}
+        self._lock = FileLock(path.parent / f".{path.name}.lock", timeout=0, thread_local=False)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             self._open()
+        except Timeout:
+            raise RequestError(f"another process is writing {path.name}. Wait for it, or name another file or folder for replies.") from None
         except OSError as error:
             raise write_error(path, error) from error
 
@@ -51,7 +59,6 @@ class ReplyStore:
         self._replies.update(replies)
 
     def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         lines = [self._parse(line, number) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
