@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_models import make_pair
 
-from lox_merge.errors import RequestError
+from lox_merge.errors import RequestError, SourceChangedError
+from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.safety.reply_store import ReplyStore
 from lox_merge.safety.types import Prompt, PromptSet, Reply
 
@@ -62,3 +64,25 @@ main(["harden", {str(base)!r}, {str(aligned)!r}, {str(tmp_path / "out")!r}])
     assert done.returncode == 1, done.stderr
     assert "error: " in done.stderr and "memory" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("change", ["contents", "file", "time"])
+def test_a_source_that_changes_before_it_is_hashed_is_noticed(tmp_path: Path, change: str) -> None:
+    """Tensors are read ahead of the hashing: without this the output would carry the hash of contents that it was not made from."""
+    files = [tmp_path / name for name in "abc"]
+    for file in files:
+        file.write_bytes(b"0123")
+    hasher = SourceHasher([[("base", file.name)] for file in files], lambda source: tmp_path / source[1])
+    hasher.start_shard(0)
+    status, last = files[2].stat(), files[2]
+    if change == "file":
+        last.rename(tmp_path / "old")
+    if change != "time":
+        last.write_bytes(b"4567")
+        os.utime(last, ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        os.utime(last)
+    assert hasher.hashes(0) and hasher.hashes(1)
+    with pytest.raises(SourceChangedError, match="changed while it was being read"):
+        hasher.hashes(2)
+    hasher.close()

@@ -24,10 +24,14 @@ class SourceHasher:
         self._path_of = path_of
         self._needed = needed
         self._futures: dict[SourceFile, Future[str]] = {}
-        self._stamps: dict[SourceFile, tuple[int, int]] = {}
+        self._stamps: dict[SourceFile, tuple[int, ...]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        if ahead:
+            # Tensors are read further ahead than files are hashed: what changes in between would be written under the hash of another file.
+            for file in dict.fromkeys(file for files in needed for file in files):
+                self._stamps[file] = self._stamp(file)
 
     def start_shard(self, position: int) -> None:
         """Shard number `position` is about to be worked on: queue its files and the next shard's."""
@@ -37,7 +41,8 @@ class SourceHasher:
         with self._lock:
             for file in files:
                 if file not in self._futures:
-                    self._stamps[file] = self._stamp(file)
+                    if file not in self._stamps:
+                        self._stamps[file] = self._stamp(file)
                     self._futures[file] = self._pool.submit(sha256_of, self._path_of(file), self._stop)
 
     def hashes(self, position: int, known: Mapping[SourceFile, str] | None = None) -> dict[SourceFile, str]:
@@ -59,14 +64,15 @@ class SourceHasher:
                 )
         return found
 
-    def _stamp(self, file: SourceFile) -> tuple[int, int]:
+    def _stamp(self, file: SourceFile) -> tuple[int, ...]:
         try:
             status = self._path_of(file).stat()
         except OSError as error:
             raise SourceChangedError(
                 f"{file[0]}: {file[1]} is no longer there ({error.strerror}). Restore it and run the same command again."
             ) from error
-        return status.st_size, status.st_mtime_ns
+        # Size and time of change can be put back by whoever writes a file; the time of its last change of any kind and its number cannot.
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
     def close(self) -> None:
         self._stop.set()

@@ -134,10 +134,7 @@ def _same_stamp(sources: Sources, folder: Path) -> str | None:
         return "no run was slow enough"
     stopped[0].kill()
     for file in own.base.glob("*.safetensors"):
-        status, data = file.stat(), bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        _flip(file)
     ended = Running(JOBS["harden"].command(own, stopped[1]), folder / "log").wait()
     if ended.code != 1 or "is not the file that" not in ended.stderr:
         return f"exit {ended.code}: {ended.stderr[-500:]}"
@@ -170,6 +167,20 @@ def _append(file: Path) -> None:
         opened.write(b"\0")
 
 
+def _flip(file: Path) -> None:
+    status, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _replace(file: Path) -> None:
+    other = file.with_suffix(".new")
+    shutil.copy2(file, other)
+    _flip(other)
+    other.replace(file)
+
+
 Injected = Callable[[Sources, Path], "str | None"]
 _CALLS = {
     "no room on the disk (ENOSPC)": seccomp.FULL_DISK,
@@ -184,8 +195,10 @@ FAULTS: dict[str, Injected] = {
     "a source vanishes": partial(_source, Path.unlink, (1,)),
     "a source grows": partial(_source, _append, (1,)),
     "a source is touched": partial(_source, os.utime, (1,)),
+    "a source changes, its size and time are put back": partial(_source, _flip, (1,)),
+    "a source is replaced by one of its size and time": partial(_source, _replace, (1,)),
     # A page of a mapped file that is not there any more kills the process; no program can catch that in time.
     "a source is cut short": partial(_source, _cut, (1, -signal.SIGBUS)),
-    "a source of the same size and time has other contents": _same_stamp,
+    "a source has other contents when a killed run is gone on with": _same_stamp,
     "the clock jumps": _clock,
 }
