@@ -62,7 +62,7 @@ def test_headers(header: bytes, words: str) -> None:
 
 def test_json_is_read_or_one_error() -> None:
     assert parse_json('{"a": [1, "\\ud83d\\ude00"], "a": 2}') == {"a": 2}
-    for text in ("", "{", "9" * 5000, "[" * 100_000 + "]" * 100_000, b"\xff", '["\\ud800"]', '{"\\uDC00": 1}'):
+    for text in ("", "{", "9" * 5000, "[" * 100_000 + "]" * 100_000, "[" * 201 + "]" * 201, b"\xff", '["\\ud800"]', '{"\\uDC00": 1}'):
         with pytest.raises(ValueError):
             parse_json(text)
 
@@ -110,6 +110,14 @@ def test_a_config_cannot_ask_for_more_layers_than_weights_could_fill() -> None:
         with pytest.raises(CheckpointFormatError, match="for a checkpoint of 12 tensors"):
             check_depth(claims, 12, "config.json")
     check_depth({"num_hidden_layers": 48, "layer_norm_eps": 1e9, "vocab_size": 10**9}, 12, "config.json")  # ALBERT uses one layer many times
+
+
+def test_a_config_whose_names_are_no_names() -> None:
+    from lox_merge.jobs.layout import matrix_views
+
+    odd = {"model_type": ["gpt2"], "hidden_size": [], "text_config": {"model_type": {}}}
+    for shape in ((8, 24), (4, 8, 24)):
+        assert matrix_views("h.0.attn.experts.c_attn.weight", shape, odd)
 
 
 def test_architectures_name_models_and_nothing_else(materials: Materials, tmp_path: Path) -> None:
