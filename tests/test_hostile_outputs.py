@@ -153,6 +153,12 @@ def test_records_of_a_working_state() -> None:
     sound = {"output": output, "sources": {"base": {"a": "0"}}, "tensors": [{"name": "x", "shape": [1], "dtype": "F32", "action": "copied"}]}
     assert record_damage(sound) is None
     assert record_damage(sound | {"skipped": [], "matrices": []}) is None
-    for changes in ({"output": None}, {"sources": {"base": []}}, {"tensors": [None]}, {"output": output | {"file": "/x"}}):
+    for changes in (
+        {"output": None},
+        {"sources": {"base": []}},
+        {"sources": {"other": {}}},
+        {"tensors": [None]},
+        {"output": output | {"file": "/x"}},
+    ):
         assert record_damage(sound | changes)
     assert record_damage({"output": output, "sources": {}, "skipped": []})

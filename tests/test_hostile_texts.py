@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from openai_server import OpenAIServer
@@ -14,6 +15,7 @@ from lox_merge.errors import LoxMergeError, RequestError, SourceError
 from lox_merge.mergekit.config import read_configuration
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.conversations import load_conversations
+from lox_merge.safety.decoding import end_tokens
 from lox_merge.safety.endpoint import EndpointModel
 from lox_merge.safety.judges.classifier import classifier_judge
 from lox_merge.safety.judges.openai_judge import OpenAIJudge
@@ -113,6 +115,13 @@ def test_halves_of_surrogate_pairs_go_no_further(tmp_path: Path, monkeypatch: py
         (reply,) = EndpointModel(server.url, "m", retries=0, store=tmp_path / "replies.jsonl").replies(ASKED)
         (again,) = EndpointModel(server.url, "m", retries=0, store=tmp_path / "replies.jsonl").replies(ASKED)
         assert reply == again and reply.text == "score: 5 ?"
+
+
+@pytest.mark.parametrize("value", [{}, "", ["x"], float("inf")])
+def test_end_tokens_that_are_no_tokens(value: object) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=value), config=SimpleNamespace())
+    with pytest.raises(RequestError, match="which is no number"):
+        end_tokens(model, SimpleNamespace(eos_token_id=None))
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"architectures": 5}', '{"architectures": [5]}', "[" * 100_000])

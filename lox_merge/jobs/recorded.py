@@ -249,7 +249,7 @@ class _Factors(_Part):
 
 class _Record(_Part):
     output: _Stored
-    sources: dict[str, dict[str, str]]
+    sources: dict[Literal["base", "aligned", "finetuned"], dict[str, str]]
 
 
 class _ShardRecord(_Record):
