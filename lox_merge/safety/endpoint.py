@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -74,6 +75,10 @@ class EndpointModel:
     def replies(self, prompts: PromptSet) -> list[Reply]:
         """One reply per prompt, in order. Raises LoxMergeError naming the prompt that failed for good; earlier ones are kept in a store."""
         store = ReplyStore(self.store, self.identity(), prompts) if self.store is not None else None
+        with store or nullcontext():
+            return self._replies(prompts, store)
+
+    def _replies(self, prompts: PromptSet, store: ReplyStore | None) -> list[Reply]:
         found = store.finished if store else {}
         waiting = [prompt for prompt in prompts.prompts if prompt.identity not in found]
         with self._progress(len(prompts), f"{self.title}: replies") as progress, ThreadPoolExecutor(self._concurrency) as pool:

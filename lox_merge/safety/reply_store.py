@@ -44,6 +44,12 @@ class ReplyStore:
         except OSError as error:
             raise write_error(path, error) from error
 
+    def __enter__(self) -> ReplyStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
     @property
     def finished(self) -> dict[str, Reply]:
         """Replies by the identity of their prompt."""
