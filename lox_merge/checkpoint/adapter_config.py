@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
+from lox_merge.checkpoint.patterns import compile_pattern, found
 from lox_merge.errors import SourceError
 
 CONFIG = "adapter_config.json"
@@ -55,7 +56,10 @@ class AdapterConfig:
 
 def _pattern_of(patterns: Mapping[str, Any], name: str) -> str:
     """The first pattern that matches as PEFT matches (peft.utils.other.get_pattern_key): at the end of the name, after a dot."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), "")
+    try:
+        return next((pattern for pattern in patterns if found(compile_pattern(rf"(.*\.)?({pattern})$"), name, at_start=True)), "")
+    except ValueError as error:
+        raise SourceError(f"{CONFIG}: {error}. Save the adapter again with peft.") from None
 
 
 def read_config(values: Mapping[str, Any], where: str) -> AdapterConfig:
@@ -77,20 +81,26 @@ def read_config(values: Mapping[str, Any], where: str) -> AdapterConfig:
             "adapter is left out. Merge it with peft (merge_and_unload) and give that model."
         )
     try:
-        found = AdapterConfig(
-            base=values.get("base_model_name_or_path") or None,
+        config = AdapterConfig(
+            base=_text(values.get("base_model_name_or_path")) or None,
             rank=int(values.get("r", 8)),
             alpha=float(values.get("lora_alpha", 8)),
             rank_stabilised=bool(values.get("use_rslora")),
             rank_pattern={str(key): int(rank) for key, rank in (values.get("rank_pattern") or {}).items()},
             alpha_pattern={str(key): float(alpha) for key, alpha in (values.get("alpha_pattern") or {}).items()},
-            target_parameters=tuple(values.get("target_parameters") or ()),
+            target_parameters=tuple(map(_text, values.get("target_parameters") or ())),
         )
-        for pattern in (*found.rank_pattern, *found.alpha_pattern):
-            re.compile(pattern)
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+        for pattern in (*config.rank_pattern, *config.alpha_pattern):
+            compile_pattern(pattern)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise SourceError(f"{where} cannot be understood: {error}. Save the adapter again with peft.") from None
-    ranks, alphas = (found.rank, *found.rank_pattern.values()), (found.alpha, *found.alpha_pattern.values())
+    ranks, alphas = (config.rank, *config.rank_pattern.values()), (config.alpha, *config.alpha_pattern.values())
     if min(ranks) < 1 or not all(math.isfinite(alpha) for alpha in alphas):
         raise SourceError(f"{where} has a rank below 1 or a lora_alpha that is no finite number. Save the adapter again with peft.")
-    return found
+    return config
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, (str, NoneType)):
+        raise TypeError(f"{value!r} stands where a text belongs")
+    return value or ""

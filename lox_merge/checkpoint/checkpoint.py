@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lox_merge.checkpoint.files import FileSource, check_file_name, find_source
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo
 from lox_merge.checkpoint.weights import SafetensorsFile, TorchFile, WeightFile, warn_pickle
 from lox_merge.errors import CheckpointFormatError, PlanError, SourceError
@@ -73,8 +73,8 @@ class Checkpoint:
         if name not in self.source.names():
             return None
         try:
-            value = json.loads(self.source.path(name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            value = parse_json(self.source.path(name).read_bytes())
+        except (OSError, ValueError) as error:
             raise CheckpointFormatError(f"{self.role}: {self.title}/{name} cannot be read as JSON: {error}.") from error
         if not isinstance(value, dict):
             raise CheckpointFormatError(f"{self.role}: {self.title}/{name} does not hold a JSON object.")
@@ -168,9 +168,10 @@ def _what_else(files: Mapping[str, int]) -> str:
 def _read_index(role: str, source: FileSource, name: str) -> dict[str, Any]:
     where = f"{role}: {source.title}/{name}"
     try:
-        index = json.loads(source.path(name).read_text(encoding="utf-8"))
+        index = parse_json(source.path(name).read_bytes())
         weight_map = index["weight_map"]
         valid = isinstance(weight_map, dict) and bool(weight_map) and all(isinstance(file, str) for file in weight_map.values())
+        valid = valid and isinstance(index.get("metadata") or {}, dict)
     except (OSError, ValueError, KeyError, TypeError):
         valid = False
     if not valid:

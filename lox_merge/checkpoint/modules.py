@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint.checkpoint import Checkpoint
+from lox_merge.checkpoint.config_checks import check_depth
 from lox_merge.checkpoint.placement import Group, place
+from lox_merge.errors import SourceError
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter", "other"]
 # Sides of the probes that show how tensors are put together: different, so that a transposition would show.
@@ -63,8 +65,16 @@ class ModelMap:
 
 
 def map_model(checkpoint: Checkpoint) -> ModelMap | None:
-    """Reads config.json only; no weights. None for a model that transformers does not build by itself (code of its own)."""
-    model = empty_model(checkpoint.config)
+    """Reads config.json only; no weights. None for a model that transformers does not build by itself (code of its own).
+
+    Raises SourceError for a configuration that transformers does not understand.
+    """
+    file = f"{checkpoint.role}: {checkpoint.title}/config.json"
+    check_depth(checkpoint.config, len(checkpoint.names), file)
+    try:
+        model = empty_model(checkpoint.config)
+    except Exception as error:  # a model's own code raises whatever it runs into
+        raise SourceError(f"{file} describes no model that transformers can build: {type(error).__name__}: {error}. Restore it.") from error
     if model is None:
         return None
     groups, _ = place(model, checkpoint.names)
@@ -93,7 +103,8 @@ def empty_model(config: dict[str, Any]) -> Any:
 
     names = config.get("architectures") or []
     kind = getattr(transformers, names[0], None) if len(names) == 1 else None
-    if kind is None or config.get("model_type") not in CONFIG_MAPPING:
+    # A name in a file must not call whatever else transformers has.
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)) or config.get("model_type") not in CONFIG_MAPPING:
         return None
     settings = CONFIG_MAPPING[config["model_type"]].from_dict({key: value for key, value in config.items() if key != "quantization_config"})
     with torch.device("meta"):

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lox_merge.checkpoint import dtypes
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import CheckpointFormatError
 
 LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
 _PREFIX = 8
+# What torch can count and iterate over; a side of 0 hides any other side from the check against the file's bytes.
+_LARGEST_SIZE, _MOST_DIMENSIONS = 2**63, 64
 
 
 @dataclass(frozen=True)
@@ -88,21 +91,28 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         return CheckpointFormatError(f"{where} is damaged: {reason}. Download or save it again.")
 
     try:
-        parsed = json.loads(raw[_PREFIX:].decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise damaged(f"its header is not JSON ({error})") from None
+        parsed = parse_json(raw[_PREFIX:], unique=True)
+    except ValueError as error:
+        raise damaged(f"its header is not sound JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise damaged("its header is not a JSON object")
-    metadata = parsed.pop("__metadata__", {}) or {}
+    metadata = parsed.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged("its metadata is not a table of texts")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in parsed.items():
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            valid = all(isinstance(side, int) and side >= 0 for side in (*shape, begin, end)) and isinstance(code, str)
+            # Booleans are whole numbers to Python.
+            valid = all(type(side) is int and side >= 0 for side in (*shape, begin, end)) and isinstance(code, str)
         except (KeyError, TypeError, ValueError):
             valid = False
         if not valid:
             raise damaged(f"the header entry of tensor {name!r} is not understood")
+        if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name):
+            raise damaged(f"the tensor name {name!r} holds control characters")
+        if len(shape) > _MOST_DIMENSIONS or math.prod(side for side in shape if side) >= _LARGEST_SIZE:
+            raise damaged(f"tensor {name!r} has a shape that no tensor can have")
         if not dtypes.known(code):
             raise damaged(f"tensor {name!r} has the unknown dtype {code!r}")
         if end - begin != (math.prod(shape) * dtypes.bits(code) + 7) // 8:

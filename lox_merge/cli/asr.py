@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the models run.")
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|bfloat16|float16|float32", help="Of the models; auto: as stored.")
 @click.option("--device-map", metavar="auto", help="Spread a model over all GPUs (instead of --device).")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that a MODEL brings (auto_map), for its replies. Read it first.")
 @click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible endpoint; MODEL is its name there.")
 @click.option("--key-variable", default="OPENAI_API_KEY", show_default=True, metavar="NAME", help="Environment variable of its key.")
 @click.option("--no-key", is_flag=True, help="The endpoint asks for no key.")
@@ -163,6 +164,7 @@ def _source(model: str, position: int, settings: dict[str, Any]) -> Any:
         dtype=settings["dtype"],
         device_map=settings["device_map"],
         cache_dir=settings["cache_dir"],
+        trust_remote_code=settings["trust_remote_code"],
         decoding=decoding,
         rendering=rendering,
         batch_size=settings["batch_size"],

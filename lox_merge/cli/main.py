@@ -91,6 +91,12 @@ def _terminated(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """torch has no class of its own for memory of the host that ran out, nor has a thread that cannot be started."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in ("out of memory", "can't allocate memory", "can't start new thread"))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Errors of this package are printed without a traceback; their class decides the exit code."""
     warnings.simplefilter("always", LoxMergeWarning)
@@ -107,6 +113,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except OSError as error:  # a disk or a permission that no check foresaw
         click.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
+        sys.exit(LoxMergeError.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        click.echo(
+            "error: memory ran out. What was finished before is kept: run the same command again to go on, with less beside it, on a machine "
+            "with more, or (where a model is loaded) with a smaller --batch-size.",
+            err=True,
+        )
         sys.exit(LoxMergeError.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("error: interrupted", err=True)

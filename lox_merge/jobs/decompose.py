@@ -21,6 +21,7 @@ from lox_merge.jobs.manifest import job_description
 from lox_merge.jobs.pieces import assemble, write_pieces
 from lox_merge.jobs.plan import Plan, check_room
 from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.recorded import factors_damage
 from lox_merge.maths.rank import parse_rank
 
 DEFAULT_FACTORS_RANK = 64
@@ -183,9 +184,10 @@ def _build_document(plan: Plan, job: dict[str, Any], records: list[dict[str, Any
 
 def _document(path: Path) -> dict[str, Any] | None:
     try:
-        return read_document(read_header(path, path.name).metadata)
+        found = read_document(read_header(path, path.name).metadata)
     except CheckpointFormatError:
         return None
+    return None if found is None or factors_damage(found) else found
 
 
 def _work_folder(path: Path) -> Path:

@@ -6,19 +6,20 @@ needed to trust them (certificates, norms, fingerprints of both sources) is JSON
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lox_merge.checkpoint.checkpoint import Checkpoint
-from lox_merge.checkpoint.safetensors_format import read_header
+from lox_merge.checkpoint.json_text import parse_json
+from lox_merge.checkpoint.safetensors_format import Header, read_header
 from lox_merge.checkpoint.weights import SafetensorsFile
 from lox_merge.errors import CheckpointFormatError, RequestError
 from lox_merge.jobs.atomic import sha256_of
 from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.recorded import factors_damage
 from lox_merge.maths.subspace import Certificate, Subspace
 
 METADATA_KEY = "lox_merge_factors"
@@ -54,7 +55,9 @@ class Factors:
     def __init__(self, path: Path, document: dict[str, Any], file: SafetensorsFile) -> None:
         self.path, self.document, self._file = path, document, file
         self.rank = int(document["job"]["recipe"]["rank"])
-        self.matrices = {(entry["name"], entry["part"]): MatrixRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in document["matrices"]}
+        names = [field.name for field in fields(MatrixRecord)]
+        entries = [{name: entry[name] for name in names} | {"shape": tuple(entry["shape"])} for entry in document["matrices"]]
+        self.matrices = {(entry["name"], entry["part"]): MatrixRecord(**entry) for entry in entries}
 
     def __reduce__(self) -> tuple[Callable[[Path], Factors], tuple[Path]]:
         return Factors.open, (self.path.absolute(),)  # another process maps the file itself
@@ -72,6 +75,9 @@ class Factors:
         document = read_document(header.metadata)
         if document is None:
             raise RequestError(f"{file.name} holds no factors of lox-merge. Make them: lox-merge decompose BASE ALIGNED FILE")
+        damage = factors_damage(document) or _missing_vectors(document, header)
+        if damage:
+            raise RequestError(f"{file.name} is damaged ({damage}). Make it again: lox-merge decompose BASE ALIGNED FILE --overwrite")
         return cls(file, document, SafetensorsFile(file, header))
 
     @property
@@ -169,10 +175,21 @@ def open_factors(path: str | Path | None) -> Iterator[Factors | None]:
 def read_document(metadata: Any) -> dict[str, Any] | None:
     """The JSON that decompose wrote into a file's metadata; None where there is none that this version reads."""
     try:
-        document = json.loads(metadata[METADATA_KEY])
+        document = parse_json(metadata[METADATA_KEY])
     except (KeyError, TypeError, ValueError):
         return None
     return document if isinstance(document, dict) and document.get("format") == FORMAT else None
+
+
+def _missing_vectors(document: dict[str, Any], header: Header) -> str | None:
+    """Which tensor of the file is not what its document says of it; None where all are."""
+    for entry in document["matrices"]:
+        (rows, columns), rank = entry["shape"], entry["rank"]
+        for what, dtype, shape in (("left", "F32", (rows, rank)), ("right", "F32", (columns, rank)), ("values", "F64", (rank,))):
+            info = header.tensors.get(f"{entry['name']}{entry['part']}.{what}")
+            if info is None or (info.dtype, info.shape) != (dtype, shape):
+                return f"its {what} of {entry['name']}{entry['part']} is not {dtype} {list(shape)}"
+    return None
 
 
 def _title(source: dict[str, Any]) -> str:

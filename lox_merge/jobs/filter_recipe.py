@@ -104,7 +104,10 @@ class FilterRecipe(Settings):
     def from_json(cls, values: dict[str, Any]) -> FilterRecipe:
         """The recipe that `to_json` wrote. Raises RecipeError for settings that this version does not know."""
         cls.check_known(values)
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise cls.not_understood(error) from error
 
     def to_json(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in (*_OWN, *_SHARED)}

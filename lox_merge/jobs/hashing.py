@@ -11,7 +11,7 @@ from lox_merge.errors import SourceChangedError
 from lox_merge.jobs.atomic import sha256_of
 
 SourceFile = tuple[str, str]  # (role, file name)
-Stamp = tuple[int, int]  # size and time of the last change, nanoseconds
+Stamp = tuple[int, int, int, int]  # size, time of the last change and of the last change of any kind (nanoseconds), number on the disk
 
 
 def stamp(file: SourceFile, path: Path) -> Stamp:
@@ -20,7 +20,8 @@ def stamp(file: SourceFile, path: Path) -> Stamp:
         status = path.stat()
     except OSError as error:
         raise SourceChangedError(f"{file[0]}: {file[1]} is no longer there ({error.strerror}). Restore it and run the same command again.") from error
-    return status.st_size, status.st_mtime_ns
+    # Size and time of change can be put back by whoever writes a file; the time of its last change of any kind and its number cannot.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def check_stamp(file: SourceFile, path: Path, before: Stamp) -> None:
@@ -47,6 +48,10 @@ class SourceHasher:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        if ahead:
+            # Tensors are read further ahead than files are hashed: what changes in between would be written under the hash of another file.
+            for file in dict.fromkeys(file for files in needed for file in files):
+                self._stamps[file] = stamp(file, path_of(file))
 
     def start_shard(self, position: int) -> None:
         """Shard number `position` is about to be worked on: queue its files and the next shard's."""
@@ -56,7 +61,8 @@ class SourceHasher:
         with self._lock:
             for file in files:
                 if file not in self._futures:
-                    self._stamps[file] = stamp(file, self._path_of(file))
+                    if file not in self._stamps:
+                        self._stamps[file] = stamp(file, self._path_of(file))
                     self._futures[file] = self._pool.submit(sha256_of, self._path_of(file), self._stop)
 
     def hashes(self, position: int, known: Mapping[SourceFile, str] | None = None) -> dict[SourceFile, str]:

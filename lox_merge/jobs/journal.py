@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.low_disk import DOWNLOADS
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
+from lox_merge.jobs.recorded import manifest_damage, record_damage
 
 _JOB = "job.json"
 _LOCK = "lock"
@@ -82,13 +83,19 @@ class Journal:
         return self._read(self.folder / name)
 
     def manifest(self) -> dict[str, Any] | None:
-        return self._read(self.out / MANIFEST)
+        """That of a finished output, None where there is none. Raises OutputError for one that is damaged: whose job it was is not known."""
+        path = self.out / MANIFEST
+        found = self._read(path)
+        if path.exists() and (found is None or manifest_damage(found)):
+            damage = manifest_damage(found) if found is not None else "no JSON object"
+            raise OutputError(f"{path} is damaged ({damage}). Restore it, choose another folder, or pass --overwrite to make the output again.")
+        return found
 
     def finished(self, file: str) -> dict[str, Any] | None:
         """The record of a shard that is whole on disk; None when it has to be written. Checks its hash."""
         record = self._read(self._record(file))
         path = self.out / file
-        if record is None or not path.is_file() or path.stat().st_size != record["output"]["size"]:
+        if record is None or record_damage(record) or not path.is_file() or path.stat().st_size != record["output"]["size"]:
             return None
         return record if sha256_of(path) == record["output"]["sha256"] else None
 
@@ -96,7 +103,7 @@ class Journal:
         """Raises SourceChangedError when a source of a finished shard is not what it was."""
         for role, files in record["sources"].items():
             for file, digest in files.items():
-                if hashes[role][file] != digest:
+                if hashes.get(role, {}).get(file) != digest:
                     raise SourceChangedError(
                         f"{role}: {file} is not the file that {record['output']['file']} was made from. "
                         "Restore it, or pass --overwrite to start anew."
@@ -136,8 +143,8 @@ class Journal:
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+            value = parse_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         return value if isinstance(value, dict) else None
 

@@ -82,7 +82,6 @@ def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
 
     A truncated SVD does not care, but "left" means the output side. Embedding tables are taken as they are stored: rows are tokens.
     """
-    kinds = {part.get("model_type") for part in nested_configs(config)}
     if is_expert_stack(name, shape, config):
         hidden = {part["hidden_size"] for part in nested_configs(config) if isinstance(part.get("hidden_size"), int)}
         ends = [side in hidden for side in shape[1:]]
@@ -90,8 +89,8 @@ def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
             return ends[0]
         if ends[0] != ends[1] and _WRITES_HIDDEN.search(name):
             return ends[1]
-        return bool(kinds & set(_TRANSPOSED_EXPERTS))
-    return len(shape) == 2 and bool(kinds & set(_CONV1D_MODELS)) and bool(_CONV1D_NAME.search(name))
+        return _is_one_of(config, tuple(_TRANSPOSED_EXPERTS))
+    return len(shape) == 2 and _is_one_of(config, tuple(_CONV1D_MODELS)) and bool(_CONV1D_NAME.search(name))
 
 
 def _gate_up_axis(shape: tuple[int, ...], config: Config) -> int | None:

@@ -69,8 +69,11 @@ class Recipe(Settings):
     def from_json(cls, values: dict[str, Any]) -> Recipe:
         """The recipe that `to_json` wrote. Raises RecipeError for settings that this version does not know."""
         cls.check_known(values)
-        pairs: dict[str, Any] = {name: _pairs(values[name]) for name in ("rank_pattern", "alpha_pattern") if name in values}
-        return cls(**{**values, **pairs})
+        try:
+            pairs: dict[str, Any] = {name: _pairs(values[name]) for name in ("rank_pattern", "alpha_pattern") if name in values}
+            return cls(**{**values, **pairs})
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise cls.not_understood(error) from error
 
     def to_json(self) -> dict[str, Any]:
         return {

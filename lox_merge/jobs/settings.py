@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from lox_merge.checkpoint import patterns
 from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
 from lox_merge.errors import RecipeError
 from lox_merge.maths.rounding import ROUNDINGS, Rounding
@@ -14,12 +14,12 @@ from lox_merge.maths.rounding import ROUNDINGS, Rounding
 DEFAULT_TOLERANCE = 1e-3
 
 
-def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
-    """A user's regular expression. Raises RecipeError with the option and the reason."""
+def compile_pattern(pattern: str, option: str) -> Any:
+    """A regular expression. Raises RecipeError with the option and the reason."""
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"{option} {pattern!r} is not a regular expression: {error}.") from None
+        return patterns.compile_pattern(pattern)
+    except ValueError as error:
+        raise RecipeError(f"{option} {error}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Settings:
     seed: int = 0
     fused: str = "split"
     skip_non_finite: bool = False
-    _compiled: dict[str, re.Pattern[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _compiled: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", tuple(self.include))  # frozen: normalised once, here
@@ -55,8 +55,8 @@ class Settings:
             raise RecipeError(f"fused {self.fused!r} is not known; use 'split' or 'whole'.")
         if not (math.isfinite(self.tolerance) and 0 < self.tolerance < 1):
             raise RecipeError(f"tolerance is {self.tolerance:g}; use a number in (0, 1), such as 1e-3.")
-        for option, patterns in self.patterns().items():
-            for pattern in patterns:
+        for option, given in self.patterns().items():
+            for pattern in given:
                 self._compiled[pattern] = compile_pattern(pattern, option)
 
     def patterns(self) -> dict[str, tuple[str, ...]]:
@@ -64,7 +64,10 @@ class Settings:
         return {"--include": self.include, "--exclude": self.exclude}
 
     def matches(self, pattern: str, name: str) -> bool:
-        return self._compiled[pattern].search(name) is not None
+        try:
+            return patterns.found(self._compiled[pattern], name)
+        except ValueError as error:
+            raise RecipeError(f"{error}.") from None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the manifest and for comparing two requests."""
@@ -77,3 +80,8 @@ class Settings:
         unknown = sorted(values.keys() - known)
         if unknown:
             raise RecipeError(f"the recipe has settings that this version does not know: {', '.join(unknown)}; use the version that wrote it.")
+
+    @staticmethod
+    def not_understood(error: Exception) -> RecipeError:
+        """The error for a recorded recipe whose values are of another kind than a recipe's."""
+        return RecipeError(f"the recipe on record is damaged: {error}. Restore the file that it stands in.")

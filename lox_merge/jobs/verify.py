@@ -25,6 +25,7 @@ from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.manifest import FORMAT, header_hashes
 from lox_merge.jobs.methods import recorded_edit
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, make_plan
+from lox_merge.jobs.recorded import manifest_damage
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import recorded_triplets
 from lox_merge.jobs.verify_adapter import check_structure, recompute
@@ -121,6 +122,9 @@ def _read_manifest(output: Checkpoint) -> dict[str, Any]:
     missing = {"job", "sources", "output", "tensors", "summary"} - manifest.keys()
     if missing:
         raise RequestError(f"{output.title}/{MANIFEST} is incomplete: it lacks {', '.join(sorted(missing))}. Make the output again.")
+    damage = manifest_damage(manifest)
+    if damage:
+        raise RequestError(f"{output.title}/{MANIFEST} is damaged ({damage}). Restore it, or make the output again.")
     return manifest
 
 
@@ -220,6 +224,9 @@ def _recompute(
 
 def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping[str, Any], result: Verification, device: torch.device) -> None:
     """One tensor made again from the sources, against the output's bytes and the manifest's figures."""
+    if output.info(tensor.name).shape != tensor.info.shape:
+        result.problems.append(f"tensor {tensor.name} is {output.info(tensor.name).describe()}, in {plan.mirrored.role} {tensor.info.describe()}")
+        return
     written = output.tensor(tensor.name)
     expected = plan.mirrored.tensor(tensor.name).to(dtypes.torch_dtype(output.info(tensor.name).dtype), copy=True).contiguous()
     figures: list[dict[str, Any]] = []

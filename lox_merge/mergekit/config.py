@@ -28,6 +28,8 @@ from lox_merge.errors import RecipeError, RequestError
 from lox_merge.mergekit.plugin import METHOD, OWN_METHODS
 from lox_merge.mergekit.projection import ROLES
 
+_DEEPEST = 100
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -49,10 +51,13 @@ class Setting:
 def read_configuration(path: Path) -> tuple[dict[str, Any], MergeConfiguration]:
     """The YAML as written and as mergekit understands it. Raises RequestError for anything that is no configuration."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if _depth(text) > _DEEPEST:
+            raise RequestError(f"the configuration {path.name} is nested too deeply: a merge has a handful of levels.")
+        raw = yaml.safe_load(text)
+    except OSError as error:
         raise RequestError(f"the configuration {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date or number that there is not
         raise RequestError(f"the configuration {path.name} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise RequestError(f"the configuration {path.name} holds no settings; see merge_configs/ for examples.")
@@ -69,6 +74,15 @@ def read_configuration(path: Path) -> tuple[dict[str, Any], MergeConfiguration]:
             f"merge_method {config.merge_method!r} is not known; use {', '.join(map(repr, OWN_METHODS))} or one of mergekit's: {', '.join(known)}."
         )
     return raw, config
+
+
+def _depth(text: str) -> int:
+    """The deepest level of brackets, those inside texts included: PyYAML takes ten seconds for a thousand."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def one_line(error: Exception) -> str:

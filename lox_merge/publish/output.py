@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lox_merge.checkpoint.files import check_file_name
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.manifest import FORMAT
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
+from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.recorded import manifest_damage
 from lox_merge.publish.command import form_of
 
 _MERGEKIT = "mergekit_config.yml"
@@ -57,7 +59,12 @@ class FinishedOutput:
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the output, {} where it has none."""
         file = next((file for file in self.files if file.name == name), None)
-        value = json.loads(file.path.read_text(encoding="utf-8")) if file else {}
+        try:
+            value = parse_json(file.path.read_bytes()) if file else {}
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.name}/{name} cannot be read as JSON: {error}. Make the output again with lox-merge harden --overwrite."
+            ) from error
         return value if isinstance(value, dict) else {}
 
     @property
@@ -105,12 +112,19 @@ def open_output(folder: str | Path) -> FinishedOutput:
 
 def _parse(data: bytes, name: str) -> dict[str, Any]:
     try:
-        manifest = json.loads(data)
-        known = manifest["format"] == FORMAT and {"job", "sources", "tensors", "summary"} <= manifest.keys() and "shards" in manifest["output"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise OutputError(f"{name}/{MANIFEST} is damaged, or of another version of lox-merge (this one reads format {FORMAT}).")
+        manifest = parse_json(data)
+        damage = manifest_damage(manifest) if isinstance(manifest, dict) else "no JSON object"
+    except ValueError as error:
+        damage = str(error)
+    if damage:
+        raise OutputError(f"{name}/{MANIFEST} is damaged, or of another version of lox-merge (this one reads format {FORMAT}): {damage}.")
+    job = manifest["job"]
+    if job["method"] != "lox":
+        raise OutputError(f"{name} is an output of lox-merge {job['method']}; only those of lox-merge harden have a model card and are published.")
+    missing = sorted(Recipe().to_json().keys() - job["recipe"].keys())
+    if missing:
+        raise OutputError(f"{name}/{MANIFEST} is damaged: its recipe lacks {', '.join(missing)}.")
+    Recipe.from_json(job["recipe"])
     return dict(manifest)
 
 

@@ -35,5 +35,7 @@ def load_adapted(adapted: AdaptedCheckpoint, **settings: Any) -> LoadedModel:
     own = [name for name in source.names() if name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"))]
     if "tokenizer_config.json" in adapted.own.source.names():
         source.fetch(own)
-        tokenizer = AutoTokenizer.from_pretrained(source.path("tokenizer_config.json").parent, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path("tokenizer_config.json").parent, local_files_only=True, trust_remote_code=bool(settings.get("trust_remote_code"))
+        )
     return LoadedModel(loaded.model, tokenizer, adapted.title, source.identity())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 from lox_merge.errors import LoxMergeWarning
 from lox_merge.safety.types import Exchange, Judge, Verdict
@@ -61,8 +64,7 @@ class VerdictCache:
             for start in range(0, len(missing), _QUERY_LIMIT):
                 some = missing[start : start + _QUERY_LIMIT]
                 query = f"SELECT key, success, score, explanation FROM verdicts WHERE key IN ({','.join('?' * len(some))})"
-                for key, success, score, explanation in connection.execute(query, some):
-                    found[key] = Verdict(bool(success), score, explanation)
+                found |= {row[0]: verdict for row in connection.execute(query, some) if (verdict := _verdict(*row[1:])) is not None}
         return found
 
     def put(self, verdicts: Mapping[str, Verdict]) -> None:
@@ -97,6 +99,14 @@ class VerdictCache:
                 LoxMergeWarning,
                 stacklevel=3,
             )
+
+
+def _verdict(success: Any, score: Any, explanation: Any) -> Verdict | None:
+    """One row; None for what no judge decided: SQLite keeps any kind of value in any column, so a file may hold anything."""
+    sound = success in (0, 1) and isinstance(score, (float, int, NoneType)) and isinstance(explanation, (str, NoneType))
+    if not sound or (score is not None and not math.isfinite(score)):
+        return None
+    return Verdict(bool(success), None if score is None else float(score), explanation)
 
 
 def cached_verdicts(judge: Judge, exchanges: Sequence[Exchange], cache: VerdictCache | None) -> list[Verdict]:

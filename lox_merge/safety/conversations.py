@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.prompts import numbers, read_rows
@@ -100,8 +101,8 @@ def tokenised(data: Conversations, tokenizer: Any, rendering: Rendering, longest
 def _messages(value: Any) -> list[Message] | None:
     if isinstance(value, str):  # a CSV holds the list as JSON
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
+            value = parse_json(value)
+        except ValueError:
             return None
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         return None

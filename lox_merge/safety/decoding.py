@@ -45,15 +45,24 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     config = getattr(model, "generation_config", None)
     for value in (getattr(config, "eos_token_id", None), getattr(model.config, "eos_token_id", None), tokenizer.eos_token_id):
         if value is not None:
-            return [int(token) for token in value] if isinstance(value, (list, tuple)) else [int(value)]
+            return [_token(token) for token in value] if isinstance(value, (list, tuple)) else [_token(value)]
     return []
+
+
+def _token(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(
+            f"the model's end or padding token is {value!r}, which is no number. Mend its config.json and generation_config.json."
+        ) from None
 
 
 def padding_token(model: Any, tokenizer: Any) -> int:
     """A token to fill batches with. Padding is masked, so any will do where neither tokenizer nor model names one."""
     for value in (tokenizer.pad_token_id, getattr(getattr(model, "generation_config", None), "pad_token_id", None), *end_tokens(model, tokenizer)):
         if value is not None:
-            return int(value)
+            return _token(value)
     return 0
 
 

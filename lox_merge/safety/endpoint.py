@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -13,7 +14,7 @@ from lox_merge.safety.chat import Rendering
 from lox_merge.safety.decoding import Decoding
 from lox_merge.safety.progress import CountProgress, ProgressFactory, no_progress
 from lox_merge.safety.reply_store import ReplyStore
-from lox_merge.safety.types import Prompt, PromptSet, Reply
+from lox_merge.safety.types import Prompt, PromptSet, Reply, without_halves
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer that is not what the protocol says, with status 200: worth asking again, but not as often as a busy server.
@@ -74,6 +75,10 @@ class EndpointModel:
     def replies(self, prompts: PromptSet) -> list[Reply]:
         """One reply per prompt, in order. Raises LoxMergeError naming the prompt that failed for good; earlier ones are kept in a store."""
         store = ReplyStore(self.store, self.identity(), prompts) if self.store is not None else None
+        with store or nullcontext():
+            return self._replies(prompts, store)
+
+    def _replies(self, prompts: PromptSet, store: ReplyStore | None) -> list[Reply]:
         found = store.finished if store else {}
         waiting = [prompt for prompt in prompts.prompts if prompt.identity not in found]
         with self._progress(len(prompts), f"{self.title}: replies") as progress, ThreadPoolExecutor(self._concurrency) as pool:
@@ -102,7 +107,7 @@ class EndpointModel:
                     f"the endpoint gave no reply to the prompt {prompt.identity} of model {self._title}: {error} ({type(error).__name__}). "
                     "Check that it serves this model; replies so far are kept where a store was named."
                 ) from error
-            except (ValueError, TypeError, LookupError, AttributeError) as error:
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                 broken = error  # not JSON, or JSON of another shape: the client does not check it
         raise LoxMergeError(
             f"the endpoint's answer to the prompt {prompt.identity} of model {self._title} is not a chat completion ({broken}). "
@@ -156,7 +161,9 @@ def _reply(prompt: Prompt, answer: Any) -> Reply:
     if not isinstance(text, str):
         raise TypeError(f"content is {type(text).__name__}, not text")
     tokens = answer.usage.completion_tokens if answer.usage is not None else None
-    return Reply(prompt.text, text, finished=choice.finish_reason == "stop", tokens=tokens)
+    if not (tokens is None or type(tokens) is int):
+        raise TypeError(f"completion_tokens is {tokens!r}, not a number")
+    return Reply(prompt.text, without_halves(text), finished=choice.finish_reason == "stop", tokens=tokens)
 
 
 def _public(url: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,10 @@ class LocalModel:
         memory ends at a batch of one.
         """
         store = ReplyStore(self.store, self.identity(), prompts) if self.store is not None else None
+        with store or nullcontext():
+            return self._replies(prompts, store)
+
+    def _replies(self, prompts: PromptSet, store: ReplyStore | None) -> list[Reply]:
         finished = store.finished if store else {}
         rows = [render(self.tokenizer, prompt.text, self.rendering) for prompt in prompts.prompts]
         self._check_room(prompts.prompts, rows)

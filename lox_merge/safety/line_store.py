@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
 from lox_merge.jobs.atomic import write_error
 
@@ -19,17 +22,37 @@ class LineStore:
     kind: names the format ('replies'); about: hashes of what decides the items, by part: a file made with another value of any part is
     refused, and left as it is. noun: what messages call an item. shown: goes into the first line for people. Opening raises
     RequestError where the file is of another run or not of this kind, WriteError where the disk fails. A last line that was cut short
-    by a crash is dropped.
+    by a crash is dropped. Held by one process at a time: another one is refused; the lock beside the file goes with its owner, however
+    that ends, and at the latest with this object.
     """
 
     def __init__(self, path: Path, kind: str, about: Mapping[str, str], noun: str, *, shown: dict[str, Any] | None = None) -> None:
         self.path, self._noun, self._kind = path, noun, kind
         self._header = {"format": f"lox-merge {kind} 1", **about, **(shown or {})}
         self._parts = tuple(about)
+        self._lock = FileLock(path.parent / f".{path.name}.lock", timeout=0, thread_local=False)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             self.lines = self._open()
+        except Timeout:
+            raise RequestError(f"another process is writing {path.name}. Wait for it, or name another file or folder for {kind}.") from None
         except OSError as error:
+            self.close()
             raise write_error(path, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> LineStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process have the file."""
+        self._lock.release()
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Keeps these lines; on disk when this returns. Raises WriteError."""
@@ -44,7 +67,6 @@ class LineStore:
 
     def _open(self) -> list[dict[str, Any]]:
         """The finished lines without the first one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         lines = [self._parse(line, number) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
@@ -72,8 +94,8 @@ class LineStore:
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             raise self.damaged(number) from None
         if not isinstance(value, dict):
             raise self.damaged(number)

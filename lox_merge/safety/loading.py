@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lox_merge.checkpoint.checkpoint import open_checkpoint
+from lox_merge.checkpoint.config_checks import check_depth
 from lox_merge.errors import RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
 from lox_merge.jobs.manifest import output_identity
@@ -60,6 +61,7 @@ def load_model(
     checkpoint.fetch([*checkpoint.headers, *checkpoint.side_files()])
     if "config.json" not in checkpoint.source.names():
         raise SourceError(f"{checkpoint.title} has no config.json, so it cannot be run. Give a checkpoint that transformers can load.")
+    check_depth(checkpoint.config, len(checkpoint.names), f"{checkpoint.title}/config.json")
     folder = checkpoint.source.path("config.json").parent
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     shown = transformers_logging.is_progress_bar_enabled()
@@ -68,9 +70,9 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         placement = {} if device_map is None else {"device_map": device_map}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, "auto"), **placement, **options)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+    except Exception as error:  # a configuration of somebody else's may run transformers into anything
         advice = "" if trust_remote_code else " A model with code of its own needs trust_remote_code, which runs that code."
-        raise SourceError(f"{checkpoint.title} cannot be loaded by transformers: {error}{advice}") from error
+        raise SourceError(f"{checkpoint.title} cannot be loaded by transformers: {type(error).__name__}: {error}{advice}") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

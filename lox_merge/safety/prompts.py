@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
 from lox_merge.safety.prompt_hub import hub_rows
 from lox_merge.safety.types import Prompt, PromptSet
@@ -150,8 +151,8 @@ def _csv_rows(text: str, title: str, delimiter: str) -> list[Row]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise RequestError(f"{where} is not JSON: {error}. Correct it, or give plain text in a file that ends in .txt.") from error
 
 

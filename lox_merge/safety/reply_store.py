@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from lox_merge.safety.line_store import LineStore, digest
@@ -24,9 +25,17 @@ class ReplyStore(LineStore):
         self._replies: dict[str, Reply] = {}
         for number, line in enumerate(self.lines, 2):
             name = line.get("id")
-            if not isinstance(name, str) or name not in texts or not isinstance(line.get("text"), str):
+            text, finished, tokens = line.get("text"), line.get("finished"), line.get("tokens")
+            if (
+                not isinstance(name, str)
+                or name not in texts
+                or not isinstance(text, str)
+                or not isinstance(finished, bool)
+                or not isinstance(tokens, (int, NoneType))
+            ):
+                self.close()
                 raise self.damaged(number)
-            self._replies[name] = Reply(texts[name], line["text"], bool(line.get("finished")), line.get("tokens"))
+            self._replies[name] = Reply(texts[name], text, finished, tokens)
 
     @property
     def finished(self) -> dict[str, Reply]:

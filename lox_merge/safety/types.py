@@ -31,6 +31,11 @@ class PromptSet:
         return len(self.prompts)
 
 
+def without_halves(text: str) -> str:
+    """The same text with halves of surrogate pairs replaced: a server's JSON may hold them, and no file or terminal takes them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class Reply:
     """What a model answered to one prompt. text: the new tokens only, special tokens left out.

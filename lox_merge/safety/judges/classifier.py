@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lox_merge.checkpoint.files import FileSource, find_source
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError, SourceError
 from lox_merge.safety.types import Exchange, Verdict
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _VERDICT_TOKENS = 48
 _SIDE_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.py")
 _WEIGHTS = ("*.safetensors",)
+# transformers would ask on a terminal whether a judge's own code may run; a judge never needs it, nor pickled weights.
+_FILES_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def classifier_judge(reference: str, label: str, *, device: str = "auto", batch_size: int = 16, cache_dir: Path | None = None) -> _ModelJudge:
@@ -34,7 +36,13 @@ def classifier_judge(reference: str, label: str, *, device: str = "auto", batch_
     source = find_source(reference, "judge", cache_dir)
     if "config.json" not in source.names():
         raise RequestError(f"the judge {source.title} has no config.json, so it is no transformers model.")
-    architectures = json.loads(source.path("config.json").read_text(encoding="utf-8")).get("architectures") or []
+    try:
+        config = parse_json(source.path("config.json").read_bytes())
+        architectures = config.get("architectures") or []
+        if not all(isinstance(name, str) for name in architectures):
+            raise TypeError("architectures are not names")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SourceError(f"the judge {source.title}: its config.json cannot be read: {error}. Download it again.") from error
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return SequenceClassifierJudge(source, label, device, batch_size)
     if any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in architectures):
@@ -57,8 +65,8 @@ class _ModelJudge(ABC):
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(self._folder)
-        except (OSError, ValueError, KeyError) as error:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(self._folder, **_FILES_ONLY)
+        except Exception as error:  # files of somebody else's may run transformers into anything
             raise SourceError(f"the tokenizer of the judge {source.title} cannot be loaded by transformers: {error}") from error
 
     @property
@@ -86,8 +94,8 @@ class _ModelJudge(ABC):
             try:
                 with _quiet():
                     # The dtype stored: a guard of 8B parameters would not fit in float32 where it fits as it is.
-                    model, report = automatic.from_pretrained(self._folder, dtype="auto", output_loading_info=True)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                    model, report = automatic.from_pretrained(self._folder, **_FILES_ONLY, dtype="auto", output_loading_info=True)
+            except Exception as error:
                 raise SourceError(f"the judge {self._source.title} cannot be loaded by transformers: {error}") from error
             if report["missing_keys"]:
                 # transformers fills them with random numbers, whose verdicts would look like any others.
@@ -99,7 +107,7 @@ class _ModelJudge(ABC):
         """Tokens that fit, with `room` left."""
         from transformers import AutoConfig
 
-        positions = getattr(AutoConfig.from_pretrained(self._folder), "max_position_embeddings", None) or 10**9
+        positions = getattr(AutoConfig.from_pretrained(self._folder, **_FILES_ONLY), "max_position_embeddings", None) or 10**9
         return int(min(self._tokenizer.model_max_length, positions)) - room
 
     def _too_long(self, tokens: int, limit: int) -> Verdict:
@@ -116,7 +124,7 @@ class SequenceClassifierJudge(_ModelJudge):
         super().__init__(source, label, device)
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self._folder)
+        config = AutoConfig.from_pretrained(self._folder, **_FILES_ONLY)
         labels = {str(name): int(index) for index, name in config.id2label.items()}
         if len(labels) < 2:
             raise RequestError(f"the judge {source.title} has one output, a score without labels; a classifier needs at least two labels.")

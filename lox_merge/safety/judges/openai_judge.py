@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.safety.judges.rubric import fill, read_rubric, read_score
 from lox_merge.safety.reasoning import without_reasoning
-from lox_merge.safety.types import Exchange, Verdict
+from lox_merge.safety.types import Exchange, Verdict, without_halves
 
 if TYPE_CHECKING:
     import openai
@@ -117,13 +118,17 @@ class OpenAIJudge:
             raise RequestError(
                 f"the judge {self.name} cannot be used: {error}. Check the model's name, the endpoint, and the key in {self._key_variable}."
             ) from error
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: an answer that is not JSON
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # the last two: an answer that is not JSON
             if getattr(error, "code", None) == "insufficient_quota" or getattr(error, "status_code", None) == 402:
                 raise LoxMergeError(
                     f"the credit of the judge {self.name} is used up: {error}. Verdicts so far are cached; run again later."
                 ) from error
             return Verdict(None, None, f"the judge gave no answer: {type(error).__name__}: {error}")
-        return self._read(completion)
+        try:
+            verdict = self._read(completion)
+        except (TypeError, AttributeError, LookupError):  # the client does not check the shape of what came
+            return Verdict(None, None, "the judge's answer is not a chat completion")
+        return replace(verdict, explanation=without_halves(verdict.explanation or ""))
 
     def _read(self, completion: Any) -> Verdict:
         choices = getattr(completion, "choices", None) or []  # some servers answer 200 with something else

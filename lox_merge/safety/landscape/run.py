@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def landscape(
                 "random": digest(moved),
             }
             store = PointStore(points, about) if points is not None else None
-            work = _Work(source, mover, prompts, judges, utility, cache, store)
-            anchor, results, resumed = work.measure(slices, progress or no_progress)
+            with store or nullcontext():
+                work = _Work(source, mover, prompts, judges, utility, cache, store)
+                anchor, results, resumed = work.measure(slices, progress or no_progress)
         count = sum(len(one.places) for one in slices)
         return Landscape(
             model=identity,

@@ -25,6 +25,7 @@ class PointStore(LineStore):
             try:
                 self._points[line["slice"], tuple(line["at"])] = PointResult.from_json(line["point"])
             except (KeyError, TypeError, AttributeError):
+                self.close()
                 raise self.damaged(number) from None
 
     def get(self, key: Key) -> PointResult | None:
