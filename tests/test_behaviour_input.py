@@ -37,7 +37,7 @@ def read(data: Any, rendering: Rendering | None = None, template: str = CHAT_TEM
     """What is given and what is scored of every text, in words."""
     words = tokenizer()
     words.chat_template = template
-    found = prepare([data], [], rendering or Rendering(), {"one": Outline(words, 96, 64)}, words, 96)
+    found = prepare([data], [], rendering or Rendering(), {"one": Outline(words, 96, 64, 2, 32)}, words, 96)
     return [
         (" ".join(WORDS[token] for token in text.tokens[: text.start]), " ".join(WORDS[token] for token in text.scored)) for text in found.sets[0]
     ]
@@ -64,7 +64,7 @@ def test_of_a_plain_text_all_but_the_first_token_is_scored() -> None:
 def test_what_cannot_be_read_whole_is_refused_by_its_rows() -> None:
     words = tokenizer()
     words.chat_template = CHAT_TEMPLATE
-    outlines = {"base": Outline(words, 96, 12), "aligned": Outline(words, 96, None)}
+    outlines = {"base": Outline(words, 96, 12, 2, 32), "aligned": Outline(words, 96, None, 2, 32)}
     data = asked("no", "no " * 7, " ", "yes " * 8)
     with pytest.raises(PlanError) as caught:
         prepare([data], [Prefix("how " * 20)], Rendering(), outlines, words, 96)

@@ -42,7 +42,7 @@ def test_one_process_at_a_time_writes_a_store_of_replies(tmp_path: Path) -> None
     assert other.returncode == 1 and "another process is writing replies.jsonl" in other.stderr
     with pytest.raises(RequestError, match="another process is writing"):
         ReplyStore(file, {}, asked)
-    store.append([("0", Reply("how", "no", True, 1))])
+    store.keep([("0", Reply("how", "no", True, 1))])
     del store
     assert ReplyStore(file, {}, asked).finished["0"].text == "no"
 

@@ -53,7 +53,7 @@ def test_yaml(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("changes", [{"id": [1]}, {"id": {}}, {"text": 5}, {"finished": "yes"}, {"tokens": "3"}, {"tokens": [1]}])
 def test_reply_stores(tmp_path: Path, changes: dict[str, object]) -> None:
     file = tmp_path / "replies.jsonl"
-    ReplyStore(file, {}, ASKED).append([("0", Reply("how", "no", True, 3))])
+    ReplyStore(file, {}, ASKED).keep([("0", Reply("how", "no", True, 3))])
     header, line = file.read_text().splitlines()
     file.write_text(f"{header}\n{json.dumps(json.loads(line) | changes)}\n")
     with pytest.raises(RequestError, match="line 2, is not a reply"):

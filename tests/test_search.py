@@ -160,7 +160,7 @@ def test_an_interrupted_search_goes_on_from_its_replies(run_cli: RunCli, toy_pai
     questions = ("--utility-questions", files / "questions.csv")  # their replies are not of this set
     whole = search(run_cli, toy_pair_seed0, files, *arguments, *questions)
     assert whole.returncode == 0, whole.stderr
-    kept = {path.name: path.read_text().splitlines(keepends=True) for path in (tmp_path / "replies").iterdir()}
+    kept = {path.name: path.read_text().splitlines(keepends=True) for path in (tmp_path / "replies").glob("*.jsonl")}
     assert kept.keys() == {"aligned.jsonl", "rank-1.jsonl", "rank-4.jsonl"} and {len(lines) for lines in kept.values()} == {31}
     (tmp_path / "replies" / "rank-4.jsonl").unlink()
     (tmp_path / "replies" / "rank-1.jsonl").write_text("".join(kept["rank-1.jsonl"][:12]) + '{"id": "cut sh')

@@ -186,7 +186,8 @@ def reply_stores(materials: Materials) -> Target:
     identity = {"kind": "folder", "name": "m"}
     remove([file])
     store = ReplyStore(file, identity, asked)
-    store.append([("0", Reply("how", "no", True, 3)), ("1", Reply("do", "yes", True, 3))])
+    store.keep([("0", Reply("how", "no", True, 3)), ("1", Reply("do", "yes", True, 3))])
+    store.close()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     parts = [st.one_of(json_bytes(line), st.just(json.dumps(line).encode())) for line in lines]
     cases = st.tuples(*parts, st.sampled_from((b"\n", b"", b'{"id": "0", "te', b"\xff"))).map(lambda found: b"\n".join(found[:-1]) + found[-1])
