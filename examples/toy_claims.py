@@ -1,6 +1,6 @@
 """What papers say of alignment, asked of the toy pair: one measurement and one rule a claim, and whether it held. The tables of docs/claims.md.
 
-The rules were fixed before this program was run. Attacked models stay in memory; JSON of the measurements, from which
+The rules were fixed before this program was run (one was changed then; see docs/claims.md). Attacked models stay in memory; JSON of the measurements, from which
 `lox-merge report` makes a page, and the toy's models, prompts and responses are written where --out says.
 
     python examples/toy_claims.py                  # seeds 0, 8, 9, about two minutes a seed on one core
@@ -302,25 +302,28 @@ def _shared(found: Any) -> Claim:
 
 
 def _overlaps(found: Any) -> Claim:
-    table: dict[int, dict[tuple[str, str], float]] = {}
-    for one in found.overlaps:
-        if one.model == "aligned":
-            value = next((overlap.mso for overlap in one.centred if overlap.eta == 0.9), None)
-            if value is not None:
-                table.setdefault(one.layer, {})[one.first, one.second] = value
-    rows = []
-    for layer, values in sorted(table.items()):
+    """By states as they are, as the paper computes the overlap; minus their set's mean beside it."""
+    last = max(one.layer for one in found.overlaps)
+    words, held = [], None
+    for kind in ("uncentred", "centred"):
+        values = {}
+        for one in found.overlaps:
+            if (one.model, one.layer) == ("aligned", last):
+                values[one.first, one.second] = next((overlap.mso for overlap in getattr(one, kind) if overlap.eta == 0.9), None)
         alike = values.get(("forbidden 0", "forbidden 1"))
-        mixed = [value for key, value in values.items() if "harmless" in key]
-        if layer and alike is not None and mixed:
-            rows.append((layer, alike, statistics.fmean(mixed)))
+        mixed = [value for key, value in values.items() if "harmless" in key and value is not None]
+        if alike is None or not mixed:
+            continue
+        words.append(f"{kind}: forbidden–forbidden {alike:.2f}, forbidden–harmless {' and '.join(f'{value:.2f}' for value in mixed)}")
+        if kind == "uncentred":
+            held = alike <= statistics.fmean(mixed)
     return Claim(
         "there is no subspace of forbidden prompts: they overlap with each other no more than with harmless ones",
         "Ponkshe et al. 2025",
-        "the two kinds of forbidden prompts do not overlap more with each other than with harmless ones in every layer of aligned (η = 0.9)",
+        "at the last layer of aligned, two kinds of forbidden prompts overlap no more with each other than with harmless ones (MSO, η = 0.9)",
         "lox-merge activations BASE ALIGNED --prompts forbidden_0.jsonl --prompts forbidden_1.jsonl --prompts harmless_prompts.jsonl",
-        None if not rows else not all(alike > mixed for _, alike, mixed in rows),
-        "; ".join(f"layer {layer}: forbidden–forbidden {alike:.2f}, forbidden–harmless {mixed:.2f}" for layer, alike, mixed in rows),
+        held,
+        "; ".join(words),
     )
 
 
