@@ -1,7 +1,7 @@
 """What papers say of alignment, asked of the toy pair: one measurement and one rule a claim, and whether it held. The tables of docs/claims.md.
 
-The rules were fixed before this program was run (one was changed then; see docs/claims.md). Attacked models stay in memory; JSON of the measurements, from which
-`lox-merge report` makes a page, and the toy's models, prompts and responses are written where --out says.
+The rules were fixed before this program was first run (one was changed then; docs/claims.md says which). Attacked models stay in memory; JSON of
+the measurements, from which `lox-merge report` makes a page, and the toy's models, prompts and responses are written where --out says.
 
     python examples/toy_claims.py                  # seeds 0, 8, 9, about two minutes a seed on one core
     python examples/toy_claims.py 8 --out claims
