@@ -6,6 +6,8 @@ than a block of its rows.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,28 +108,33 @@ def add_weighted_sums(out: Tensor, found: Contribution, weights: Float[Tensor, "
             target += (found.values.to(out.dtype) * share[:, :, None]).sum(0).view(target.shape)
 
 
-def gradient_rows(found: Contribution, first: int, last: int, columns: int, owners: Int[Tensor, " b"]) -> Float[Tensor, "b rows columns"]:
+def gradient_rows(found: Sequence[Contribution], first: int, last: int, columns: int, owners: Int[Tensor, " b"]) -> Float[Tensor, "b rows columns"]:
     """(b, last − first, columns), float32 or wider: these rows of G_i for the examples `owners` (ascending), zero where it has none.
 
     Row numbers count from the first row that `found` was narrowed to.
     """
-    if isinstance(found, Whole):
-        values = wide(found.values[:, first:last])
-        out = values.new_zeros(len(owners), last - first, columns)
-        return out.index_add_(0, torch.searchsorted(owners, found.owners), values)
-    places = torch.searchsorted(owners, found.owners)
-    if isinstance(found, Lookup):
-        values = wide(found.gradients)
-        out = values.new_zeros(len(owners), last - first, columns)
-        kept = (found.tokens >= first) & (found.tokens < last)
-        return out.index_put_((places[kept], found.tokens[kept] - first), values[kept], accumulate=True)
-    gradients, inputs = wide(found.gradients[:, first:last]), wide(found.inputs)
-    out = gradients.new_zeros(len(owners), last - first, columns)
-    counts = torch.bincount(places, minlength=len(owners)).tolist()
-    for place, (some, others) in enumerate(zip(torch.split(gradients, counts), torch.split(inputs, counts), strict=True)):
-        if counts[place]:
-            torch.mm(some.T, others, out=out[place])
+    values = [some.values if isinstance(some, Whole) else some.gradients for some in found]
+    dtype = functools.reduce(torch.promote_types, (value.dtype for value in values), torch.float32)
+    out = torch.zeros(len(owners), last - first, columns, dtype=dtype, device=values[0].device)
+    for some in found:
+        _add_rows(out, some, first, last, owners)
     return out
+
+
+def _add_rows(out: Tensor, found: Contribution, first: int, last: int, owners: Tensor) -> None:
+    """In place: one batch of many owns few of the rows, and a block of its own for each would cost more than the products."""
+    places = torch.searchsorted(owners, found.owners)
+    if isinstance(found, Whole):
+        out.index_add_(0, places, found.values[:, first:last].to(out.dtype))
+    elif isinstance(found, Lookup):
+        kept = (found.tokens >= first) & (found.tokens < last)
+        out.index_put_((places[kept], found.tokens[kept] - first), found.gradients[kept].to(out.dtype), accumulate=True)
+    else:
+        gradients, inputs = found.gradients[:, first:last].to(out.dtype), found.inputs.to(out.dtype)
+        own, counts = torch.unique_consecutive(places, return_counts=True)
+        parts = counts.tolist()
+        for place, some, others in zip(own.tolist(), torch.split(gradients, parts), torch.split(inputs, parts), strict=True):
+            out[place].addmm_(some.T, others)
 
 
 def pair_gram(gradients: Outer, examples: int, most_rows: int = 1024) -> Float[Tensor, "n n"]:

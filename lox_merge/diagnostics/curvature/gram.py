@@ -128,7 +128,7 @@ class _Store:
         part = found if whole else narrowed(found, piece.first, piece.last)
         if piece.formed and not isinstance(part, Whole):
             owners = torch.unique(part.owners)
-            part = Whole(gradient_rows(part, 0, piece.last - piece.first, shape.columns, owners), owners)
+            part = Whole(gradient_rows([part], 0, piece.last - piece.first, shape.columns, owners), owners)
         self._kept[name].append(part)
 
     def take(self, piece: Piece) -> list[Contribution]:
@@ -202,9 +202,7 @@ def _add_gram(gram: Tensor, found: Sequence[Contribution], first: int, rows: int
     step = max(1, scratch // max(1, kept_bytes(shape.columns, len(owners))))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        block = gradient_rows(found[0], start, stop, shape.columns, owners)
-        for some in found[1:]:
-            block += gradient_rows(some, start, stop, shape.columns, owners)
+        block = gradient_rows(found, start, stop, shape.columns, owners)
         flat = block.flatten(1)
         gram[owners[:, None], owners] += (flat @ flat.T).double()
         if rows_seen is not None:
