@@ -19,8 +19,10 @@ from lox_merge.safety.progress import ProgressFactory, no_progress
 
 Example = dict[str, list[int]]
 Reduction = Literal["sum", "mean"]
-# Tokens and texts of a backward pass: more of them no longer make it faster.
-_TOKENS, _ROWS = 1024, 32
+# Tokens and texts of a backward pass: more of them no longer make it faster. The graph of a large model takes memory with each token,
+# and keeps all cores busy with fewer.
+_TOKENS, _TOKENS_OF_LARGE, _ROWS = 1024, 512, 32
+_LARGE = 100_000_000
 
 
 def check_model(model: Any) -> None:
@@ -80,7 +82,7 @@ def walk(
     """
     capture = Capture(model, sites, wanted, emit)
     with frozen(model), capture.hooks(), progress(len(examples), what) as shown:
-        for numbers in batches(examples, batch_size):
+        for numbers in batches(examples, batch_size, _tokens_at_once(model)):
             one_batch(model, capture, [examples[number] for number in numbers], numbers, reduction)
             shown.advance(len(numbers))
     return capture
@@ -129,11 +131,15 @@ def log_likelihood(model: Any, tokens: Tensor, mask: Tensor, rows: Sequence[Exam
     return total
 
 
-def batches(examples: Sequence[Example], batch_size: int | None = None) -> Iterator[list[int]]:
-    """Numbers of completions of like length, ascending within a batch."""
+def _tokens_at_once(model: Any) -> int:
+    return _TOKENS if sum(parameter.numel() for parameter in model.parameters()) < _LARGE else _TOKENS_OF_LARGE
+
+
+def batches(examples: Sequence[Example], batch_size: int | None = None, tokens: int = _TOKENS) -> Iterator[list[int]]:
+    """Numbers of completions of like length, ascending within a batch. tokens: of a batch where batch_size is None."""
     order = sorted(range(len(examples)), key=lambda number: -len(examples[number]["input_ids"]))
     while order:
-        most = batch_size or max(1, min(_ROWS, _TOKENS // len(examples[order[0]]["input_ids"])))
+        most = batch_size or max(1, min(_ROWS, tokens // len(examples[order[0]]["input_ids"])))
         yield sorted(order[:most])
         del order[:most]
 
