@@ -31,11 +31,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 
 pytest_plugins = ["hub_fixtures", "lab_fixtures", "report_fixtures"]
 
+# The longest files of tests, begun first: one of them left to the end would keep one worker busy alone.
+LONG = ("demo", "resume", "robustness", "faults", "executors", "foreign_code", "decompose", "tune", "lm_eval", "ray", "inspect_task", "mergekit")
+
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 CLI = [sys.executable, "-m", "lox_merge.cli.main"]
 
 
 _FORKED = ForkedCli()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def run_cli(*arguments: object, cwd: Path | None = None, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from lox_merge.errors import LoxMergeError
 from lox_merge.jobs.executors.collect import Collected
 from lox_merge.jobs.executors.protocol import ShardJob
-from lox_merge.jobs.executors.server import process_context
+from lox_merge.jobs.executors.server import process_context, start_server
 from lox_merge.jobs.executors.sizing import crew_of_each, devices_of, in_turn, longest_first
 from lox_merge.jobs.executors.worker import work
 from lox_merge.jobs.executors.writer import WorkerTask
@@ -67,6 +67,7 @@ class _Worker:
         self.held: list[int] = []
         self._started = False
         self.connection, theirs = multiprocessing.Pipe()
+        start_server()
         self._process = process_context().Process(target=work, args=(theirs, self.task), daemon=True)
         self._process.start()
         theirs.close()  # so that its end is seen here
