@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lox_merge.diagnostics.settings import InspectSettings
 from lox_merge.jobs.work import form_delta
-from lox_merge.maths.edits import PIECE
 from lox_merge.maths.geometry import Products, inner_products, leading_count, mode_subspace_overlap, squared_overlaps
+from lox_merge.maths.pieces import rows_at_once
 from lox_merge.maths.precision import frobenius_norm, full_precision_matmul, rounding_noise_edge
 from lox_merge.maths.random_subspace import haar_basis
 from lox_merge.maths.rank import RankRule
@@ -186,7 +186,7 @@ class _Frame:
             nothing = torch.zeros_like(self.spectrum.squares)
             products = Products(aligned=norm**2, total=norm**2)
             return Update(spectrum, products, nothing, self.spectrum.squares, self.by_draw(self.drawn), overlaps)
-        product, total = inner_products(self.delta, change, max(1, PIECE // max(1, change.shape[1])))
+        product, total = inner_products(self.delta, change, rows_at_once(change))
         kept = _coefficients(self.basis, change, self.flip)
         drawn = None if self.random is None or self.drawn is None else self.drawn + _coefficients(self.random, change, self.flip)
         # Q^T Δ_align is s_i v_i^T by construction, so that projecting the sum costs no further product.

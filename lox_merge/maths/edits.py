@@ -16,14 +16,14 @@ from torch import Tensor
 
 from lox_merge.errors import NumericalError
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
+from lox_merge.maths.pieces import piece_buffer, row_pieces, rows_at_once
 from lox_merge.maths.precision import frobenius_norm, full_precision_matmul, rounding_noise_edge
 from lox_merge.maths.rank import RankRule
-from lox_merge.maths.rounding import Rounding, round_nearest, round_stochastic
+from lox_merge.maths.rounding import Rounding, round_stochastic
 from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
+from lox_merge.maths.update import Update
 
-# Rows are edited in pieces of about this many entries: the float32 temporaries of a piece stay in a core's cache.
-PIECE = 2**16
 # Rounding again after adding back what is missing inside the subspace: rank 6 needs 4 to 8 rounds, high ranks more.
 FEEDBACK_ROUNDS = 40
 FEEDBACK_GAIN_ERROR = 0.002
@@ -31,43 +31,6 @@ FEEDBACK_GAIN_ERROR = 0.002
 _STREAM = 0xD1342543DE82EF95
 # At ranks near the short side many entries stay below the rounding threshold whatever is added: stop when a round gains little.
 _FEEDBACK_PROGRESS = 0.98
-
-
-@dataclass(frozen=True)
-class Update:
-    """An intended change T of a matrix as thin factors (left @ right.T), or as a multiple of the delta itself.
-
-    left: (d_out, k), right: (d_in, k), float32; both None for the full-rank update, whose T = scale * Delta.
-    """
-
-    left: Tensor | None
-    right: Tensor | None
-    scale: float = 1.0
-
-    def added_to(self, before: Tensor, rows: slice, delta: Tensor | None) -> Tensor:
-        """`before` + T on these rows, in the dtype of `before`."""
-        if self.left is None or self.right is None:
-            return before + self._of_delta(rows, delta)
-        return torch.addmm(before, self.left[rows].to(before.dtype), self.right.T.to(before.dtype))
-
-    def inner_product(self, kept: Tensor, rows: slice, delta: Tensor | None) -> Tensor:
-        """<kept, T> on these rows, float64. Through the factors: T itself is not formed."""
-        if self.left is None or self.right is None:
-            return (kept * self._of_delta(rows, delta)).sum(-1).double().sum()
-        # (k, rows): a thin product is three times faster with its short side first.
-        return ((self.right.T.to(kept.dtype) @ kept.T) * self.left[rows].T).double().sum()
-
-    def norm(self, delta: Tensor | None) -> float:
-        """||T||_F, accumulated in float64. Through the factors: ||L R^T||² = <L^T L, R^T R>."""
-        if self.left is None or self.right is None:
-            return abs(self.scale) * frobenius_norm(self._of_delta(slice(None), delta, scaled=False))
-        left, right = self.left.double(), self.right.double()
-        return math.sqrt(float(((left.T @ left) * (right.T @ right)).sum()))
-
-    def _of_delta(self, rows: slice, delta: Tensor | None, *, scaled: bool = True) -> Tensor:
-        if delta is None:
-            raise ValueError("the full-rank update needs the delta")
-        return delta[rows] * self.scale if scaled else delta[rows]
 
 
 @dataclass(frozen=True)
@@ -120,20 +83,15 @@ def apply_update(
         generator = torch.Generator(device=aligned.device).manual_seed((seed * _STREAM + 1) % 2**63)
         stored = out.dtype
         return out, _write(aligned, update, delta, lambda values: round_stochastic(values, stored, generator), out=out)
-    realised = _write(aligned, update, delta, _to_nearest(out.dtype), out=out)
+    realised = _write(aligned, update, delta, _to_nearest, out=out)
     if rounding == "feedback" and not lossless and realised.intended_norm:
         realised = _with_feedback(aligned, update, delta, out, realised)
     return out, realised
 
 
-def _to_nearest(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda values: round_nearest(values, dtype)
-
-
-def _pieces(matrix: Tensor) -> list[slice]:
-    rows, columns = matrix.shape
-    step = max(1, PIECE // max(1, columns))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def _to_nearest(values: Tensor) -> Tensor:
+    """As it is: what is copied into a stored dtype is rounded to nearest by the copy."""
+    return values
 
 
 def _write(
@@ -148,19 +106,23 @@ def _write(
     """One rounding of W_align + update into `out`; judged against `target` (default: the update itself)."""
     target = target or update
     wide = torch.promote_types(aligned.dtype, torch.float32)  # float64 weights keep their digits
-    product, kept_square = torch.zeros(2, dtype=torch.float64, device=aligned.device)
+    product = torch.zeros((), dtype=torch.float64, device=aligned.device)
+    row_norms = torch.empty(aligned.shape[0], dtype=wide, device=aligned.device)
+    earlier, later = piece_buffer(aligned, wide), piece_buffer(aligned, wide)
+    step = rows_at_once(aligned)
+    updates = update.in_pieces(step, wide, delta)
+    targets = updates if target is update else target.in_pieces(step, wide, delta)
+    pieces = zip(torch.split(aligned, step), torch.split(out, step), torch.split(row_norms, step), updates, targets, strict=True)
     with full_precision_matmul(aligned.device):
-        for rows in _pieces(aligned):
-            before = aligned[rows].to(wide)
-            out[rows] = rounder(update.added_to(before, rows, delta))
-            kept = out[rows].to(wide)
-            # Of one dtype, `kept` is `out` itself: subtracting in place would undo the edit.
-            kept = kept - before if out.dtype == wide else kept.sub_(before)
-            product += target.inner_product(kept, rows, delta)
-            # Row norms in float32, their sum in float64: the same care as frobenius_norm.
-            kept_square += torch.linalg.vector_norm(kept, dim=-1).double().square().sum()
+        for stored, written, norms, change, intended in pieces:
+            before, kept = earlier[: len(stored)].copy_(stored), later[: len(stored)]
+            written.copy_(rounder(change.added_to(before, kept)))
+            kept.copy_(written).sub_(before)
+            product += intended.inner_product(kept)
+            # Row norms in the working dtype, their sum in float64: the same care as frobenius_norm.
+            torch.linalg.vector_norm(kept, dim=-1, out=norms)
         intended_norm = target.norm(delta)
-    overlap, kept_norm = float(product), math.sqrt(kept_square)
+    overlap, kept_norm = float(product), float(row_norms.double().norm())
     if not math.isfinite(kept_norm):
         raise NumericalError(
             f"the edited matrix of shape {tuple(aligned.shape)} overflows {str(out.dtype).removeprefix('torch.')}; "
@@ -189,12 +151,12 @@ def _with_feedback(aligned: Tensor, update: Update, delta: Tensor | None, out: T
                 break
             before = gap
             kept = torch.zeros_like(intended)
-            for rows in _pieces(aligned):
+            for rows in row_pieces(aligned):
                 change = out[rows].float() - aligned[rows].float()
                 kept += rows_basis[rows].T @ (change @ columns_basis)
             correction = correction + (intended - kept)
             corrected = Update(rows_basis @ correction, columns_basis)
-            realised = _write(aligned, corrected, delta, _to_nearest(out.dtype), out=out, target=update)
+            realised = _write(aligned, corrected, delta, _to_nearest, out=out, target=update)
     return realised
 
 

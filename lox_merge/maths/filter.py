@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lox_merge.maths.directions import Basis, Directions, random_directions, random_k_directions, top_directions
-from lox_merge.maths.edits import Realised, Update, apply_update, full_rank_update
+from lox_merge.maths.edits import Realised, apply_update, full_rank_update
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
 from lox_merge.maths.precision import frobenius_norm, full_precision_matmul
 from lox_merge.maths.rounding import Rounding
 from lox_merge.maths.subspace import Side
+from lox_merge.maths.update import Update
 
 Mode = Literal["parallel", "orthogonal"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -85,7 +86,7 @@ def project_by_delta(delta: Float[Tensor, "d_out d_in"], finetuned_delta: Float[
         else:
             update = Update(finetuned_delta, delta.T @ scaled) if delta.shape[1] <= delta.shape[0] else Update(finetuned_delta @ scaled.T, delta.T)
         size, whole = update.norm(None), frobenius_norm(finetuned_delta)
-        overlap = float(update.inner_product(finetuned_delta, slice(None), None))
+        overlap = float(update.inner_product(finetuned_delta))
     return Projection(update, size, whole, overlap / (size * whole) if size and whole else None, None)
 
 

@@ -13,12 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lox_merge.maths.edits import PIECE
+from lox_merge.maths.pieces import entries_at_once
 
 # Numbers drawn at a time: their float32 copy stays in a core's cache.
 _DRAWN = 2**18
-# On a GPU few large launches are fast; 2^26 float32 numbers are 256 MB.
-_PIECE_ON_GPU = 2**26
 
 
 def gaussian_noise(shape: Sequence[int], name: str, seed: int) -> Tensor:
@@ -71,7 +69,7 @@ def write_point(
         return
     whole = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     target, first = whole.view(-1), anchor.reshape(-1)
-    step_size = PIECE if out.device.type == "cpu" else _PIECE_ON_GPU
+    step_size = entries_at_once(out.device)
     flat_steps = [(factor, other.reshape(-1)) for factor, other in steps]
     flat_moves = [(factor, noise.reshape(-1)) for factor, noise in moves]
     for start in range(0, target.numel(), step_size):

@@ -20,9 +20,10 @@ from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
-from lox_merge.maths.edits import PIECE, Update
+from lox_merge.maths.pieces import rows_at_once
 from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.terms import Terms
+from lox_merge.maths.update import Update
 from lox_merge.safety.placement import Group, check_loaded, place
 from lox_merge.safety.rank_edits import THETA, DecomposedMatrix, RankEdit
 
@@ -206,24 +207,19 @@ def _add(anchor: Tensor, terms: Terms, rank: int, out: Tensor) -> None:
     if rank == 0:
         out.copy_(anchor)
         return
-    first = terms.first(rank)
+    step = rows_at_once(out)
+    changes = terms.first(rank).in_pieces(step, wide)
     with full_precision_matmul(out.device):
-        for piece in _pieces(out):
-            out[piece] = first.added_to(anchor[piece].to(device=out.device, dtype=wide), piece, None)
+        for target, stored, change in zip(torch.split(out, step), torch.split(anchor, step), changes, strict=True):
+            target.copy_(change.added_to(stored.to(device=out.device, dtype=wide)))
 
 
 def _agreement(anchor: Tensor, held: Tensor, update: Update) -> float:
     """<held - anchor, T>, the anchor first rounded to the dtype of `held`."""
     product = torch.zeros((), dtype=torch.float64, device=held.device)
+    step = rows_at_once(held)
     with full_precision_matmul(held.device):
-        for piece in _pieces(held):
-            before = anchor[piece].to(device=held.device, dtype=held.dtype).float()
-            product += update.inner_product(held[piece].float() - before, piece, None)
+        for stored, kept, change in zip(torch.split(anchor, step), torch.split(held, step), update.in_pieces(step, torch.float32), strict=True):
+            before = stored.to(device=held.device, dtype=held.dtype).float()
+            product += change.inner_product(kept.float() - before)
     return float(product)
-
-
-def _pieces(matrix: Tensor) -> list[slice]:
-    """On a CPU a piece of rows stays in a core's cache; on a GPU one product beats many launches."""
-    rows, columns = matrix.shape
-    step = max(1, PIECE // max(1, columns)) if matrix.device.type == "cpu" else max(1, rows)
-    return [slice(start, start + step) for start in range(0, rows, step)]

@@ -1,0 +1,73 @@
+"""An intended change of a matrix, as thin factors or as a multiple of the delta, whole or a piece of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lox_merge.maths.precision import frobenius_norm
+
+
+@dataclass(frozen=True)
+class Update:
+    """An intended change T of a matrix as thin factors (left @ right.T), or as a multiple of the delta itself.
+
+    left: (d_out, k), right: (d_in, k), float32; both None for the full-rank update, whose T = scale * Delta.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    scale: float = 1.0
+
+    def in_pieces(self, rows_at_once: int, dtype: torch.dtype, delta: Tensor | None = None) -> list[UpdateRows]:
+        """T on every `rows_at_once` rows in turn, for sums in `dtype`. delta: (d_out, d_in), needed by the full-rank update."""
+        if self.left is None or self.right is None:
+            return [UpdateRows(dense=part, scale=self.scale) for part in torch.split(_needed(delta), rows_at_once)]
+        right = self.right.T.to(dtype)
+        return [UpdateRows(left=part, right=right) for part in torch.split(self.left.to(dtype), rows_at_once)]
+
+    def inner_product(self, kept: Tensor, delta: Tensor | None = None) -> Tensor:
+        """<kept, T>, float64. kept: (d_out, d_in)."""
+        (whole,) = self.in_pieces(max(1, kept.shape[0]), kept.dtype, delta)
+        return whole.inner_product(kept)
+
+    def norm(self, delta: Tensor | None) -> float:
+        """||T||_F, accumulated in float64. Through the factors: ||L R^T||² = <L^T L, R^T R>."""
+        if self.left is None or self.right is None:
+            return abs(self.scale) * frobenius_norm(_needed(delta))
+        left, right = self.left.double(), self.right.double()
+        return math.sqrt(float(((left.T @ left) * (right.T @ right)).sum()))
+
+
+@dataclass(frozen=True)
+class UpdateRows:
+    """T on some rows: left (rows, k) and right (k, d_in), or scale times dense (rows, d_in)."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    dense: Tensor | None = None
+    scale: float = 1.0
+
+    def added_to(self, before: Tensor, out: Tensor | None = None) -> Tensor:
+        """`before` + T, in the dtype of `before`; into `out` where that is given."""
+        if self.dense is not None:
+            return torch.add(before, self.dense * self.scale, out=out)
+        assert self.left is not None and self.right is not None
+        return torch.addmm(before, self.left, self.right, out=out)
+
+    def inner_product(self, kept: Tensor) -> Tensor:
+        """<kept, T>, float64. Through the factors: T itself is not formed."""
+        if self.dense is not None:
+            return (kept * (self.dense * self.scale)).sum(-1).double().sum()
+        assert self.left is not None and self.right is not None
+        # (k, rows): a thin product is three times faster with its short side first.
+        return torch.sum((self.right @ kept.T).mul_(self.left.T), dtype=torch.float64)
+
+
+def _needed(delta: Tensor | None) -> Tensor:
+    if delta is None:
+        raise ValueError("the full-rank update needs the delta")
+    return delta
