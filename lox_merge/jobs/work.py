@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lox_merge.maths.lanczos import BASIS, BLOCK
+from lox_merge.maths.pieces import piece_buffer, rows_at_once
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE
 from lox_merge.maths.subspace import Certificate
@@ -49,11 +50,19 @@ def form_delta(base: Tensor, aligned: Tensor, slot: int = 0) -> tuple[Tensor, fl
     base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call with this `slot`.
     """
     delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device, slot)
-    if torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype)) == torch.float64:
-        torch.sub(aligned.double(), base.double(), out=delta)
-    else:
-        delta.copy_(aligned).sub_(base)
-    norm = float(torch.linalg.vector_norm(delta, dim=1).double().norm())
+    # float64 weights are subtracted as such: of their difference float32 keeps what matters.
+    wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype))
+    later = None if wide == torch.float32 else piece_buffer(delta, wide)
+    earlier, row_norms = piece_buffer(delta, wide), torch.empty(delta.shape[0], device=delta.device)
+    step = rows_at_once(delta)
+    for part, after, before, norms in zip(*(torch.split(matrix, step) for matrix in (delta, aligned, base, row_norms)), strict=True):
+        before = earlier[: len(part)].copy_(before)
+        if later is None:
+            part.copy_(after).sub_(before)
+        else:
+            part.copy_(later[: len(part)].copy_(after).sub_(before))
+        torch.linalg.vector_norm(part, dim=1, out=norms)
+    norm = float(row_norms.double().norm())
     bad = 0 if norm < float("inf") else max(1, int((~torch.isfinite(delta)).sum()))
     return delta, norm, bad
 
