@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -15,7 +16,6 @@ from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.low_disk import DOWNLOADS
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
-from lox_merge.jobs.recorded import manifest_damage, record_damage
 
 _JOB = "job.json"
 _LOCK = "lock"
@@ -86,8 +86,10 @@ class Journal:
         """That of a finished output, None where there is none. Raises OutputError for one that is damaged: whose job it was is not known."""
         path = self.out / MANIFEST
         found = self._read(path)
-        if path.exists() and (found is None or manifest_damage(found)):
-            damage = manifest_damage(found) if found is not None else "no JSON object"
+        if not path.exists():
+            return found
+        damage = _recorded().manifest_damage(found) if found is not None else "no JSON object"
+        if damage:
             raise OutputError(f"{path} is damaged ({damage}). Restore it, choose another folder, or pass --overwrite to make the output again.")
         return found
 
@@ -95,7 +97,7 @@ class Journal:
         """The record of a shard that is whole on disk; None when it has to be written. Checks its hash."""
         record = self._read(self._record(file))
         path = self.out / file
-        if record is None or record_damage(record) or not path.is_file() or path.stat().st_size != record["output"]["size"]:
+        if record is None or _recorded().record_damage(record) or not path.is_file() or path.stat().st_size != record["output"]["size"]:
             return None
         return record if sha256_of(path) == record["output"]["sha256"] else None
 
@@ -147,6 +149,13 @@ class Journal:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         return value if isinstance(value, dict) else None
+
+
+def _recorded() -> ModuleType:
+    """The checks of what is read back. pydantic takes a tenth of a second to import, and a run that starts afresh reads nothing back."""
+    from lox_merge.jobs import recorded
+
+    return recorded
 
 
 def _remove(entry: Path) -> None:
