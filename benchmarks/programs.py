@@ -1,7 +1,8 @@
 """The peers of `harden`, each a whole program on the same files: what it is compared with.
 
-floor     reads both checkpoints and writes one, no SVD: the same streaming, nothing computed
-full_svd  the same streaming engine with torch.linalg.svd in place of the truncated SVD
+floor         reads both checkpoints and writes one, no SVD: the same streaming, nothing computed
+full_svd      the same streaming engine with torch.linalg.svd in place of the truncated SVD
+whole_models  LoX as research scripts do it: both models in memory, torch.linalg.svd of every matrix in float32, one model saved
 """
 
 from __future__ import annotations
@@ -50,5 +51,22 @@ def full_svd(base: Path, aligned: Path, out: Path) -> None:
     harden(base, aligned, out)
 
 
+def whole_models(base: Path, aligned: Path, out: Path, rank: int = 6, alpha: float = 1.25) -> None:
+    """Both models loaded whole, one matrix after another edited in place in their stored dtype, shards saved as they were."""
+    from safetensors.torch import load_file, save_file
+
+    before = {name: tensor for file in sorted(base.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    shards = {file.name: load_file(file) for file in sorted(aligned.glob("*.safetensors"))}
+    for tensors in shards.values():
+        for name, tensor in tensors.items():
+            if tensor.ndim < 2:
+                continue
+            left, values, right = torch.linalg.svd(tensor.float() - before[name].float(), full_matrices=False)
+            tensors[name] = (tensor.float() + alpha * (left[:, :rank] * values[:rank]) @ right[:rank]).to(tensor.dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, tensors in shards.items():
+        save_file(tensors, out / name, metadata={"format": "pt"})
+
+
 if __name__ == "__main__":
-    {"floor": floor, "full_svd": full_svd}[sys.argv[1]](*map(Path, sys.argv[2:5]))
+    {"floor": floor, "full_svd": full_svd, "whole_models": whole_models}[sys.argv[1]](*map(Path, sys.argv[2:5]))

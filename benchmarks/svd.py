@@ -1,4 +1,7 @@
-"""One delta: truncated SVD against torch.linalg.svd and against randomised SVD, time and error of Proj_6."""
+"""One delta: truncated SVD against torch.linalg.svd and against randomised SVD, time and error of Proj_6.
+
+--panels: both products of an iteration with panels of columns that stay in the cache, against one product after the other.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import time
 import torch
 from measure import median_seconds
 
-from lox_merge.maths import truncated_svd
+from lox_merge.maths import lanczos, truncated_svd
 
 
 def delta(side: int, exponent: float, noise: float, relative: float, seed: int = 0) -> torch.Tensor:
@@ -29,13 +32,40 @@ def delta(side: int, exponent: float, noise: float, relative: float, seed: int =
 CASES = {"power law": (0.8, 0.5, 0.01), "slow decay": (0.3, 0.5, 0.003), "rounding noise": (0.8, 0.97, 0.001)}
 
 
+PANEL_SHAPES = [(1024, 1024), (1024, 4096), (4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672)]
+
+
+def panels() -> list[dict[str, object]]:
+    """Seconds of block · A and block · A · Aᵀ for blocks of 8."""
+    rows: list[dict[str, object]] = []
+    for shape in PANEL_SHAPES:
+        stored = torch.randn(shape)
+        matrix = stored if shape[0] <= shape[1] else stored.T
+        block = torch.randn(lanczos.SMALL_BLOCK, matrix.shape[0])
+        seconds = {}
+        limit = lanczos._CACHED_ENTRIES
+        for name, cached in (("apart", stored.numel()), ("panels", 0)):
+            lanczos._CACHED_ENTRIES = cached
+            seconds[name] = median_seconds(lambda block=block, matrix=matrix: lanczos._there_and_back(block, matrix))  # type: ignore[misc]
+        lanczos._CACHED_ENTRIES = limit
+        used = "panels" if stored.numel() > limit else "apart"
+        rows.append({"shape": shape, **seconds, "ratio": seconds["apart"] / seconds["panels"], "used": used})
+        print(f"{shape!s:15s} apart {seconds['apart'] * 1e3:7.2f} ms  panels {seconds['panels'] * 1e3:7.2f} ms  "
+              f"({seconds['apart'] / seconds['panels']:.2f}×), used: {used}", flush=True)  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--panels", action="store_true", help="only compare ways to multiply")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.panels:
+        panels()
+        return
     rows = []
     for name, settings in CASES.items():
         matrix = delta(arguments.side, *settings)
