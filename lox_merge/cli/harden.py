@@ -110,10 +110,14 @@ def harden_command(
     lox-merge harden meta-llama/Llama-2-7b-hf me/llama-2-7b-aligned out
     lox-merge harden base aligned out --rank noise-floor --alpha 1.0 --exclude lm_head
     """
+    from lox_merge.jobs.early import begin_early
     from lox_merge.jobs.executors.server import warm_up
 
     if not dry_run:
-        warm_up(workers, executor)  # beside this process's own imports
+        # Beside this process's own imports.
+        warm_up(workers, executor)
+        if workers == "1" and not as_adapter:
+            begin_early([aligned, base])
 
     from lox_merge.cli.adapter import harden_as_adapter, plan_as_adapter
     from lox_merge.cli.progress import byte_progress

@@ -115,10 +115,14 @@ def project_command(
     lox-merge project base aligned finetuned out --fraction 0.25
     lox-merge project base aligned finetuned out --rank 64 --threshold 0.35
     """
+    from lox_merge.jobs.early import begin_early
     from lox_merge.jobs.executors.server import warm_up
 
     if not dry_run:
-        warm_up(workers, executor)  # beside this process's own imports
+        # Beside this process's own imports.
+        warm_up(workers, executor)
+        if workers == "1":
+            begin_early([finetuned, aligned, base])
 
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json

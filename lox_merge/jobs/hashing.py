@@ -7,30 +7,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lox_merge.errors import SourceChangedError
 from lox_merge.jobs.atomic import sha256_of
-
-SourceFile = tuple[str, str]  # (role, file name)
-Stamp = tuple[int, int, int, int]  # size, time of the last change and of the last change of any kind (nanoseconds), number on the disk
-
-
-def stamp(file: SourceFile, path: Path) -> Stamp:
-    """What shows that a source was written to. Raises SourceChangedError where it is gone."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise SourceChangedError(f"{file[0]}: {file[1]} is no longer there ({error.strerror}). Restore it and run the same command again.") from error
-    # Size and time of change can be put back by whoever writes a file; the time of its last change of any kind and its number cannot.
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-
-
-def check_stamp(file: SourceFile, path: Path, before: Stamp) -> None:
-    """Raises SourceChangedError when a file changed since it had the stamp `before`."""
-    if stamp(file, path) != before:
-        raise SourceChangedError(
-            f"{file[0]}: {file[1]} changed while it was being read. Nothing of this shard was kept; "
-            "leave the sources alone and start again with --overwrite."
-        )
+from lox_merge.jobs.early import begun_early
+from lox_merge.jobs.stamps import SourceFile, Stamp, check_stamp, stamp
 
 
 class SourceHasher:
@@ -63,7 +42,8 @@ class SourceHasher:
                 if file not in self._futures:
                     if file not in self._stamps:
                         self._stamps[file] = stamp(file, self._path_of(file))
-                    self._futures[file] = self._pool.submit(sha256_of, self._path_of(file), self._stop)
+                    path = self._path_of(file)
+                    self._futures[file] = begun_early(path, self._stamps[file]) or self._pool.submit(sha256_of, path, self._stop)
 
     def hashes(self, position: int, known: Mapping[SourceFile, str] | None = None) -> dict[SourceFile, str]:
         """Hashes of the files of one shard; waits for them. Raises SourceChangedError when a file changed meanwhile.

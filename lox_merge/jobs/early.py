@@ -1,0 +1,65 @@
+"""Source files hashed while the program still imports torch: other cores have nothing to do then.
+
+Nothing is believed that would not be otherwise: a hash counts only for the stamp that its file had before it was read, and whoever takes
+the hash compares stamps again when the shard is written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from itertools import zip_longest
+from pathlib import Path
+
+from lox_merge.jobs.atomic import sha256_of
+from lox_merge.jobs.stamps import Stamp, stamp_of
+
+_SUFFIX = ".safetensors"
+
+
+class _Early:
+    """Hashes files one after another until somebody asks for the first of them: from then on whoever plans the work knows better."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._handed_over = False
+        self._begun: dict[Path, tuple[Stamp, Future[str]]] = {}
+
+    def hash_all(self, files: Sequence[Path]) -> None:
+        for path in files:
+            future: Future[str] = Future()
+            with self._lock:
+                if self._handed_over:
+                    return
+                try:
+                    self._begun[path] = stamp_of(path), future
+                except OSError:
+                    return  # the plan says what is wrong with it
+            try:
+                future.set_result(sha256_of(path))
+            except OSError as error:
+                future.set_exception(error)
+                return
+
+    def take(self, path: Path, stamp: Stamp) -> Future[str] | None:
+        with self._lock:
+            self._handed_over = True
+            before, future = self._begun.pop(path, (None, None))
+        return future if before == stamp else None
+
+
+_EARLY = _Early()
+
+
+def begin_early(folders: Sequence[str | Path]) -> None:
+    """Begins to hash the weights of local checkpoints, in the order in which shards will need them, in a thread that ends with the process."""
+    found = [sorted(Path(folder).resolve().glob(f"*{_SUFFIX}")) for folder in folders if Path(folder).is_dir()]
+    files = [path for row in zip_longest(*found) for path in row if path is not None]
+    if files:
+        threading.Thread(target=_EARLY.hash_all, args=(files,), name="hash early", daemon=True).start()
+
+
+def begun_early(path: Path, stamp: Stamp) -> Future[str] | None:
+    """The sha256 of a file that had this stamp when its hashing began early; None where it was not begun, or has changed since."""
+    return _EARLY.take(path.resolve(), stamp)

@@ -1,0 +1,83 @@
+"""Hashes begun before there is a plan: taken where the file is still the one that was read, and only then."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from lox_merge.jobs import early
+from lox_merge.jobs.early import _Early, begin_early, begun_early
+from lox_merge.jobs.hashing import SourceHasher
+from lox_merge.jobs.stamps import stamp_of
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{name}.safetensors" for name in ("a", "b", "c")]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 1000)
+    return paths
+
+
+def test_a_hash_is_of_the_file_as_its_stamp_says(files: list[Path]) -> None:
+    early_hashes = _Early()
+    early_hashes.hash_all(files)
+    future = early_hashes.take(files[0], stamp_of(files[0]))
+    assert future is not None and future.result() == digest(files[0])
+    stamp = stamp_of(files[1])
+    files[1].write_bytes(b"other")
+    assert early_hashes.take(files[1], stamp_of(files[1])) is None, "it changed since"
+    assert early_hashes.take(files[0], stamp_of(files[0])) is None, "a hash is handed over once"
+    other = files[2].with_name("new.safetensors")
+    other.write_bytes(files[2].read_bytes())
+    assert early_hashes.take(other, stamp) is None, "nobody read it"
+
+
+def test_a_file_with_size_and_time_put_back_is_another_one(files: list[Path]) -> None:
+    early_hashes = _Early()
+    early_hashes.hash_all(files)
+    before = files[0].stat()
+    files[0].write_bytes(b"x" * 1000)
+    os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert early_hashes.take(files[0], stamp_of(files[0])) is None
+
+
+def test_nothing_is_begun_once_the_plan_has_asked(files: list[Path]) -> None:
+    early_hashes = _Early()
+    assert early_hashes.take(files[0], stamp_of(files[0])) is None
+    early_hashes.hash_all(files)
+    assert early_hashes.take(files[1], stamp_of(files[1])) is None
+
+
+def test_a_file_that_is_gone_ends_it_quietly(files: list[Path]) -> None:
+    early_hashes = _Early()
+    files[1].unlink()
+    early_hashes.hash_all(files)
+    assert early_hashes.take(files[2], stamp_of(files[2])) is None
+
+
+def test_the_hasher_takes_over_what_was_begun(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "_EARLY", _Early())
+    begin_early([tmp_path, "org/name", tmp_path / "nothing here"])
+    deadline = time.monotonic() + 60
+    while any(thread.name == "hash early" for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    begun = early._EARLY._begun
+    assert {path.name: future.result() for path, (_, future) in begun.items()} == {path.name: digest(path) for path in files}
+    marked: Future[str] = Future()
+    marked.set_result("read before")
+    begun[files[0]] = stamp_of(files[0]), marked
+    hasher = SourceHasher([[("base", path.name) for path in files[:2]]], lambda file: tmp_path / file[1])
+    assert hasher.hashes(0) == {("base", files[0].name): "read before", ("base", files[1].name): digest(files[1])}
+    hasher.close()
+    assert begun_early(files[1], stamp_of(files[1])) is None, "it was taken"
