@@ -24,6 +24,8 @@ from lox_merge.maths.subspace import Subspace
 
 # Rows are edited in pieces of about this many entries: the float32 temporaries of a piece stay in a core's cache.
 PIECE = 2**16
+# On a GPU a piece has to be worth launching a dozen kernels: 64 MiB of float32 at a time.
+PIECE_ON_GPU = 2**24
 # Rounding again after adding back what is missing inside the subspace: rank 6 needs 4 to 8 rounds, high ranks more.
 FEEDBACK_ROUNDS = 40
 FEEDBACK_GAIN_ERROR = 0.002
@@ -132,7 +134,7 @@ def _to_nearest(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 def _pieces(matrix: Tensor) -> list[slice]:
     rows, columns = matrix.shape
-    step = max(1, PIECE // max(1, columns))
+    step = max(1, (PIECE if matrix.device.type == "cpu" else PIECE_ON_GPU) // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
