@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ from lox_merge.maths.subspace import Certificate
 IN_FLIGHT_BYTES = 512 * 2**20
 
 Result = TypeVar("Result")
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Owned = TypeVar("Owned", bound=Closable)
 
 
 def certificate_record(certificate: Certificate) -> dict[str, Any]:
@@ -49,13 +56,27 @@ def form_delta(base: Tensor, aligned: Tensor, slot: int = 0) -> tuple[Tensor, fl
     base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call with this `slot`.
     """
     delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device, slot)
+    _subtract(base, aligned, delta)
+    norm = float(torch.linalg.vector_norm(delta, dim=1).double().norm())
+    bad = 0 if norm < float("inf") else max(1, int((~torch.isfinite(delta)).sum()))
+    return delta, norm, bad
+
+
+def form_deltas(base: Tensor, aligned: Tensor) -> tuple[Tensor, list[float], list[int]]:
+    """`form_delta` of matrices (b, d_out, d_in), with fresh memory. The host waits once for all of them."""
+    delta = torch.empty(aligned.shape, device=aligned.device)
+    for one, earlier, later in zip(delta, base, aligned, strict=True):
+        _subtract(earlier, later, one)
+    norms = torch.linalg.vector_norm(delta, dim=2).double().norm(dim=1).tolist()
+    bad = [0 if norm < float("inf") else max(1, int((~torch.isfinite(one)).sum())) for one, norm in zip(delta, norms, strict=True)]
+    return delta, norms, bad
+
+
+def _subtract(base: Tensor, aligned: Tensor, delta: Tensor) -> None:
     if torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype)) == torch.float64:
         torch.sub(aligned.double(), base.double(), out=delta)
     else:
         delta.copy_(aligned).sub_(base)
-    norm = float(torch.linalg.vector_norm(delta, dim=1).double().norm())
-    bad = 0 if norm < float("inf") else max(1, int((~torch.isfinite(delta)).sum()))
-    return delta, norm, bad
 
 
 def available_cores() -> int:
@@ -132,9 +153,17 @@ class Crew:
         self.device = device
         self.workers, self.threads_each = size.matrices, size.cores
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="edit")
+        self._owned: Any = None
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
         return self._pool.submit(work, *arguments)
+
+    def owned(self, make: Callable[[], Owned]) -> Owned:
+        """What the crew works with on its device: made when it is first asked for, closed with the crew."""
+        if self._owned is None:
+            self._owned = make()
+        owned: Owned = self._owned
+        return owned
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -148,3 +177,5 @@ class Crew:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._owned is not None:
+            self._owned.close()
