@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lox_merge.errors import LoxMergeWarning
 from lox_merge.maths import batched_lanczos, parse_rank, truncated_svd
-from lox_merge.maths.batched_lanczos import runs
 from lox_merge.maths.batched_spectral import batched_rank, batched_truncated_svd
 from lox_merge.maths.block_qr import orthonormal_rows
+from lox_merge.maths.krylov_spaces import LongSide, runs
 from lox_merge.maths.lanczos import SMALLEST_GAP
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.subspace import Subspace
@@ -189,7 +189,7 @@ def test_products_leave_out_what_is_done() -> None:
     matrices = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0))
     out = torch.full((4, 2, 7), -1.0)
     rows = torch.ones(4, 2, 5)
-    batched_lanczos.LongSide(matrices).to_long(rows, [0, 3], out)
+    LongSide(matrices).to_long(rows, [0, 3], out)
     assert (out[1:3] == -1).all()
     torch.testing.assert_close(out[[0, 3]], (rows @ matrices)[[0, 3]])
 

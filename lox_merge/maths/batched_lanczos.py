@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lox_merge.maths.block_qr import orthonormal_rows
+from lox_merge.maths.krylov_spaces import KrylovSpaces, LongSide, to_device
 from lox_merge.maths.lanczos import BASIS, BLOCK, LARGEST_PASSES, RESIDUAL_FLOOR, SMALL_BLOCK, residual_target
 
 # How host work on several matrices is shared out: `map`, or a pool's.
@@ -67,39 +68,6 @@ def basis_rows(rank: int) -> int:
     return max(BASIS, 2 * (rank + 2 * block_width(rank)))
 
 
-class LongSide:
-    """Products of thin rows with a batch of matrices (b, d_out, d_in) from one side to the other."""
-
-    def __init__(self, matrices: Float[Tensor, "b d_out d_in"]) -> None:
-        wide = matrices.shape[1] <= matrices.shape[2]
-        self._from_short, self._from_long = (matrices, matrices.mT) if wide else (matrices.mT, matrices)
-        self.short, self.long = self._from_short.shape[1:]
-
-    def to_long(self, rows: Tensor, chosen: Sequence[int], out: Tensor) -> Tensor:
-        """out[i] = rows[i] A_i for the chosen; the others keep what they had."""
-        return self._product(rows, self._from_short, chosen, out)
-
-    def to_short(self, rows: Tensor, chosen: Sequence[int], out: Tensor) -> Tensor:
-        return self._product(rows, self._from_long, chosen, out)
-
-    @staticmethod
-    def _product(rows: Tensor, matrices: Tensor, chosen: Sequence[int], out: Tensor) -> Tensor:
-        for part in runs(chosen):
-            torch.bmm(rows[part], matrices[part], out=out[part])
-        return out
-
-
-def runs(chosen: Sequence[int]) -> list[slice]:
-    """Ascending indices as slices: matrices that are done are left out without copying the others."""
-    parts: list[slice] = []
-    for index in chosen:
-        if parts and parts[-1].stop == index:
-            parts[-1] = slice(parts[-1].start, index + 1)
-        else:
-            parts.append(slice(index, index + 1))
-    return parts
-
-
 def batched_lanczos(
     matrices: Float[Tensor, "b d_out d_in"],
     rank: int,
@@ -118,8 +86,8 @@ def batched_lanczos(
     product, width = LongSide(matrices), block_width(rank)
     short, long, device = product.short, product.long, matrices.device
     capacity = basis_rows(rank)
-    space = _Space(matrices.shape[0], capacity, width, short, long, device)
-    start = torch.randn(width, long, generator=torch.Generator().manual_seed(seed)).to(device)
+    space = KrylovSpaces(matrices.shape[0], capacity, width, short, long, device)
+    start = to_device(torch.randn(width, long, generator=torch.Generator().manual_seed(seed)), device)
     remaining, found = list(chosen), dict[int, Found]()
     product.to_short(start.expand(matrices.shape[0], -1, -1), remaining, space.short_rows)
     block, lost = orthonormal_rows(space.short_rows)
@@ -144,74 +112,30 @@ def batched_lanczos(
         verdicts = dict(zip(remaining, run(_judge(rank, width, tolerance), small), strict=True))
         done = [index for index in remaining if verdicts[index].excess <= 1]
         for index in done:
-            found[index] = space.triplets(index, rank, verdicts[index], passes)
+            found[index] = _triplets(space, index, rank, verdicts[index], passes)
         handed_back = [index for index in remaining if verdicts[index].squares is None]
         remaining = [] if ending else [index for index in remaining if index not in done and index not in handed_back]
         pace.judged({index: verdicts[index].excess for index in remaining})
         if remaining and full:
-            space.restart({index: verdicts[index] for index in remaining}, rank + 2 * width)
+            space.restart({index: _leading(verdicts[index], rank + 2 * width) for index in remaining})
     return found
 
 
-class _Space:
-    """The Krylov spaces of a batch. basis: orthonormal rows on the short side; images = basis · A in float64; gram = images · imagesᵀ."""
+def _leading(verdict: _Verdict, count: int) -> Tensor:
+    assert verdict.vectors is not None
+    return verdict.vectors[:, :count].T
 
-    def __init__(self, count: int, capacity: int, width: int, short: int, long: int, device: torch.device) -> None:
-        self._basis = torch.zeros(count, capacity, short, device=device)
-        self._images = torch.zeros(count, capacity, long, dtype=torch.float64, device=device)
-        self._gram = torch.zeros(count, capacity, capacity, dtype=torch.float64, device=device)
-        # Zeros, not empty: rows of matrices that are done, or were never chosen, stay finite.
-        self.short_rows = torch.zeros(count, width, short, device=device)
-        self.long_rows = torch.zeros(count, width, long, device=device)
-        self.size = 0
 
-    @property
-    def gram(self) -> Tensor:
-        return self._gram[:, : self.size, : self.size]
-
-    def add(self, block: Tensor, image: Tensor) -> None:
-        width = block.shape[1]
-        old, new = self.size, self.size + width
-        self._basis[:, old:new] = block
-        self._images[:, old:new] = image
-        cross = self._images[:, :new] @ self._images[:, old:new].mT
-        self._gram[:, :new, old:new] = cross
-        self._gram[:, old:new, :new] = cross.mT
-        self.size = new
-
-    def without(self, block: Tensor) -> Tensor:
-        """`block` made orthogonal to the basis; twice, because once leaves cancellation errors."""
-        basis = self._basis[:, : self.size]
-        for _ in range(2):
-            block = torch.baddbmm(block, block @ basis.mT, basis, alpha=-1)
-        return block
-
-    def triplets(self, index: int, rank: int, verdict: _Verdict, passes: int) -> Found:
-        assert verdict.squares is not None and verdict.vectors is not None
-        chosen = to_device(verdict.vectors[:, :rank].T.contiguous(), self._basis.device)
-        inner = chosen.float() @ self._basis[index, : self.size]
-        outer = chosen @ self._images[index, : self.size]
-        values = outer.norm(dim=1)
-        return Found(inner, values, (outer / values[:, None]).float(), float(verdict.squares[rank].sqrt()), passes)
-
-    def restart(self, verdicts: dict[int, _Verdict], keep: int) -> None:
-        """Thick restart: the leading `keep` Ritz vectors stay."""
-        kept = torch.zeros(self._basis.shape[0], keep, self.size, dtype=torch.float64)
-        for index, verdict in verdicts.items():
-            assert verdict.vectors is not None
-            kept[index] = verdict.vectors[:, :keep].T
-        rotation = to_device(kept, self._basis.device)
-        basis, images = rotation.float() @ self._basis[:, : self.size], rotation @ self._images[:, : self.size]
-        self._basis[:, :keep], self._images[:, :keep] = basis, images
-        self._gram.zero_()
-        self._gram[:, :keep, :keep] = images @ images.mT
-        self.size = keep
+def _triplets(space: KrylovSpaces, index: int, rank: int, verdict: _Verdict, passes: int) -> Found:
+    assert verdict.squares is not None
+    inner, values, outer = space.vectors(index, _leading(verdict, rank))
+    return Found(inner, values, outer, float(verdict.squares[rank].sqrt()), passes)
 
 
 class _Told:
     """Gram matrices, couplings and failures of a batch on their way to the host as one tensor: the only thing that the host waits for."""
 
-    def __init__(self, space: _Space, remainder: Tensor, lost: Tensor) -> None:
+    def __init__(self, space: KrylovSpaces, remainder: Tensor, lost: Tensor) -> None:
         rows = remainder.double()
         self._shapes = space.gram.shape[1:], (rows.shape[1], rows.shape[1])
         packed = torch.cat([space.gram.flatten(1), (rows @ rows.mT).flatten(1), lost.double()[:, None]], dim=1)
@@ -282,8 +206,3 @@ def _steps_to_wait(before: float, now: float, steps: int) -> int:
         return 0
     rate = 2 * math.log(before / now) / steps
     return min(_LONGEST_SKIP, math.ceil(math.log(now) / rate) - 1)
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on `device`, without waiting for what the device is doing."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lox_merge.maths.batched_lanczos import LongSide, Run, basis_rows, batched_lanczos, block_width
+from lox_merge.maths.batched_lanczos import Run, basis_rows, batched_lanczos, block_width
+from lox_merge.maths.krylov_spaces import LongSide
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
 from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.rank import RankRule
