@@ -1,7 +1,10 @@
-"""The GPU path on 8B shapes: seconds in transfer, SVD, update and I/O, and the share of the device's memory bandwidth reached.
+"""The GPU path on shapes of 1B, 8B and 70B models: seconds in read, transfer, SVD, update and write, the share of the device's memory
+bandwidth that the SVD reaches, and whether what comes out is right.
 
-Every distinct shape of a Llama-3-8B is made on the device, measured, and multiplied by how often it occurs. Needs CUDA:
+Weights come from a generator; nothing of the size of a model is on disk. One call on a machine with a GPU measures everything:
     python benchmarks/gpu.py --json gpu.json
+The same script runs without one, on small shapes, to be tried:
+    python benchmarks/gpu.py --device cpu --size small --json gpu.json
 """
 
 from __future__ import annotations
@@ -9,110 +12,115 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_checks import check_certificates, check_job
+from gpu_stages import Weights, bandwidth, disk, kinds, measure, outline, stream
 from synthetic import SIZES
 
-from lox_merge.maths.edits import apply_update, lox_update
-from lox_merge.maths.spectral import truncated_svd
+from lox_merge.jobs.batches import batches_of
+from lox_merge.jobs.work import available_cores
+
+# The disk that the targets are set against, bytes per second.
+NOMINAL_READ = 3e9
 
 
-def seconds(work: Any, repeat: int = 3) -> float:
-    """Mean device time of a call after a warm-up, by events."""
-    work()
-    torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeat):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000 / repeat
+def measure_size(size: str, folder: Path, device: torch.device, arguments: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
+    """Seconds of a whole model: stages by themselves from one batch of each kind, times how often it occurs; and all of it streamed."""
+    plan, weights = outline(folder, size, arguments.rank), Weights(device)
+    counted = kinds(plan)
+    examples = {(batch.shape, len(batch.members)): batch for position in range(len(plan.shards)) for batch in batches_of(plan, position)}
+    rows: list[dict[str, Any]] = []
+    total = dict.fromkeys(("transfer", "svd", "update"), 0.0)
+    moved = 0.0
+    with ThreadPoolExecutor(max(1, min(8, available_cores()))) as pool:
+        for kind, count in counted.items():
+            stage = measure(plan, examples[kind], weights, device, pool.map, arguments.repeat)
+            (shape, members), entries = kind, kind[0][0] * kind[0][1]
+            reached = 4 * entries * stage.passes / stage.svd
+            rows.append({"shape": shape, "together": members, "batches": count, "bandwidth_share": reached / rates["memory"], **vars(stage)})
+            total["transfer"] += count * (stage.up + stage.down)
+            total["svd"] += count * stage.svd
+            total["update"] += count * (stage.delta + stage.update)
+            moved += count * 4 * entries * stage.passes
+            milliseconds = {name: 1e3 * value for name, value in vars(stage).items()}
+            print(
+                f"  {size} {shape!s:16s} {members:2d} together, {count:3d} times: up {milliseconds['up']:8.1f} ms, "
+                f"delta {milliseconds['delta']:7.1f} ms, SVD {milliseconds['svd']:8.1f} ms ({stage.passes / members:.0f} passes, "
+                f"{reached / rates['memory']:4.0%} of bandwidth), update {milliseconds['update']:8.1f} ms, down {milliseconds['down']:8.1f} ms",
+                flush=True,
+            )
+    streamed, peak = stream(plan, weights, device)
+    result = {
+        "size": size,
+        "read": plan.bytes_read / rates["disk_read"],
+        **total,
+        "write": plan.bytes_written / rates["disk_write"],
+        "streamed": streamed,
+        "bandwidth_share": moved / total["svd"] / rates["memory"],
+        # Below 1 the disk is what one waits for, at 3 GB/s.
+        "svd_and_update_to_reading": (total["svd"] + total["update"]) / (plan.bytes_read / NOMINAL_READ),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_device_memory": peak,
+        "kinds": rows,
+    }
+    plan.close()
+    return result
 
 
-def bandwidth() -> float:
-    """Bytes per second of a device copy, read plus written."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), 10)
-
-
-def pair(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    rows, columns = shape
-
-    def normal(*sides: int) -> torch.Tensor:
-        return torch.randn(*sides, generator=generator, device="cuda")
-
-    base = (normal(rows, columns) * 0.02).bfloat16()
-    low = (normal(rows, 64) * torch.arange(1, 65, device="cuda").float() ** -0.8) @ normal(64, columns)
-    low *= 0.006 * base.float().norm() / low.norm()
-    return base, (base.float() + low + normal(rows, columns) * 8e-5).bfloat16()
-
-
-def disk(size: int = 2**31) -> tuple[float, float]:
-    """Bytes per second of writing with fsync, and of reading back (from the page cache)."""
-    data = torch.randint(0, 255, (size,), dtype=torch.uint8).numpy().data
-    with tempfile.NamedTemporaryFile() as file:
-        started = time.perf_counter()
-        file.write(data)
-        file.flush()
-        torch.cuda.synchronize()
-        written = time.perf_counter() - started
-        started = time.perf_counter()
-        Path(file.name).read_bytes()
-        return size / written, size / (time.perf_counter() - started)
+def table(results: list[dict[str, Any]]) -> str:
+    columns = ("shapes", "read", "transfer", "SVD", "update", "write", "streamed (all but disk)")
+    columns += ("SVD: share of bandwidth", "SVD + update ÷ reading at 3 GB/s", "peak device memory")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in results:
+        peak = row["peak_device_memory"]
+        times = " | ".join(f"{row[part]:.2f} s" for part in ("read", "transfer", "svd", "update", "write", "streamed"))
+        lines.append(
+            f"| {row['size']} | {times} | {row['bandwidth_share']:.0%} | {row['svd_and_update_to_reading']:.2f} | "
+            f"{'–' if peak is None else f'{peak / 2**30:.1f} GiB'} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="8B", choices=sorted(SIZES))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to try the script")
+    parser.add_argument("--size", action="append", choices=sorted(SIZES), help="repeatable; default 1B, 8B and 70B")
     parser.add_argument("--rank", type=int, default=6)
-    parser.add_argument("--json")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--pair", default=None, choices=sorted(SIZES), help="size of the pair that is hardened on both; default 117M (cpu: small)")
+    parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where files are read and written; default a temporary one")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
-    peak = bandwidth()
-    written, read = disk()
-    shapes = Counter(shape for _, shape in SIZES[arguments.size].tensors() if len(shape) == 2)
-    total: Counter[str] = Counter()
-    rows = []
-    for shape, count in shapes.items():
-        base, aligned = pair(shape)
-        host = base.cpu()
-        delta = aligned.float() - base.float()
-        subspace = truncated_svd(delta, arguments.rank)
-        update = lox_update(subspace, 1.25)
-        row = {
-            "transfer": 2 * seconds(lambda host=host: host.to("cuda")) + seconds(lambda aligned=aligned: aligned.cpu()),
-            "svd": seconds(lambda delta=delta: truncated_svd(delta, arguments.rank)),
-            "update": seconds(lambda aligned=aligned, update=update: apply_update(aligned, update)),
-        }
-        passes = subspace.certificate.passes
-        reached = passes * 4 * delta.numel() / row["svd"]
-        print(f"{shape!s:16s} ×{count:3d}  transfer {row['transfer'] * 1e3:7.2f} ms  SVD {row['svd'] * 1e3:7.2f} ms ({passes} passes, "
-              f"{reached / peak:.0%} of {peak / 1e9:.0f} GB/s)  update {row['update'] * 1e3:7.2f} ms", flush=True)  # fmt: skip
-        rows.append({"shape": shape, "count": count, "passes": passes, "bandwidth_share": reached / peak, **row})
-        for part, value in row.items():
-            total[part] += count * value  # type: ignore[assignment]
-        del base, aligned, delta, host
-    size = sum(2 * torch.Size(shape).numel() * count for shape, count in shapes.items())
-    total["io"] = 2 * size / read + size / written  # type: ignore[assignment]
-    print(f"{arguments.size}: " + ", ".join(f"{part} {value:.1f} s" for part, value in total.items()) + f"; disk {written / 1e9:.2f} GB/s written")
-    if arguments.json:
-        report = {
-            "device": torch.cuda.get_device_name(),
-            "bandwidth": peak,
-            "disk_write": written,
-            "disk_read": read,
-            "shapes": rows,
-            "total": dict(total),
-        }
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is there; --device cpu --size small tries the script on the CPU")
+    on_gpu = device.type == "cuda"
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+        folder = Path(place)
+        report: dict[str, Any] = {"device": torch.cuda.get_device_name(device) if on_gpu else "cpu", "torch": torch.__version__}
+        if not arguments.no_checks:
+            report["certificates"] = check_certificates(device, arguments.rank)
+            print(f"certificates: {report['certificates']}", flush=True)
+            report["job"] = check_job(folder, arguments.pair or ("117M" if on_gpu else "small"), device, arguments.rank)
+            print(f"whole job: {report['job']}", flush=True)
+        written, read = disk(folder, 2**31 if on_gpu else 2**26)
+        report["rates"] = rates = {"memory": bandwidth(device), "disk_write": written, "disk_read": read}
+        print(", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items()), flush=True)
+        report["sizes"] = []
+        for size in arguments.size or ["1B", "8B", "70B"]:
+            report["sizes"].append(measure_size(size, folder, device, arguments, rates))
+            if arguments.json:  # after each: a machine that is lent may be taken back
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report["sizes"]))
+    checks = [report[name] for name in ("certificates", "job") if name in report]
+    if not all(value for check in checks for value in check.values() if isinstance(value, bool)):
+        raise SystemExit("a check failed")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lox_merge.checkpoint.safetensors_format import build_header
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -46,11 +48,13 @@ class Shapes:
 
 SIZES = {
     "tiny": Shapes(64, 128, 2, 256, 64, 2),
+    "small": Shapes(256, 512, 4, 1000, 192, 2),
     "117M": Shapes(512, 2048, 20, 32000, 512, 4),
     "468M": Shapes(1024, 4096, 24, 32000, 1024, 4),
     "1B": Shapes(2048, 5632, 22, 32000, 256, 6),
     "7B-2-layers": Shapes(4096, 11008, 2, 32000, 4096, 2),
     "8B": Shapes(4096, 14336, 32, 128256, 1024, 4),
+    "70B": Shapes(8192, 28672, 80, 128256, 1024, 30),
 }
 
 
@@ -88,6 +92,34 @@ def make_pair(folder: Path, size: str) -> tuple[Path, Path]:
             pair[0][name], pair[1][name] = tensors
         for path, tensors_of in zip(paths, pair, strict=True):
             save_file(tensors_of, path / file, metadata={"format": "pt"})
+    total = sum(2 * torch.Size(shape).numel() for _, shape in names)
+    for path in paths:
+        _write_side_files(path, shapes, weight_map, total)
+    return paths
+
+
+def make_outline(folder: Path, size: str) -> tuple[Path, Path]:
+    """A pair of this size for planning: whole headers, and weights that are holes in sparse files, read as zeros."""
+    shapes = SIZES[size]
+    names = shapes.tensors()
+    per = -(-len(names) // shapes.shards)
+    paths = folder / "base", folder / "aligned"
+    for path in paths:
+        path.mkdir(parents=True)
+        weight_map: dict[str, str] = {}
+        for shard in range(-(-len(names) // per)):
+            part = names[shard * per : (shard + 1) * per]
+            header = build_header([(name, "BF16", shape) for name, shape in part], {"format": "pt"})
+            file = f"model-{shard + 1:05d}-of-{shapes.shards:05d}.safetensors"
+            weight_map |= {name: file for name, _ in part}
+            with (path / file).open("wb") as opened:
+                opened.write(header.raw)
+                opened.truncate(header.file_size)
+        _write_side_files(path, shapes, weight_map, sum(2 * torch.Size(shape).numel() for _, shape in names))
+    return paths
+
+
+def _write_side_files(path: Path, shapes: Shapes, weight_map: dict[str, str], total: int) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -101,11 +133,8 @@ def make_pair(folder: Path, size: str) -> tuple[Path, Path]:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
-    total = sum(2 * torch.Size(shape).numel() for _, shape in names)
-    for path in paths:
-        (path / "config.json").write_text(json.dumps(config, indent=2))
-        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    return paths
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
 def make_finetuned(aligned: Path, folder: Path) -> Path:

@@ -6,7 +6,7 @@ one edit does differently from another is behind this interface.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import TripletSource
+from lox_merge.maths.batched_lanczos import Run
 
 
 class MatrixOutcome(Protocol):
@@ -62,6 +63,19 @@ class Edit(Protocol):
         self, sources: Mapping[str, Tensor], out: Tensor, view: MatrixView, tensor: TensorPlan, device: torch.device, triplets: TripletSource
     ) -> MatrixOutcome:
         """Writes one edited matrix into `out`, a view of the output tensor. sources: role to the stored matrix."""
+        ...
+
+    def batch(
+        self,
+        sources: Mapping[str, Tensor],
+        out: Tensor,
+        members: Sequence[tuple[TensorPlan, MatrixView]],
+        device: torch.device,
+        triplets: TripletSource,
+        run: Run,
+    ) -> Sequence[MatrixOutcome]:
+        """The same for matrices of one shape and rank rule, (b, d_out, d_in) on `device`. Raises OutOfMemoryError where they are too
+        many; then nothing of `out` counts. run: shares the host's part out among threads."""
         ...
 
     def working_memory(self, shape: tuple[int, int], tensor: TensorPlan) -> int:

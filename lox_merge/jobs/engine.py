@@ -14,10 +14,10 @@ import torch
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError
-from lox_merge.jobs.ahead import Ahead
 from lox_merge.jobs.atomic import write_error
 from lox_merge.jobs.hashing import SourceFile
 from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.lookahead import LooksAhead
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
 
@@ -53,7 +53,7 @@ def typical_cost(plan: Plan) -> int:
     return 1
 
 
-def write_shard(plan: Plan, position: int, path: Path, ahead: Ahead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
+def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
     """Writes one shard to its temporary file `path`. Returns it open (not yet synced) and its record without hashes of sources."""
     shard = plan.shards[position]
     digest = hashlib.sha256()
@@ -88,7 +88,7 @@ def _put(file: IO[bytes], data: bytes | memoryview, digest: Any) -> None:
         view = view[file.write(view) :]
 
 
-def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: Ahead) -> Iterator[tuple[memoryview, dict[str, Any]]]:
+def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksAhead) -> Iterator[tuple[memoryview, dict[str, Any]]]:
     """The bytes to write for one tensor and its record (a generator, so that they are gone before the next is taken)."""
     target = shard.header.tensors[tensor.name]
     record: dict[str, Any] = {"name": tensor.name, "shape": list(target.shape), "dtype": target.dtype}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import FromFactors, TakenNow, TripletSource
 from lox_merge.jobs.work import form_delta, matrix_seed, working_memory
+from lox_merge.maths.batched_lanczos import Run
 from lox_merge.maths.directions import Directions, needs_dense, of_subspace
 from lox_merge.maths.filter import Decision, Projection, find_directions, project_by_delta, project_on, write_filtered, write_merged
 from lox_merge.maths.rank import RankRule
@@ -69,6 +70,24 @@ class FilterEdit:
             return self._matrix(sources, out, view, tensor, torch.device("cpu"), triplets)
         except NumericalError as error:
             raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
+
+    def batch(
+        self,
+        sources: Mapping[str, Tensor],
+        out: Tensor,
+        members: Sequence[tuple[TensorPlan, MatrixView]],
+        device: torch.device,
+        triplets: TripletSource,
+        run: Run,
+    ) -> list[FilterOutcome]:
+        outcomes = []
+        for place, (tensor, view) in enumerate(members):
+            matrices = {role: stacked[place] for role, stacked in sources.items()}
+            try:
+                outcomes.append(self._matrix(matrices, out[place], view, tensor, device, triplets))
+            except NumericalError as error:
+                raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
+        return outcomes
 
     def _matrix(
         self, sources: Mapping[str, Tensor], out: Tensor, view: MatrixView, tensor: TensorPlan, device: torch.device, triplets: TripletSource

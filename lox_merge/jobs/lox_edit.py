@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +16,9 @@ from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.summary import summarise
 from lox_merge.jobs.triplets import TakenNow, TripletSource
-from lox_merge.jobs.work import certificate_record, form_delta, matrix_seed, working_memory
+from lox_merge.jobs.work import certificate_record, form_delta, form_deltas, matrix_seed, working_memory
+from lox_merge.maths.batched_lanczos import Run
+from lox_merge.maths.batched_spectral import batched_rank, batched_truncated_svd
 from lox_merge.maths.edits import Realised, lox_edit
 from lox_merge.maths.subspace import Subspace
 
@@ -77,6 +79,17 @@ class LoxEdit:
     ) -> MatrixResult:
         return edit_matrix(sources["base"], sources["aligned"], out, view, tensor, self.recipe, device, triplets)
 
+    def batch(
+        self,
+        sources: Mapping[str, Tensor],
+        out: Tensor,
+        members: Sequence[tuple[TensorPlan, MatrixView]],
+        device: torch.device,
+        triplets: TripletSource,
+        run: Run,
+    ) -> list[MatrixResult]:
+        return edit_batch(sources["base"], sources["aligned"], out, members, self.recipe, triplets, run)
+
     def working_memory(self, shape: tuple[int, int], tensor: TensorPlan) -> int:
         assert tensor.rank is not None
         return working_memory(shape, tensor.rank)
@@ -130,16 +143,32 @@ def _edit(
 ) -> MatrixResult:
     base, aligned = base.to(device), aligned.to(device)
     delta, norm, bad = form_delta(base, aligned)
-    if bad:
-        out.copy_(aligned)
-        return MatrixResult(view.label, view.shape, bad=bad)
-    if norm == 0:
-        out.copy_(aligned)
-        return MatrixResult(view.label, view.shape)
-    assert tensor.rank is not None
     # On a GPU the result is made there and copied back whole.
     target = out if device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, device=device)
-    _, subspace, realised = lox_edit(
+    result = _write(base, aligned, delta, norm, bad, target, view, tensor, recipe, lambda: triplets.subspace(tensor, view, delta, aligned))
+    if target is not out:
+        out.copy_(target)
+    return result
+
+
+def _write(
+    base: Tensor,
+    aligned: Tensor,
+    delta: Tensor,
+    norm: float,
+    bad: int,
+    out: Tensor,
+    view: MatrixView,
+    tensor: TensorPlan,
+    recipe: Recipe,
+    subspace: Callable[[], Subspace],
+) -> MatrixResult:
+    """Everything on one device. subspace: asked for only where the rule needs triplets."""
+    if bad or norm == 0:
+        out.copy_(aligned)
+        return MatrixResult(view.label, view.shape, bad=bad)
+    assert tensor.rank is not None
+    _, found, realised = lox_edit(
         base,
         aligned,
         tensor.rank,
@@ -149,9 +178,40 @@ def _edit(
         # Every matrix starts its SVD from the same seed, but draws its own rounding noise.
         rounding_seed=matrix_seed(recipe.seed, tensor.name + view.label),
         delta=delta,
-        subspace=None if tensor.rank.kind == "full" else triplets.subspace(tensor, view, delta, aligned),
-        out=target,
+        subspace=None if tensor.rank.kind == "full" else subspace(),
+        out=out,
     )
-    if target is not out:
-        out.copy_(target)
-    return MatrixResult(view.label, view.shape, changed=True, subspace=subspace, delta_norm=norm, realised=realised)
+    return MatrixResult(view.label, view.shape, changed=True, subspace=found, delta_norm=norm, realised=realised)
+
+
+def edit_batch(
+    base: Tensor,
+    aligned: Tensor,
+    out: Tensor,
+    members: Sequence[tuple[TensorPlan, MatrixView]],
+    recipe: Recipe,
+    triplets: TripletSource,
+    run: Run,
+) -> list[MatrixResult]:
+    """As `edit_matrix`, for matrices (b, d_out, d_in) of one rank rule, all on one device; SVDs together where the rule allows it."""
+    delta, norms, bad = form_deltas(base, aligned)
+    rule = members[0][0].rank
+    subspaces: list[Subspace] | None = None
+    if type(triplets) is TakenNow and rule is not None and batched_rank(members[0][1].shape, rule) is not None:
+        usable = [0.0 if count else norm for norm, count in zip(norms, bad, strict=True)]
+        try:
+            subspaces = batched_truncated_svd(delta, rule, norms=usable, tolerance=triplets.tolerance, seed=triplets.seed, run=run)
+        except NumericalError as error:
+            raise NumericalError(f"{members[0][0].name} or one of its shape in the same shard: {error}.") from error
+    results = []
+    for place, (tensor, view) in enumerate(members):
+
+        def subspace(place: int = place, tensor: TensorPlan = tensor, view: MatrixView = view) -> Subspace:
+            return triplets.subspace(tensor, view, delta[place], aligned[place]) if subspaces is None else subspaces[place]
+
+        matrices = base[place], aligned[place], delta[place], norms[place], bad[place], out[place]
+        try:
+            results.append(_write(*matrices, view, tensor, recipe, subspace))
+        except NumericalError as error:
+            raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
+    return results

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from lox_merge.maths.subspace import Certificate
 IN_FLIGHT_BYTES = 512 * 2**20
 
 Result = TypeVar("Result")
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Owned = TypeVar("Owned", bound=Closable)
 
 
 def certificate_record(certificate: Certificate) -> dict[str, Any]:
@@ -50,6 +57,22 @@ def form_delta(base: Tensor, aligned: Tensor, slot: int = 0) -> tuple[Tensor, fl
     base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call with this `slot`.
     """
     delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device, slot)
+    norm = float(_subtract(base, aligned, delta).double().norm())
+    bad = 0 if norm < float("inf") else max(1, int((~torch.isfinite(delta)).sum()))
+    return delta, norm, bad
+
+
+def form_deltas(base: Tensor, aligned: Tensor) -> tuple[Tensor, list[float], list[int]]:
+    """`form_delta` of matrices (b, d_out, d_in), with fresh memory. The host waits once for all of them."""
+    delta = torch.empty(aligned.shape, device=aligned.device)
+    row_norms = [_subtract(earlier, later, one) for one, earlier, later in zip(delta, base, aligned, strict=True)]
+    norms = torch.stack(row_norms).double().norm(dim=1).tolist()
+    bad = [0 if norm < float("inf") else max(1, int((~torch.isfinite(one)).sum())) for one, norm in zip(delta, norms, strict=True)]
+    return delta, norms, bad
+
+
+def _subtract(base: Tensor, aligned: Tensor, delta: Tensor) -> Tensor:
+    """Writes aligned − base into `delta`, a piece of rows at a time. Returns the norm of every row."""
     # float64 weights are subtracted as such: of their difference float32 keeps what matters.
     wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, aligned.dtype))
     later = None if wide == torch.float32 else piece_buffer(delta, wide)
@@ -62,9 +85,7 @@ def form_delta(base: Tensor, aligned: Tensor, slot: int = 0) -> tuple[Tensor, fl
         else:
             part.copy_(later[: len(part)].copy_(after).sub_(before))
         torch.linalg.vector_norm(part, dim=1, out=norms)
-    norm = float(row_norms.double().norm())
-    bad = 0 if norm < float("inf") else max(1, int((~torch.isfinite(delta)).sum()))
-    return delta, norm, bad
+    return row_norms
 
 
 def available_cores() -> int:
@@ -141,9 +162,17 @@ class Crew:
         self.device = device
         self.workers, self.threads_each = size.matrices, size.cores
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="edit")
+        self._owned: Any = None
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
         return self._pool.submit(work, *arguments)
+
+    def owned(self, make: Callable[[], Owned]) -> Owned:
+        """What the crew works with on its device: made when it is first asked for, closed with the crew."""
+        if self._owned is None:
+            self._owned = make()
+        owned: Owned = self._owned
+        return owned
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -157,3 +186,5 @@ class Crew:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._owned is not None:
+            self._owned.close()

@@ -7,8 +7,8 @@ from torch import Tensor
 
 # Entries of a piece on a CPU: its float32 temporaries stay in a core's cache.
 PIECE = 2**17
-# On a GPU a piece costs a few launches whatever its size: its temporaries are bounded by memory alone (256 MiB each).
-PIECE_ON_GPU = 2**26
+# On a GPU a piece has to be worth launching a dozen kernels: 64 MiB of float32 at a time.
+PIECE_ON_GPU = 2**24
 
 
 def entries_at_once(device: torch.device) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,18 +14,46 @@ from torch import Tensor
 _TRACY_WIDOM_99 = 2.0234
 
 
+# The setting is the process's, not the thread's: whoever comes first turns TF32 off, whoever leaves last puts it back.
+_LOCK = threading.Lock()
+_inside = 0
+_put_back: Callable[[], None] | None = None
+
+
 @contextmanager
 def full_precision_matmul(device: torch.device) -> Iterator[None]:
     """float32 products in float32 on CUDA too: TF32 keeps 10 bits of mantissa, and every residual would end near 1e-3."""
+    global _inside, _put_back
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    with _LOCK:
+        if _inside == 0:
+            _put_back = _without_tf32()
+        _inside += 1
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        with _LOCK:
+            _inside -= 1
+            if _inside == 0 and _put_back is not None:
+                _put_back()
+
+
+def _without_tf32() -> Callable[[], None]:
+    """Turns TF32 off for matrix products. Returns what puts the setting back, by the interface that it was made with: torch 2.9 has
+    two of them, and refuses to answer through the old one what was set through the new."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        on, precision = matmul.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        chosen = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        return lambda: setattr(matmul, "fp32_precision", chosen)
+    if not on:
+        return lambda: None
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(precision)
 
 
 def frobenius_norm(matrix: Tensor) -> float:
@@ -65,14 +94,13 @@ def rounding_noise_edge(stored: Tensor) -> float:
     """
     rows, columns = stored.shape
     information = torch.finfo(stored.dtype)
-    total = 0.0
-    step = max(1, 2**18 // max(1, columns))
+    total = torch.zeros((), dtype=torch.float64, device=stored.device)  # a number of Python's would be waited for, piece by piece
+    step = max(1, (2**18 if stored.device.type == "cpu" else 2**25) // max(1, columns))
     for start in range(0, rows, step):
         # The spacing of a dtype at w is eps times the power of two below |w|: w without its sign and mantissa.
         power = _powers_of_two(stored[start : start + step]).clamp_min_(information.tiny)
-        total += float(torch.linalg.vector_norm(power, dim=-1).double().square().sum())
-    total *= information.eps**2
-    rms = math.sqrt(total / max(1, stored.numel()) / 12)
+        total += torch.linalg.vector_norm(power, dim=-1).double().square().sum()
+    rms = math.sqrt(float(total) * information.eps**2 / max(1, stored.numel()) / 12)
     if min(rows, columns) == 0:
         return 0.0
     root_rows, root_columns = math.sqrt(rows - 0.5), math.sqrt(columns - 0.5)

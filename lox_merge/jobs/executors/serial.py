@@ -7,18 +7,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lox_merge.jobs.ahead import Ahead
 from lox_merge.jobs.engine import finish_shard, make_durable, typical_cost, write_shard
 from lox_merge.jobs.executors.protocol import ShardJob
+from lox_merge.jobs.lookahead import LookAhead, look_ahead
 from lox_merge.jobs.work import Crew, CrewSize
 
 
 @dataclass(frozen=True)
 class Serial:
-    """See jobs.executors.protocol.Executor."""
+    """See jobs.executors.protocol.Executor. look_ahead: who edits."""
 
     reads_ahead: int = 1
     workers: int = 1
+    look_ahead: LookAhead = look_ahead
 
     def write(self, job: ShardJob, todo: Sequence[int]) -> dict[int, dict[str, Any]]:
         plan, passing = job.plan, job.plan.passing
@@ -27,7 +28,7 @@ class Serial:
         try:
             with crew.threads():
                 written: list[tuple[int, Future[dict[str, Any]]]] = []
-                ahead = Ahead(plan, list(todo), crew)
+                ahead = self.look_ahead(plan, list(todo), crew)
                 if passing:
                     passing.start(todo)
                 for position in todo:

@@ -12,11 +12,11 @@ from typing import IO, Any
 import torch
 
 from lox_merge.errors import Interrupted
-from lox_merge.jobs.ahead import Ahead
 from lox_merge.jobs.atomic import sha256_of
 from lox_merge.jobs.engine import make_durable, source_path, write_shard
 from lox_merge.jobs.hashing import SourceFile
 from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.lookahead import look_ahead
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.work import Crew, CrewSize
 
@@ -57,7 +57,7 @@ class ShardWriter:
         """Writes one shard; the disk may still have to take it when this returns. to_hash: source files to hash meanwhile."""
         for source in to_hash:
             self._hashing.submit(self._hash, source)
-        ahead = Ahead(self._plan, [position], self._crew)
+        ahead = look_ahead(self._plan, [position], self._crew)
         with self._crew.threads():
             file, record = write_shard(self._plan, position, self._partial(position), ahead, _Told(self._tell, position))
         self.wait()  # at most one finished shard waits for the disk
