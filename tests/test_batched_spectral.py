@@ -42,7 +42,7 @@ def decompose(matrices: Tensor, rule: RankRule = SIX, **settings: Any) -> list[S
     return batched_truncated_svd(matrices, rule, norms=norms(matrices), **settings)
 
 
-@pytest.mark.parametrize("rank", [1, 6, 40])
+@pytest.mark.parametrize("rank", [6, 40])
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300)])
 def test_each_is_what_it_is_alone(shape: tuple[int, int], rank: int) -> None:
     matrices = batch(*shape)
