@@ -18,6 +18,7 @@ from lox_merge.jobs.summary import summarise
 from lox_merge.jobs.triplets import TakenNow, TripletSource
 from lox_merge.jobs.work import certificate_record, form_delta, matrix_seed, working_memory
 from lox_merge.maths.edits import Realised, lox_edit
+from lox_merge.maths.grid import Grid
 from lox_merge.maths.subspace import Subspace
 
 
@@ -66,6 +67,10 @@ class LoxEdit:
     edits_vectors = False
     unchanged = "the delta is zero"
 
+    @property
+    def requantises(self) -> bool:
+        return self.recipe.requantise
+
     def choose(self, tensor: TensorPlan, problems: list[str]) -> TensorPlan:
         alpha = self.recipe.alpha_for(tensor.name)
         if alpha == 0:
@@ -73,9 +78,16 @@ class LoxEdit:
         return replace(tensor, rank=self.recipe.rank_for(tensor.name), alpha=alpha)
 
     def matrix(
-        self, sources: Mapping[str, Tensor], out: Tensor, view: MatrixView, tensor: TensorPlan, device: torch.device, triplets: TripletSource
+        self,
+        sources: Mapping[str, Tensor],
+        out: Tensor,
+        view: MatrixView,
+        tensor: TensorPlan,
+        device: torch.device,
+        triplets: TripletSource,
+        grid: Grid | None = None,
     ) -> MatrixResult:
-        return edit_matrix(sources["base"], sources["aligned"], out, view, tensor, self.recipe, device, triplets)
+        return edit_matrix(sources["base"], sources["aligned"], out, view, tensor, self.recipe, device, triplets, grid)
 
     def working_memory(self, shape: tuple[int, int], tensor: TensorPlan) -> int:
         assert tensor.rank is not None
@@ -101,19 +113,20 @@ def edit_matrix(
     recipe: Recipe,
     device: torch.device,
     triplets: TripletSource | None = None,
+    grid: Grid | None = None,
 ) -> MatrixResult:
     """Writes the hardened matrix into `out` (a view of the output tensor); aligned's values for a zero or non-finite delta.
 
-    triplets: where the delta's leading triplets come from; None takes an SVD of it.
+    triplets: where the delta's leading triplets come from; None takes an SVD of it. grid: as in `apply_update`.
     """
     source = triplets or TakenNow(recipe.tolerance, recipe.seed)
     try:
-        return _edit(base, aligned, out, view, tensor, recipe, device, source)
+        return _edit(base, aligned, out, view, tensor, recipe, device, source, grid)
     except torch.cuda.OutOfMemoryError:
         warnings.warn(
             f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was edited on the CPU", LoxMergeWarning, stacklevel=2
         )
-        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"), source)
+        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"), source, grid)
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 
@@ -127,6 +140,7 @@ def _edit(
     recipe: Recipe,
     device: torch.device,
     triplets: TripletSource,
+    grid: Grid | None,
 ) -> MatrixResult:
     base, aligned = base.to(device), aligned.to(device)
     delta, norm, bad = form_delta(base, aligned)
@@ -151,6 +165,7 @@ def _edit(
         delta=delta,
         subspace=None if tensor.rank.kind == "full" else triplets.subspace(tensor, view, delta, aligned),
         out=target,
+        grid=None if grid is None else grid.to(device),
     )
     if target is not out:
         out.copy_(target)
