@@ -48,8 +48,9 @@ def find(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Found:
             if len(info.shape) not in (2, 3):
                 found.problems.append(f"{where}: tensor {name} is {info.describe()}; fp8 weights have two dimensions, or three for stacked experts.")
                 continue
-            size = (block[0], block[1]) if block else (max(1, info.shape[-2]), max(1, info.shape[-1]))
-            tensor = StoredTensor(name, info.shape, name, name + _SUFFIX, "float8", size, info.dtype)
+            # No larger than the matrix: numbers of a config know no bound.
+            size = tuple(max(1, min(side, part)) for side, part in zip(info.shape[-2:], block or info.shape[-2:], strict=True))
+            tensor = StoredTensor(name, info.shape, name, name + _SUFFIX, "float8", (size[0], size[1]), info.dtype)
             scale = checkpoint.info(tensor.scale) if tensor.scale in checkpoint else None
             found.check_table(tensor.scale, "scale", scale, tensor, SCALE_DTYPES, where)
             found.tensors[name] = tensor

@@ -12,6 +12,7 @@ from lox_merge.checkpoint.quantised.schemes import METHOD, Scheme, read_schemes,
 from lox_merge.checkpoint.quantised.stored import WORD, Found, Layout, StoredTensor
 
 _SCALES = frozenset({"F32", "BF16", "F16"})
+_SHAPES = (("I64", (2,)), ("I32", (2,)))
 _ZEROS = frozenset({"I8", "I32"})
 _CODES = {"float-quantized": ("weight", "F8_E4M3"), "int-quantized": ("weight", "I8"), "pack-quantized": ("weight_packed", "I32")}
 _LAYOUTS: dict[str, Layout] = {"float-quantized": "float8", "int-quantized": "int8", "pack-quantized": "packed"}
@@ -89,6 +90,8 @@ def _tensor(checkpoint: Checkpoint, module: str, codes: str, scheme: Scheme, fou
         zero=zero if zero in checkpoint or not scheme.symmetric else None,
         shape_in=shape_in if shape_in in checkpoint else None,
     )
+    if tensor.shape_in is not None and (checkpoint.info(shape_in).dtype, checkpoint.info(shape_in).shape) not in _SHAPES:
+        found.problems.append(f"{where}: {shape_in} is {checkpoint.info(shape_in).describe()}, not two whole numbers. Save the checkpoint again.")
     if packed and -(-columns * scheme.bits // WORD) != info.shape[1]:
         found.problems.append(f"{where}: {codes} is {info.describe()}, which does not hold {columns} columns of {scheme.bits} bits. Save it again.")
     found.check_table(scale, "scale", checkpoint.info(scale) if scale in checkpoint else None, tensor, _SCALES, where)
@@ -106,7 +109,8 @@ def _tensor(checkpoint: Checkpoint, module: str, codes: str, scheme: Scheme, fou
 def _columns(checkpoint: Checkpoint, scheme: Scheme, most: int, scale: str, shape_in: str) -> int:
     """Columns of a packed weight: its last word may be part empty. Whole groups say how many, weight_shape does where it is on this
     machine, and it is compared with what was assumed when the weight is decoded."""
-    if shape_in in checkpoint and checkpoint.info(shape_in).shape == (2,) and isinstance(checkpoint.source, LocalFolder):
+    known = shape_in in checkpoint and (checkpoint.info(shape_in).dtype, checkpoint.info(shape_in).shape) in _SHAPES
+    if known and isinstance(checkpoint.source, LocalFolder):
         columns = int(checkpoint.tensor(shape_in)[1])
         return columns if 0 <= columns <= most else most
     if scheme.strategy == "group" and scale in checkpoint and len(checkpoint.info(scale).shape) == 2:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lox_merge.checkpoint import patterns
+from lox_merge.errors import CheckpointFormatError
 
 METHOD = "compressed-tensors"
 FORMATS = ("float-quantized", "int-quantized", "pack-quantized", "naive-quantized")
@@ -32,7 +33,8 @@ class Scheme:
     def block(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns that share a scale in a matrix of this shape."""
         sizes = {"tensor": (rows, columns), "channel": (1, columns), "group": (1, self.size[1]), "block": self.size}
-        return max(1, sizes[self.strategy][0]), max(1, sizes[self.strategy][1])
+        # No larger than the matrix: numbers of a config know no bound.
+        return max(1, min(rows, sizes[self.strategy][0])), max(1, min(columns, sizes[self.strategy][1]))
 
     def describe(self) -> str:
         detail = {"group": f"groups of {self.size[1]}", "block": f"{self.size[0]}×{self.size[1]} blocks", "tensor": "one scale a tensor"}
@@ -105,5 +107,5 @@ def _names(target: str, module: str) -> bool:
     try:
         # Matched from the start, as the library does.
         return patterns.found(patterns.compile_pattern(f"^(?:{target.removeprefix('re:')})"), module)
-    except ValueError:
-        return False
+    except ValueError as error:
+        raise CheckpointFormatError(f"quantization_config in config.json: the target {target[:80]!r} cannot be used ({error}).") from None

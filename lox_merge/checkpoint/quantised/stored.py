@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,8 @@ from lox_merge.maths.grid import Codes, FloatCodes, Grid, WholeCodes
 Layout = Literal["float8", "int8", "packed"]
 WORD = 32
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+# Entries that are decoded or encoded at a time.
+_PIECE = 2**22
 SCALE_DTYPES = frozenset({"F32", "BF16", "F16", "F8_E8M0", "U8"})
 
 
@@ -45,7 +47,7 @@ class StoredTensor:
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
-        rows, columns = (math.ceil(side / size) for side, size in zip(self.shape[-2:], self.block, strict=True))
+        rows, columns = (-(-side // size) for side, size in zip(self.shape[-2:], self.block, strict=True))
         return (*self.shape[:-2], rows, columns)
 
     @property
@@ -64,30 +66,36 @@ class StoredTensor:
     def decode(self, read: Callable[[str], Tensor]) -> Tensor:
         """The weight in float32. Raises CheckpointFormatError where weight_shape says another shape than the header gives."""
         self._check_shape(read)
-        codes = self.unpacked(read(self.codes))
-        if len(self.shape) == 2:
-            return self.grid(read).decode(codes)
-        return torch.stack([self.grid(read, place).decode(codes[place]) for place in range(self.shape[0])])
+        stored = read(self.codes)
+        out = torch.empty(self.shape)
+        for place, rows in self._pieces():
+            one, target = (stored, out) if place is None else (stored[place], out[place])
+            target[rows] = self.grid(read, place).part(rows, slice(None)).decode(self.unpacked(one[rows]))
+        return out
 
     def encode(self, values: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """What to store in place of the codes for float32 values of the weight's shape; the scales stay.
 
         Codes of values that are unchanged stay what they are, NaN among them.
         """
-        before = read(self.codes)
-        codes = self.unpacked(before)
-        out = torch.empty(self.shape, dtype=codes.dtype)
+        stored = read(self.codes)
+        out = torch.empty_like(stored)
+        for place, rows in self._pieces():
+            one, new, target = (stored, values, out) if place is None else (stored[place], values[place], out[place])
+            grid, old = self.grid(read, place).part(rows, slice(None)), self.unpacked(one[rows])
+            before = grid.decode(old)
+            same = (before == new[rows]) | (before.isnan() & new[rows].isnan())
+            # Through float32: torch has no `where` of float8.
+            codes = torch.where(same, old.float(), grid.encode(new[rows])).to(old.dtype)
+            target[rows] = pack(codes, self.bits) if self.layout == "packed" else codes
+        return out
+
+    def _pieces(self) -> Iterator[tuple[int | None, slice]]:
+        """Rows of each matrix of a stack (None: there is one), in pieces whose temporaries are small beside the weight."""
+        step = max(1, _PIECE // max(1, self.shape[-1]))
         for place in range(self.shape[0]) if len(self.shape) == 3 else (None,):
-            grid = self.grid(read, place)
-            old, new = (codes, values) if place is None else (codes[place], values[place])
-            target = out if place is None else out[place]
-            for start in range(0, old.shape[0], step := max(1, 2**18 // max(1, old.shape[1]))):
-                rows = slice(start, start + step)
-                same = grid.part(rows, slice(None)).decode(old[rows])
-                same = (same == new[rows]) | (same.isnan() & new[rows].isnan())
-                # Through float32: torch has no `where` of float8.
-                target[rows] = torch.where(same, old[rows].float(), grid.encode(new[rows], rows)).to(codes.dtype)
-        return pack(out, self.bits) if self.layout == "packed" else out
+            for start in range(0, self.shape[-2], step):
+                yield place, slice(start, start + step)
 
     def unpacked(self, stored: Tensor) -> Tensor:
         """Codes of the weight's shape: float8, or int8."""

@@ -61,8 +61,7 @@ class QuantisedCheckpoint(Checkpoint):
 
     def made_bytes(self, name: str) -> int:
         tensor = self.quantised.get(name)
-        # The values, and int8 codes that come out of words.
-        return 0 if tensor is None else self.info(name).size * (6 if tensor.layout == "packed" else 4)
+        return 0 if tensor is None else 4 * self.info(name).size
 
     def tensor(self, name: str) -> Tensor:
         """float32 where the weight is quantised; made anew, but kept for the matrices of a stack that are asked for one by one."""
