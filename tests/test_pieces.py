@@ -26,7 +26,9 @@ def test_pieces_are_all_rows_in_order() -> None:
     pieces = row_pieces(matrix)
     assert len(pieces) > 2 and [row for piece in pieces for row in range(ROWS)[piece]] == list(range(ROWS))
     assert rows_at_once(torch.empty(3, 2 * PIECE)) == 1, "a row that is longer than a piece is one"
-    assert row_pieces(torch.empty(0, 5)) == []
+    assert row_pieces(torch.empty(0, 5)) == [slice(0, 0)]
+    out, realised = apply_update(torch.empty(0, 5), Update(torch.empty(0, 2), torch.ones(5, 2)))
+    assert out.shape == (0, 5) and realised.gain is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

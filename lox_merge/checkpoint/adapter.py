@@ -131,7 +131,13 @@ class AdaptedCheckpoint(Checkpoint):
         return self.own.headers
 
     def weight_sources(self, file: str) -> list[tuple[str, str]]:
-        return [*((self.role, name) for name in self.own.headers), (self.base.role, file)]
+        return [*((self.role, name) for name in self.own.headers), *self.base.weight_sources(file)]
+
+    def stored_bytes(self, name: str) -> int:
+        return self.base.stored_bytes(name)
+
+    def made_bytes(self, name: str) -> int:
+        return self.base.made_bytes(name)
 
     def info(self, name: str) -> TensorInfo:
         info = self.base.info(name)

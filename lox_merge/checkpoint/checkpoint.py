@@ -64,6 +64,18 @@ class Checkpoint:
         """(role, file) of everything that is read for the tensors of one of `headers`."""
         return [(self.role, file)]
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that are read for a tensor."""
+        return self.info(name).bytes
+
+    def made_bytes(self, name: str) -> int:
+        """Bytes of memory that a tensor takes beside mapped files once it is asked for."""
+        return 0
+
+    def read_from(self, source: FileSource) -> None:
+        """Takes the same files from another place."""
+        self.source = source
+
     @property
     def bytes(self) -> int:
         return sum(header.file_size for header in self.weight_headers.values())

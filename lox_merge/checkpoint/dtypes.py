@@ -35,6 +35,8 @@ _CODES = {
 # Sub-byte packed formats: no torch dtype to read them as, and never editable.
 _PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
+# What torch has a dtype for.
+READABLE = frozenset(_CODES)
 EDITABLE = frozenset({"BF16", "F16", "F32", "F64"})
 FP8 = frozenset(code for code in _CODES if code.startswith("F8_"))
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")

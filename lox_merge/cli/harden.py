@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,9 @@ from lox_merge.cli.options import (
 )
 from lox_merge.cli.push import PushWhenDone, push_when_done
 from lox_merge.errors import RequestError
+
+if TYPE_CHECKING:
+    from lox_merge.jobs.quantised import Form
 
 
 @click.command("harden", short_help="Harden an aligned checkpoint by low-rank extrapolation (LoX).")
@@ -49,8 +52,11 @@ from lox_merge.errors import RequestError
 @fused_option
 @dtype_option
 @click.option(
-    "--rounding", default="nearest", show_default=True, metavar="nearest|feedback|stochastic", help="How edits are rounded to the output dtype."
+    "--rounding",
+    metavar="nearest|feedback|stochastic",
+    help="How edits are rounded to the output dtype.  [default: nearest; feedback with --requantise]",
 )
+@click.option("--requantise", is_flag=True, help="Write a quantised ALIGNED in its own form: same scales, part of the edit lost (docs/quantised.md).")
 @tolerance_option
 @click.option("--skip-non-finite", is_flag=True, help="Copy tensors whose delta holds NaN or Inf instead of failing.")
 @order_option
@@ -82,7 +88,8 @@ def harden_command(
     linear_only: bool,
     fused: str,
     dtype: str | None,
-    rounding: str,
+    rounding: str | None,
+    requantise: bool,
     tolerance: str,
     skip_non_finite: bool,
     order_is_right: bool,
@@ -144,7 +151,8 @@ def harden_command(
         alpha_pattern=tuple((pattern, number(value, "--alpha-pattern")) for pattern, value in pattern_pairs(alpha_pattern, "--alpha-pattern")),
         linear_only=linear_only,
         dtype=dtype,
-        rounding=rounding,  # type: ignore[arg-type]
+        rounding=rounding or ("feedback" if requantise else "nearest"),  # type: ignore[arg-type]
+        requantise=requantise,
         tolerance=number(tolerance, "--tolerance"),
         seed=seed,
         fused=fused,
@@ -158,8 +166,9 @@ def harden_command(
     if push_to is None and (public or license is not None):
         raise RequestError("--public and --license are about publishing: they go with --push REPO.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
+    form: Form = "adapter" if as_adapter else "model"
     with open_factors(factors) as held:
-        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, **sources)
+        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, form=form, **sources)
         pushing = None
         if push_to is not None:
             pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
@@ -169,7 +178,7 @@ def harden_command(
             check_output(out, overwrite=overwrite)
             settings = {"device": device, "factors": factors, **sources}
             found = effective_rank(base, aligned, recipe, prompts=str(prompts), judges=judge, show=json_file != "-", **settings)
-            plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), factors=held, **sources)
+            plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), factors=held, form=form, **sources)
         if dry_run and as_adapter:
             plan_as_adapter(plan, overwrite=overwrite, json_file=json_file)
             return

@@ -9,6 +9,7 @@ from pathlib import Path
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.adapter import is_adapter, open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.checkpoint.safetensors_format import TensorInfo
 from lox_merge.diagnostics.places import layer_of, module_kinds
 from lox_merge.diagnostics.settings import InspectSettings
@@ -18,7 +19,7 @@ from lox_merge.jobs.harden import open_checkpoints
 from lox_merge.jobs.layout import MatrixView, is_expert_stack, is_transposed
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import pair_problems
-from lox_merge.jobs.select import counterpart, is_embedding, is_legacy_buffer, is_vocabulary, quantisation_problems, select_tensors
+from lox_merge.jobs.select import counterpart, is_embedding, is_legacy_buffer, is_vocabulary, select_tensors
 from lox_merge.maths.spectral import LARGEST_GRAM_SIDE
 
 _MOST_NAMED = 8

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import Silent, already_done, resolve_device
 from lox_merge.jobs.harden import HardenResult, check_some_delta
 from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.manifest import build_manifest, job_description
 from lox_merge.jobs.pieces import piece_name, write_pieces
 from lox_merge.jobs.plan import MANIFEST, Plan, check_output, check_room
+from lox_merge.jobs.quantised import grid_of
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.maths.edits import apply_update, lox_update
 from lox_merge.maths.subspace import Subspace
@@ -61,7 +64,7 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
                 journal.clear()
             journal.begin(job)
             resumed = sum((plan.out / piece_name(shard)).is_file() for shard in plan.shards)
-            records = write_pieces(plan, journal, target, progress or Silent(), examine=_nearest_rounding)
+            records = write_pieces(plan, journal, target, progress or Silent(), examine=partial(_nearest_rounding, plan))
             pieces = Pieces(plan, records, plan.out)
             config = json_bytes(made.config(pieces.ranks))
             weights, outcome = write_factors(made, pieces.ranks, pieces.read, journal)
@@ -103,11 +106,12 @@ def left_out_text(manifest: dict[str, Any]) -> str:
     )
 
 
-def _nearest_rounding(aligned: Tensor, tensor: TensorPlan, subspace: Subspace) -> dict[str, Any]:
-    """Gain of the same edit written into the stored dtype by rounding to nearest: what an adapter saves; null for float32."""
-    if subspace.rank == 0 or aligned.dtype in (torch.float32, torch.float64):
+def _nearest_rounding(plan: Plan, aligned: Tensor, tensor: TensorPlan, view: MatrixView, subspace: Subspace) -> dict[str, Any]:
+    """Gain of the same edit written into the stored form by rounding to nearest: what an adapter saves; null for float32."""
+    grid = grid_of(plan.aligned, tensor, view)
+    if subspace.rank == 0 or (grid is None and aligned.dtype in (torch.float32, torch.float64)):
         return {"nearest_gain": None}
-    _, kept = apply_update(aligned, lox_update(subspace, tensor.alpha))
+    _, kept = apply_update(aligned, lox_update(subspace, tensor.alpha), grid=None if grid is None else grid.to(aligned.device))
     return {"nearest_gain": kept.gain}
 
 

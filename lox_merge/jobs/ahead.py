@@ -34,7 +34,7 @@ class Ahead:
     def __init__(self, plan: Plan, todo: list[int], crew: Crew) -> None:
         self._plan, self._crew = plan, crew
         self._waiting: deque[_Job] = deque(
-            _Job(position, tensor, plan.shards[position].header.tensors[tensor.name].bytes)
+            _Job(position, tensor, plan.shards[position].bytes_in_memory(tensor))
             for position in todo
             for tensor in plan.shards[position].tensors
             if tensor.action == "edit"
@@ -89,11 +89,11 @@ class Ahead:
         return self._in_flight + cost <= self._budget
 
     def _cost(self, job: _Job, position: int) -> int:
-        return self._plan.edit.working_memory(job.tensor.views[position].shape, job.tensor)
+        return self._plan.working_memory(job.tensor, job.tensor.views[position])
 
     def _start_next(self) -> None:
         job = self._waiting.popleft()
-        code = self._plan.shards[job.shard].header.tensors[job.tensor.name].dtype
+        code = self._plan.shards[job.shard].code_in_memory(job.tensor)
         job.out = torch.empty(job.tensor.info.shape, dtype=dtypes.torch_dtype(code))
         self._in_flight += job.bytes
         self._started.append(job)
@@ -104,7 +104,7 @@ class Ahead:
         job.submitted += 1
         assert job.out is not None
         sources = {role: view.select(checkpoint.tensor(job.tensor.name_in(role))) for role, checkpoint in self._plan.checkpoints.items()}
-        edit = self._plan.edit
-        future = self._crew.submit(edit.matrix, sources, view.select(job.out), view, job.tensor, self._crew.device, self._plan.triplets)
+        edit, grid = self._plan.edit, self._plan.grid(job.tensor, view)
+        future = self._crew.submit(edit.matrix, sources, view.select(job.out), view, job.tensor, self._crew.device, self._plan.triplets, grid)
         self._in_flight += cost
         job.futures.append((future, cost))

@@ -16,6 +16,7 @@ from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import TripletSource
 from lox_merge.maths.batched_lanczos import Run
+from lox_merge.maths.grid import Grid
 
 
 class MatrixOutcome(Protocol):
@@ -40,7 +41,7 @@ class Edit(Protocol):
 
     method: its name in the manifest. roles: the checkpoints it reads, in the order of training; the output mirrors the
     last. edits_vectors: whether tensors of one dimension are edited too, as (n, 1) matrices. unchanged: why a tensor is
-    copied all the same, for the manifest.
+    copied all the same, for the manifest. requantises: whether a quantised checkpoint's output keeps its form.
     """
 
     @property
@@ -55,14 +56,25 @@ class Edit(Protocol):
     @property
     def unchanged(self) -> str: ...
 
+    @property
+    def requantises(self) -> bool: ...
+
     def choose(self, tensor: TensorPlan, problems: list[str]) -> TensorPlan:
         """`tensor`, selected for editing, with its settings; or as a copy with the reason. What cannot be done goes to `problems`."""
         ...
 
     def matrix(
-        self, sources: Mapping[str, Tensor], out: Tensor, view: MatrixView, tensor: TensorPlan, device: torch.device, triplets: TripletSource
+        self,
+        sources: Mapping[str, Tensor],
+        out: Tensor,
+        view: MatrixView,
+        tensor: TensorPlan,
+        device: torch.device,
+        triplets: TripletSource,
+        grid: Grid | None = None,
     ) -> MatrixOutcome:
-        """Writes one edited matrix into `out`, a view of the output tensor. sources: role to the stored matrix."""
+        """Writes one edited matrix into `out`, a view of the output tensor. sources: role to the stored matrix. grid: the values that
+        the output can hold where it stays quantised; `out` is float32 then."""
         ...
 
     def batch(

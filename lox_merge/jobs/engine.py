@@ -44,7 +44,7 @@ def by_role(hashes: dict[SourceFile, str], roles: Iterable[str]) -> dict[str, di
 
 def typical_cost(plan: Plan) -> int:
     """Working memory of the matrix in the middle of the work, by bytes: what the crew's size is chosen for."""
-    costs = sorted(plan.edit.working_memory(view.shape, tensor) for tensor in plan.edited for view in tensor.views)
+    costs = sorted(plan.working_memory(tensor, view) for tensor in plan.edited for view in tensor.views)
     total, half = 0, sum(costs) / 2
     for cost in costs:
         total += cost
@@ -63,12 +63,12 @@ def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progre
         try:
             _put(file, shard.header.raw, digest)
             for tensor in shard.tensors:
-                size = shard.header.tensors[tensor.name].bytes
+                size = shard.header.tensors[tensor.written].bytes
                 for data, record in _tensor_data(plan, shard, tensor, ahead):
                     _put(file, data, digest)
                     tensors.append(record)
                 if tensor.action == "edit":
-                    ahead.release(tensor, size)
+                    ahead.release(tensor, shard.bytes_in_memory(tensor))
                 progress.advance(size)
             progress.advance(len(shard.header.raw))
         except BaseException:
@@ -90,11 +90,11 @@ def _put(file: IO[bytes], data: bytes | memoryview, digest: Any) -> None:
 
 def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksAhead) -> Iterator[tuple[memoryview, dict[str, Any]]]:
     """The bytes to write for one tensor and its record (a generator, so that they are gone before the next is taken)."""
-    target = shard.header.tensors[tensor.name]
-    record: dict[str, Any] = {"name": tensor.name, "shape": list(target.shape), "dtype": target.dtype}
+    target = shard.header.tensors[tensor.written]
+    record: dict[str, Any] = {"name": tensor.written, "shape": list(target.shape), "dtype": target.dtype}
     if tensor.action == "copy":
-        stored = plan.mirrored.tensor(tensor.name)
-        if target.dtype != tensor.info.dtype:
+        stored = plan.stored(tensor)
+        if target.dtype != tensor.info.dtype and not tensor.stored:
             stored = stored.to(dtypes.torch_dtype(target.dtype))
         yield tensor_bytes(stored), record | {"action": "copied", "reason": tensor.reason}
         return
@@ -110,7 +110,7 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksA
     skipped = [result.label for result in results if result.bad]
     if skipped:
         record["non_finite"] = {"parts": skipped, "count": sum(result.bad for result in results)}
-    yield tensor_bytes(out), record
+    yield tensor_bytes(plan.requantised.encode(tensor.name, out) if plan.requantised and tensor.stored else out), record
 
 
 def count_non_finite(plan: Plan) -> dict[str, int]:

@@ -40,7 +40,7 @@ def _seconds_per_entry(plan: Plan) -> float:
 
 def peak_memory(plan: Plan) -> int:
     """Upper estimate of the bytes that one process takes beside mapped files."""
-    costs = [(plan.edit.working_memory(view.shape, tensor), tensor, view) for tensor in plan.edited for view in tensor.views]
+    costs = [(plan.working_memory(tensor, view), tensor, view) for tensor in plan.edited for view in tensor.views]
     total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
     largest = max((cost + 4 * tensor.info.size for cost, tensor, _ in costs), default=0)
     return PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest)

@@ -20,6 +20,7 @@ from lox_merge.jobs.work import form_delta, matrix_seed, working_memory
 from lox_merge.maths.batched_lanczos import Run
 from lox_merge.maths.directions import Directions, needs_dense, of_subspace
 from lox_merge.maths.filter import Decision, Projection, find_directions, project_by_delta, project_on, write_filtered, write_merged
+from lox_merge.maths.grid import Grid
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.subspace import Side
 
@@ -38,6 +39,7 @@ class FilterEdit:
     method = "project"
     roles = ("base", "aligned", "finetuned")
     unchanged = "the fine-tuning delta is zero"
+    requantises = False
 
     @property
     def edits_vectors(self) -> bool:
@@ -59,8 +61,16 @@ class FilterEdit:
         return replace(tensor, rank=WHOLE if rank is None else RankRule("fixed", rank))
 
     def matrix(
-        self, sources: Mapping[str, Tensor], out: Tensor, view: MatrixView, tensor: TensorPlan, device: torch.device, triplets: TripletSource
+        self,
+        sources: Mapping[str, Tensor],
+        out: Tensor,
+        view: MatrixView,
+        tensor: TensorPlan,
+        device: torch.device,
+        triplets: TripletSource,
+        grid: Grid | None = None,
     ) -> FilterOutcome:
+        assert grid is None, "the filter does not read quantised checkpoints"
         try:
             return self._matrix(sources, out, view, tensor, device, triplets)
         except torch.cuda.OutOfMemoryError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import find_source
-from lox_merge.errors import PlanError, RequestError, SourceError
+from lox_merge.checkpoint.quantised.view import as_quantised
+from lox_merge.errors import LoxMergeWarning, PlanError, RequestError, SourceError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import WANTED_GAIN, JobResult, Silent, carry_out, resolve_device, warn_about_gain
 from lox_merge.jobs.executors.choose import PROCESSES, check_executor
@@ -20,6 +22,7 @@ from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import Plan, make_plan
+from lox_merge.jobs.quantised import Form, requantised_text
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.summary import Summary
@@ -52,9 +55,12 @@ class HardenResult(JobResult):
         return self.report("harden")
 
 
-def open_checkpoints(sources: Mapping[str, str | Path], cache_dir: Path | None = None, *, base_is_right: bool = False) -> dict[str, Checkpoint]:
+def open_checkpoints(
+    sources: Mapping[str, str | Path], cache_dir: Path | None = None, *, base_is_right: bool = False, decode: bool = False
+) -> dict[str, Checkpoint]:
     """Checkpoints by role, headers read; each but the first may be a PEFT adapter over the one before. Raises PlanError with the
-    problems of all of them. base_is_right: take an adapter although it names another base."""
+    problems of all of them. base_is_right: take an adapter although it names another base. decode: show quantised ones as float32."""
+    read = as_quantised if decode else lambda checkpoint: checkpoint
     opened: dict[str, Checkpoint] = {}
     problems: list[str] = []
     roles = list(sources)
@@ -62,14 +68,14 @@ def open_checkpoints(sources: Mapping[str, str | Path], cache_dir: Path | None =
         before = opened.get(roles[position - 1]) if position else None
         try:
             if position == 0:
-                opened[role] = open_checkpoint(source, role, cache_dir)
+                opened[role] = read(open_checkpoint(source, role, cache_dir))
             elif before is None:
                 if not is_adapter(found := find_source(source, role, cache_dir)):
                     open_checkpoint(found, role).close()  # for what is wrong with it, too
             elif isinstance(before, AdaptedCheckpoint) and is_adapter(find_source(source, role, cache_dir)):
                 problems.append(f"{role} ({source}) and {before.role} ({before.title}) are both adapters. Merge {before.role} with peft first.")
             else:
-                opened[role] = open_model(source, role, before, cache_dir, base_is_right=base_is_right)
+                opened[role] = read(open_model(source, role, before, cache_dir, base_is_right=base_is_right))
         except PlanError as error:
             problems += error.problems
         except SourceError as error:
@@ -90,16 +96,18 @@ def plan_hardening(
     base_is_right: bool = False,
     cache_dir: Path | None = None,
     low_disk: bool = False,
+    form: Form | None = None,
 ) -> Plan:
     """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError.
 
+    form: what will be written, which quantised checkpoints have to be fit for; None refuses them, as whoever edits loaded models does.
     base_is_right: take an adapter although it names another base. factors: of this pair, to spend no SVD (stays open as long as the plan
     is used); the weight files of local folders are read to see that they are of this pair. low_disk: as in `harden`. Raises RequestError
     where they are not, or hold too few triplets, or low_disk has nothing to do.
     """
     chosen = recipe or Recipe()
-    opened = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, base_is_right=base_is_right)
-    plan = make_plan(opened, Path(out), chosen, LoxEdit(chosen), order_confirmed=order_is_right)
+    opened = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, base_is_right=base_is_right, decode=form is not None)
+    plan = make_plan(opened, Path(out), chosen, LoxEdit(chosen), order_confirmed=order_is_right, form=form or "model")
     if factors is not None:
         held = FromFactors(factors)
         held.check(plan.edited)
@@ -154,7 +162,7 @@ def harden(
     check_workers(workers, low_disk=low_disk)
     check_executor(executor, low_disk=low_disk)
     with open_factors(factors) as held:
-        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, **sources)
+        plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, form="model", **sources)
         return execute(plan, device=device, workers=workers, executor=executor, overwrite=overwrite, progress=progress)
 
 
@@ -173,7 +181,10 @@ def execute(
     if result.bytes_written:
         summary = result.summary
         remedy = ", or --as-adapter, which ships the update beside the aligned weights"
-        warn_about_gain(summary.realised_gain, summary.smallest_gain, summary.smallest_gain_tensor, remedy)
+        if (text := requantised_text(result.manifest, WANTED_GAIN)) is not None:
+            warnings.warn(text, LoxMergeWarning, stacklevel=2)
+        else:
+            warn_about_gain(summary.realised_gain, summary.smallest_gain, summary.smallest_gain_tensor, remedy)
     return result
 
 

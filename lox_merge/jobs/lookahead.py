@@ -37,6 +37,7 @@ LookAhead = Callable[[Plan, list[int], Crew], LooksAhead]
 
 def look_ahead(plan: Plan, todo: list[int], crew: Crew) -> LooksAhead:
     """The usual way of the crew's device to the shards at these positions."""
-    if crew.device.type == "cpu":
+    # What stays quantised is rounded onto each matrix's own grid: one by one.
+    if crew.device.type == "cpu" or plan.requantised is not None:
         return Ahead(plan, todo, crew)
     return BatchedAhead(plan, todo, crew.owned(lambda: Pipeline(crew.device)))

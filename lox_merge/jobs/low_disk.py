@@ -41,7 +41,7 @@ class Passing:
                     "downloading all of it. Leave --low-disk out."
                 )
             assert isinstance(checkpoint.source, HubFiles)
-            checkpoint.source = PassingFiles.of(checkpoint.source, folder / role, list(checkpoint.headers))
+            checkpoint.read_from(PassingFiles.of(checkpoint.source, folder / role, list(checkpoint.weight_headers)))
         return cls(checkpoints, needed, folder)
 
     @property

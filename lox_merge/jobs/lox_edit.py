@@ -20,6 +20,7 @@ from lox_merge.jobs.work import certificate_record, form_delta, form_deltas, mat
 from lox_merge.maths.batched_lanczos import Run
 from lox_merge.maths.batched_spectral import batched_rank, batched_truncated_svd
 from lox_merge.maths.edits import Realised, lox_edit
+from lox_merge.maths.grid import Grid
 from lox_merge.maths.subspace import Subspace
 
 
@@ -68,6 +69,10 @@ class LoxEdit:
     edits_vectors = False
     unchanged = "the delta is zero"
 
+    @property
+    def requantises(self) -> bool:
+        return self.recipe.requantise
+
     def choose(self, tensor: TensorPlan, problems: list[str]) -> TensorPlan:
         alpha = self.recipe.alpha_for(tensor.name)
         if alpha == 0:
@@ -75,9 +80,16 @@ class LoxEdit:
         return replace(tensor, rank=self.recipe.rank_for(tensor.name), alpha=alpha)
 
     def matrix(
-        self, sources: Mapping[str, Tensor], out: Tensor, view: MatrixView, tensor: TensorPlan, device: torch.device, triplets: TripletSource
+        self,
+        sources: Mapping[str, Tensor],
+        out: Tensor,
+        view: MatrixView,
+        tensor: TensorPlan,
+        device: torch.device,
+        triplets: TripletSource,
+        grid: Grid | None = None,
     ) -> MatrixResult:
-        return edit_matrix(sources["base"], sources["aligned"], out, view, tensor, self.recipe, device, triplets)
+        return edit_matrix(sources["base"], sources["aligned"], out, view, tensor, self.recipe, device, triplets, grid)
 
     def batch(
         self,
@@ -114,19 +126,20 @@ def edit_matrix(
     recipe: Recipe,
     device: torch.device,
     triplets: TripletSource | None = None,
+    grid: Grid | None = None,
 ) -> MatrixResult:
     """Writes the hardened matrix into `out` (a view of the output tensor); aligned's values for a zero or non-finite delta.
 
-    triplets: where the delta's leading triplets come from; None takes an SVD of it.
+    triplets: where the delta's leading triplets come from; None takes an SVD of it. grid: as in `apply_update`.
     """
     source = triplets or TakenNow(recipe.tolerance, recipe.seed)
     try:
-        return _edit(base, aligned, out, view, tensor, recipe, device, source)
+        return _edit(base, aligned, out, view, tensor, recipe, device, source, grid)
     except torch.cuda.OutOfMemoryError:
         warnings.warn(
             f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was edited on the CPU", LoxMergeWarning, stacklevel=2
         )
-        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"), source)
+        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"), source, grid)
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 
@@ -140,12 +153,15 @@ def _edit(
     recipe: Recipe,
     device: torch.device,
     triplets: TripletSource,
+    grid: Grid | None,
 ) -> MatrixResult:
     base, aligned = base.to(device), aligned.to(device)
     delta, norm, bad = form_delta(base, aligned)
     # On a GPU the result is made there and copied back whole.
     target = out if device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, device=device)
-    result = _write(base, aligned, delta, norm, bad, target, view, tensor, recipe, lambda: triplets.subspace(tensor, view, delta, aligned))
+    matrices = base, aligned, delta, norm, bad, target
+    moved = None if grid is None else grid.to(device)
+    result = _write(*matrices, view, tensor, recipe, lambda: triplets.subspace(tensor, view, delta, aligned), moved)
     if target is not out:
         out.copy_(target)
     return result
@@ -162,6 +178,7 @@ def _write(
     tensor: TensorPlan,
     recipe: Recipe,
     subspace: Callable[[], Subspace],
+    grid: Grid | None = None,
 ) -> MatrixResult:
     """Everything on one device. subspace: asked for only where the rule needs triplets."""
     if bad or norm == 0:
@@ -180,6 +197,7 @@ def _write(
         delta=delta,
         subspace=None if tensor.rank.kind == "full" else subspace(),
         out=out,
+        grid=grid,
     )
     return MatrixResult(view.label, view.shape, changed=True, subspace=found, delta_norm=norm, realised=realised)
 

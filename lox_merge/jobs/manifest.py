@@ -9,7 +9,9 @@ import torch
 
 from lox_merge._version import __version__
 from lox_merge.checkpoint.checkpoint import Checkpoint
+from lox_merge.checkpoint.quantised.view import quantised_form
 from lox_merge.jobs.plan import MANIFEST, Plan
+from lox_merge.jobs.quantised import form_record
 
 FORMAT = 1
 
@@ -23,8 +25,15 @@ def job_description(plan: Plan, device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "recipe": plan.recipe.to_json(),
         **({} if triplets is None else {"factors": triplets}),
-        **{role: checkpoint.source.identity() | {"headers": header_hashes(checkpoint)} for role, checkpoint in plan.checkpoints.items()},
+        **{role: _described(checkpoint) for role, checkpoint in plan.checkpoints.items()},
     }
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    view = quantised_form(checkpoint)
+    # config.json decides what the codes stand for.
+    form = {} if view is None else {"quantised": view.description}
+    return checkpoint.source.identity() | form | {"headers": header_hashes(checkpoint)}
 
 
 def tool() -> dict[str, str]:
@@ -65,6 +74,7 @@ def build_manifest(plan: Plan, job: dict[str, Any], records: list[dict[str, Any]
         "sources": sources,
         "output": {"shards": [record["output"] for record in records], "files": files},
         "warnings": plan.warnings,
+        **form_record(plan.checkpoints, plan.requantised, tensors),
         "tensors": tensors,
         "summary": plan.edit.summary(tensors),
     }

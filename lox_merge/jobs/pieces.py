@@ -32,7 +32,7 @@ from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import TripletSource
-from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, CrewSize, certificate_record, form_delta, working_memory
+from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, CrewSize, certificate_record, form_delta
 from lox_merge.maths.precision import rounding_noise_edge
 from lox_merge.maths.subspace import Subspace
 
@@ -47,8 +47,8 @@ class _Decomposed:
     examined: dict[str, Any] = field(default_factory=dict)
 
 
-# More to know of a matrix while it is in memory: plain values for its record. (aligned, tensor, triplets)
-Examine = Callable[[Tensor, TensorPlan, Subspace], dict[str, Any]]
+# More to know of a matrix while it is in memory: plain values for its record. (aligned, tensor, view, triplets)
+Examine = Callable[[Tensor, TensorPlan, MatrixView, Subspace], dict[str, Any]]
 
 
 def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: Progress, examine: Examine = lambda *_: {}) -> list[dict[str, Any]]:
@@ -144,8 +144,7 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew, examine: Examine) -> Ite
     while waiting or started:
         while waiting:
             tensor, view = waiting[0]
-            assert tensor.rank is not None
-            cost = working_memory(view.shape, tensor.rank)
+            cost = plan.working_memory(tensor, view)
             if started and in_flight + cost > budget:
                 break
             waiting.popleft()
@@ -177,7 +176,7 @@ def _triplets(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixVie
     if bad:
         return _Decomposed(None, bad=bad)
     subspace = triplets.subspace(tensor, view, delta, aligned)
-    return _Decomposed(subspace, rounding_noise_edge(aligned), examined=examine(aligned, tensor, subspace))
+    return _Decomposed(subspace, rounding_noise_edge(aligned), examined=examine(aligned, tensor, view, subspace))
 
 
 def assemble(path: Path, records: list[dict[str, Any]], document: dict[str, Any], journal: Journal) -> None:

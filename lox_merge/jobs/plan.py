@@ -9,48 +9,31 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from lox_merge.checkpoint import dtypes
+from torch import Tensor
+
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.checkpoint.adapter_files import OverBase
-from lox_merge.checkpoint.checkpoint import PICKLE, SINGLE, SINGLE_INDEX, Checkpoint
+from lox_merge.checkpoint.checkpoint import SINGLE, SINGLE_INDEX, Checkpoint
 from lox_merge.checkpoint.files import LocalFolder
-from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
+from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, quantisation_problems, quantised_form
 from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.edit import Edit
+from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.low_disk import DOWNLOADS, Passing
-from lox_merge.jobs.select import TensorPlan, quantisation_problems, select_tensors
+from lox_merge.jobs.quantised import Form, form_problems, form_warnings, grid_of, rank_problems
+from lox_merge.jobs.select import TensorPlan, select_tensors
 from lox_merge.jobs.settings import Settings
+from lox_merge.jobs.shards import ShardPlan, plan_shards
 from lox_merge.jobs.triplets import TripletSource, usual_triplets
+from lox_merge.maths.grid import Grid
 
 WORK_FOLDER = ".lox_merge"
 MANIFEST = "lox_merge.json"
 # Room for index, manifest and file system overhead beside what is counted exactly.
 _DISK_MARGIN = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One file to write: `header` is byte for byte the mirrored file's where dtypes are kept; tensors in the order of their data.
-
-    weights: (role, file) of what the mirrored tensors are read from.
-    """
-
-    file: str
-    weights: tuple[tuple[str, str], ...]
-    header: Header
-    tensors: tuple[TensorPlan, ...]
-
-    def sources(self, checkpoints: Mapping[str, Checkpoint]) -> list[tuple[str, str]]:
-        """(role, file) of every source file this shard needs, in the order of use."""
-        *others, _ = checkpoints.values()
-        needed = list(self.weights)
-        for tensor in self.tensors:
-            if tensor.action == "edit":
-                needed += [source for other in others for source in other.weight_sources(other.home[tensor.name_in(other.role)])]
-        return list(dict.fromkeys(needed))
 
 
 @dataclass
@@ -102,11 +85,29 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return self.mirrored.bytes + sum(other.info(tensor.name_in(other.role)).bytes for tensor in self.edited for other in self.others)
+        return self.mirrored.bytes + sum(other.stored_bytes(tensor.name_in(other.role)) for tensor in self.edited for other in self.others)
 
     @property
     def bytes_written(self) -> int:
         return sum(shard.header.file_size for shard in self.shards)
+
+    @property
+    def requantised(self) -> QuantisedCheckpoint | None:
+        """The quantised checkpoint whose form the output keeps; None for an output of plain weights."""
+        return self.mirrored if self.edit.requantises and isinstance(self.mirrored, QuantisedCheckpoint) else None
+
+    def stored(self, tensor: TensorPlan) -> Tensor:
+        """What is written for a tensor that is copied, in its stored dtype."""
+        return self.requantised.stored.tensor(tensor.stored) if self.requantised and tensor.stored else self.mirrored.tensor(tensor.name)
+
+    def grid(self, tensor: TensorPlan, view: MatrixView) -> Grid | None:
+        """The values that one matrix of the output can hold; None where it is not quantised."""
+        return grid_of(self.requantised, tensor, view) if self.requantised and tensor.stored else None
+
+    def working_memory(self, tensor: TensorPlan, view: MatrixView) -> int:
+        """Upper estimate of the bytes that one matrix takes beside mapped files and its place in the output, decoded sources among them."""
+        made = sum(checkpoint.made_bytes(tensor.name_in(role)) for role, checkpoint in self.checkpoints.items())
+        return self.edit.working_memory(view.shape, tensor) + made
 
     @property
     def largest_matrix_bytes(self) -> int:
@@ -149,24 +150,28 @@ class Plan:
             checkpoint.close()
 
 
-def make_plan(checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings, edit: Edit, *, order_confirmed: bool = False) -> Plan:
-    """Checks the whole job from headers. checkpoints: by role, those of `edit.roles` in that order. Raises PlanError with every
-    problem found, or OutputError."""
+def make_plan(
+    checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings, edit: Edit, *, order_confirmed: bool = False, form: Form = "model"
+) -> Plan:
+    """Checks the whole job from headers. checkpoints: by role, those of `edit.roles` in that order. form: what will be written of it.
+    Raises PlanError with every problem found, or OutputError."""
     ordered = {role: checkpoints[role] for role in edit.roles}
     mirrored = ordered[edit.roles[-1]]
     problems = [problem for one, other in itertools.combinations(ordered.values(), 2) for problem in _same_source(one, other)]
     problems += [problem for checkpoint in ordered.values() for problem in quantisation_problems(checkpoint)]
+    problems += form_problems(mirrored, recipe, edit, form)
     warnings: list[str] = []
     if not order_confirmed:
         problems += [problem for one, other in itertools.pairwise(ordered.values()) for problem in _swapped(one, other)]
     if not problems:
         selection = select_tensors(ordered, recipe, edit)
-        problems, warnings = selection.problems, selection.warnings
+        problems = selection.problems + rank_problems(ordered.values(), selection.tensors.values())
+        warnings = selection.warnings + form_warnings(ordered.values())
     problems += _output_problems(out, ordered.values())
     if problems:
         raise PlanError(problems)
     warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
-    shards = [_plan_shard(file, header, selection.tensors, mirrored, recipe) for file, header in mirrored.headers.items()]
+    shards = plan_shards(mirrored, selection.tensors, recipe, keep_form=edit.requantises)
     return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), usual_triplets(ordered["aligned"], recipe), warnings=warnings)
 
 
@@ -264,26 +269,6 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output {out} exists and was not written by lox-merge. {hint}Choose another folder, or empty it yourself.")
 
 
-def _out_code(stored: TensorInfo, recipe: Settings) -> str:
-    """dtype code that a tensor is written in: every floating tensor follows --dtype, so that the model is of one dtype."""
-    if recipe.dtype and stored.dtype in dtypes.EDITABLE:
-        return dtypes.OUTPUT_CODES[recipe.dtype]
-    return stored.dtype
-
-
-def _plan_shard(file: str, header: Header, tensors: dict[str, TensorPlan], mirrored: Checkpoint, recipe: Settings) -> ShardPlan:
-    if any(_out_code(info, recipe) != info.dtype for info in header.tensors.values()):
-        entries = [(name, _out_code(info, recipe), info.shape) for name, info in header.tensors.items()]
-        header = build_header(entries, header.metadata)
-    ordered = tuple(tensors[info.name] for info in header.by_offset())
-    return ShardPlan(_out_file(file) if mirrored.pickled else file, tuple(mirrored.weight_sources(file)), header, ordered)
-
-
-def _out_file(file: str) -> str:
-    """safetensors name of a pickled shard, as transformers names it."""
-    return SINGLE if file == PICKLE else PurePosixPath(file).name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
-
-
 def output_config(plan: Plan) -> bytes | None:
     """config.json for another dtype; None where the mirrored bytes are kept."""
     if plan.recipe.dtype is None or "config.json" not in plan.side_files:
@@ -294,6 +279,10 @@ def output_config(plan: Plan) -> bytes | None:
         return {key: plan.recipe.dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else value for key, value in values.items()}
 
     config = changed(plan.mirrored.config)
+    if quantised_form(plan.mirrored) is not None:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part.pop("quantization_config", None)
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = plan.recipe.dtype
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -28,7 +28,8 @@ class Recipe(Settings):
     """Settings of a LoX hardening; W_align + alpha · Proj_rank(W_align − W_base) on every selected tensor.
 
     rank: RankRule, number, or text ('6', 'full', '10%', 'energy:0.9', 'noise-floor'). alpha: extrapolation factor ≥ 0.
-    rank_pattern, alpha_pattern: (regular expression, value) pairs, first match wins. The rest is in `Settings`.
+    rank_pattern, alpha_pattern: (regular expression, value) pairs, first match wins. requantise: write a quantised ALIGNED in its own
+    form, with the scales that it has. The rest is in `Settings`.
     Raises RecipeError for anything else.
     """
 
@@ -36,6 +37,7 @@ class Recipe(Settings):
     alpha: float = DEFAULT_ALPHA
     rank_pattern: tuple[tuple[str, RankRule | int | str], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
+    requantise: bool = False
 
     def __post_init__(self) -> None:
         set_value = object.__setattr__  # frozen: normalised once, here
@@ -46,6 +48,8 @@ class Recipe(Settings):
         if self.alpha == 0 and not any(alpha for _, alpha in self.alpha_pattern):
             raise RecipeError("alpha is 0: the output would be the aligned model unchanged; use a number > 0, such as 1.25 (the paper's).")
         super().__post_init__()
+        if self.requantise and self.dtype is not None:
+            raise RecipeError(f"requantise keeps the quantised form, and dtype {self.dtype} is another one. Leave one of them out.")
         if self.rounding == "feedback" and any(_rule(rank).kind == "full" for rank in (self.rank, *(rank for _, rank in self.rank_pattern))):
             raise RecipeError("rounding 'feedback' needs a limited rank: with rank 'full' use --rounding stochastic or --dtype float32.")
 
@@ -90,6 +94,7 @@ class Recipe(Settings):
             "seed": self.seed,
             "fused": self.fused,
             "skip_non_finite": self.skip_non_finite,
+            **({"requantise": True} if self.requantise else {}),
         }
 
 

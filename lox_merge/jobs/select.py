@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|\w*embeddings?|shared)(\.|$)")
 _OUTPUT_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)(\.|$)|^output\.weight$")
-# Names under which quantisation libraries keep scales, zero points and packed integers.
-_QUANTISED_NAME = re.compile(
-    r"(weight|input|output|k|v|q)_scale(_inv|_2)?$|[._]scales?$|_blocks$|\.(qweight|qzeros|g_idx|weight_packed|weight_zero_point|weight_shape|SCB|absmax)$|quant_state|quant_map"
-)
 # Constants that older versions of transformers saved as tensors; newer ones neither need nor write them.
 _LEGACY_BUFFER = re.compile(r"(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
 _MOST_NAMED = 8
@@ -33,7 +29,8 @@ class TensorPlan:
     """What happens to one tensor of the checkpoint that the output mirrors.
 
     action: 'edit' or 'copy'; reason: why it is copied ('' for edits). counterparts: role to the name of the tensor there
-    that it is compared with. views: its matrices; rank and alpha hold for each of them.
+    that it is compared with. views: its matrices; rank and alpha hold for each of them. stored: in an output that keeps the quantised
+    form, the name of the stored tensor that this becomes ('' for one that is written as it is).
     """
 
     name: str
@@ -44,6 +41,12 @@ class TensorPlan:
     rank: RankRule | None = None
     alpha: float = 0.0
     views: tuple[MatrixView, ...] = ()
+    stored: str = ""
+
+    @property
+    def written(self) -> str:
+        """Its name in the output."""
+        return self.stored or self.name
 
     @property
     def base_name(self) -> str:
@@ -75,41 +78,6 @@ def is_legacy_buffer(info: TensorInfo) -> bool:
     """True for constants that older versions of transformers saved as tensors."""
     # attn.bias is also the name of a real bias vector: the causal mask has four dimensions.
     return bool(_LEGACY_BUFFER.search(info.name)) and not (info.name.endswith("attn.bias") and len(info.shape) < 3)
-
-
-def quantisation_problems(checkpoint: Checkpoint) -> list[str]:
-    """Everything that says these weights are quantised, one line; edits on them would be meaningless."""
-    signs: list[str] = []
-    settings = next(
-        (part["quantization_config"] for part in (checkpoint.config, checkpoint.config.get("text_config") or {}) if part.get("quantization_config")),
-        None,
-    )
-    if settings:
-        method = settings.get("quant_method") or settings.get("format") if isinstance(settings, dict) else None
-        signs.append(f"quantization_config in config.json ({method or 'method not named'})")
-    named = [name for name in checkpoint.home if _QUANTISED_NAME.search(name)]
-    low = [
-        name
-        for name in checkpoint.home
-        if checkpoint.info(name).dtype in dtypes.FP8 or not dtypes.known(checkpoint.info(name).dtype) or _packed(checkpoint.info(name))
-    ]
-    if low:
-        signs.append(f"{len(low)} tensor(s) of dtype {checkpoint.info(low[0]).dtype}, such as {low[0]}")
-    if named and (signs or low):
-        signs.append(f"{len(named)} tensor(s) of scales or packed values, such as {named[0]}")
-    elif named:
-        signs.append(f"tensors named as scales or packed values, such as {named[0]}")
-    if not signs:
-        return []
-    return [
-        f"{checkpoint.role}: {checkpoint.title} is quantised, which is not supported: {'; '.join(signs)}. "
-        "Give the unquantised checkpoint (bfloat16, float16 or float32), harden it, and quantise the result."
-    ]
-
-
-def _packed(info: TensorInfo) -> bool:
-    """Integer matrices called weight: packed low-bit values. Other integers are index buffers."""
-    return info.dtype in ("U8", "I8", "I32", "U32") and len(info.shape) >= 2 and info.name.endswith("weight")
 
 
 def select_tensors(checkpoints: Mapping[str, Checkpoint], settings: Settings, edit: Edit) -> Selection:

@@ -17,6 +17,7 @@ from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.adapter import is_adapter, open_adapter, open_factors_only
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import FileSource, find_source
+from lox_merge.checkpoint.quantised.view import as_quantised
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import LoxMergeError, RequestError, SourceError
 from lox_merge.jobs.atomic import sha256_of
@@ -98,7 +99,8 @@ def verify(
     _check_sources(sources, manifest, result)
     if result.ok:
         # A place that is never written: the plan wants one.
-        plan = make_plan(sources, Path(tempfile.gettempdir()) / "lox-merge-verify", recipe, edit, order_confirmed=True)
+        place = Path(tempfile.gettempdir()) / "lox-merge-verify"
+        plan = make_plan(sources, place, recipe, edit, order_confirmed=True, form="adapter" if adapter else "model")
         plan.triplets = recorded_triplets(manifest["job"].get("factors"), plan.aligned, recipe)
         if adapter:
             result.tensors_recomputed, found = recompute(output, plan, manifest, sample, seed, device or torch.device("cpu"), progress)
@@ -169,7 +171,7 @@ def _open_sources(given: Mapping[str, str | Path | None], manifest: Mapping[str,
             # That the adapter fits this base was decided when the output was made; hashes say whether both are still the same.
             opened[role] = open_adapter(place, role, list(opened.values())[-1], cache_dir, base_is_right=True)
         else:
-            opened[role] = open_checkpoint(place, role, cache_dir)
+            opened[role] = as_quantised(open_checkpoint(place, role, cache_dir))
     return opened
 
 
@@ -213,41 +215,51 @@ def _recompute(
     if sample is not None and sample < len(chosen):
         chosen = random.Random(seed).sample(chosen, sample)
     for tensor in chosen:
-        if tensor.name not in output:
-            result.problems.append(f"tensor {tensor.name} of {plan.mirrored.role} is not in the output")
+        if tensor.written not in output:
+            result.problems.append(f"tensor {tensor.written} of {plan.mirrored.role} is not in the output")
             continue
-        _compare(plan, tensor, output, recorded[tensor.name], result, device)
+        _compare(plan, tensor, output, recorded[tensor.written], result, device)
         result.tensors_recomputed += 1
         if progress:
-            progress.advance(output.info(tensor.name).bytes)
+            progress.advance(output.info(tensor.written).bytes)
 
 
 def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping[str, Any], result: Verification, device: torch.device) -> None:
     """One tensor made again from the sources, against the output's bytes and the manifest's figures."""
-    if output.info(tensor.name).shape != tensor.info.shape:
-        result.problems.append(f"tensor {tensor.name} is {output.info(tensor.name).describe()}, in {plan.mirrored.role} {tensor.info.describe()}")
+    name = tensor.written
+    before = plan.stored(tensor)
+    if output.info(name).shape != before.shape:
+        result.problems.append(f"tensor {name} is {output.info(name).describe()}, in {plan.mirrored.role} it is {list(before.shape)}")
         return
-    written = output.tensor(tensor.name)
-    expected = plan.mirrored.tensor(tensor.name).to(dtypes.torch_dtype(output.info(tensor.name).dtype), copy=True).contiguous()
+    written = output.tensor(name)
+    keeps_form = tensor.stored and tensor.action == "edit"
+    expected = (plan.mirrored.tensor(tensor.name) if keeps_form else before).to(
+        torch.float32 if keeps_form else dtypes.torch_dtype(output.info(name).dtype), copy=True
+    )
+    expected = expected.contiguous()
     figures: list[dict[str, Any]] = []
     edited = False
     if tensor.action == "edit":
         stored = {role: checkpoint.tensor(tensor.name_in(role)) for role, checkpoint in plan.checkpoints.items()}
         for view in tensor.views:
             sources = {role: view.select(values) for role, values in stored.items()}
-            one = plan.edit.matrix(sources, view.select(expected), view, tensor, device, plan.triplets)
+            grid = plan.grid(tensor, view)
+            one = plan.edit.matrix(sources, view.select(expected), view, tensor, device, plan.triplets, grid)
             edited = edited or one.changed
             figures.append(one.to_json())
+    if keeps_form:
+        assert plan.requantised is not None
+        expected = plan.requantised.encode(tensor.name, expected)
     if tensor_bytes(written) != tensor_bytes(expected):
-        difference = _difference(written, expected)
+        difference = _code_difference(plan, tensor, written, expected) if keeps_form else _difference(written, expected)
         if difference:
-            result.problems.append(f"tensor {tensor.name} ({output.home[tensor.name]}) is not what the recipe gives: {difference}")
+            result.problems.append(f"tensor {name} ({output.home[name]}) is not what the recipe gives: {difference}")
         else:
-            result.rounded_apart.append(tensor.name)
+            result.rounded_apart.append(name)
     if edited != (record["action"] == "edited"):
-        result.problems.append(f"the manifest calls tensor {tensor.name} {record['action']}, which it is not")
+        result.problems.append(f"the manifest calls tensor {name} {record['action']}, which it is not")
     elif edited and not _same_figures(record.get("matrices", []), figures):
-        result.problems.append(f"the manifest's figures of tensor {tensor.name} are not those of its matrices")
+        result.problems.append(f"the manifest's figures of tensor {name} are not those of its matrices")
 
 
 def _difference(written: Tensor, expected: Tensor) -> str:
@@ -265,6 +277,21 @@ def _difference(written: Tensor, expected: Tensor) -> str:
     if neighbours and count <= _LARGEST_SHARE_OF_NEIGHBOURS * written.numel() and count > 1:
         return ""
     return f"{count:,} of {written.numel():,} values differ, by up to {float(gap.max()):.3g}"
+
+
+def _code_difference(plan: Plan, tensor: TensorPlan, written: Tensor, expected: Tensor) -> str:
+    """The same for codes: neighbouring ones here and there."""
+    assert plan.requantised is not None
+    form = plan.requantised.quantised[tensor.name]
+    one, other = form.unpacked(written), form.unpacked(expected)
+    if one.dtype != torch.int8:
+        # Numbers of a float8 dtype are in the order of their bits, the sign aside.
+        one, other = (torch.where((bits := part.view(torch.uint8).int()) < 128, bits, 128 - bits) for part in (one, other))
+    gap = (one.int() - other.int()).abs()
+    count = int((gap > 0).sum())
+    if int(gap.max()) <= 1 and 1 < count <= _LARGEST_SHARE_OF_NEIGHBOURS * gap.numel():
+        return ""
+    return f"{count:,} of {gap.numel():,} codes differ, by up to {int(gap.max())} steps"
 
 
 def _same_figures(recorded: list[Any], recomputed: list[Any]) -> bool:

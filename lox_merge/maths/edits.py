@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lox_merge.errors import NumericalError
+from lox_merge.maths.grid import Grid
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
 from lox_merge.maths.pieces import piece_buffer, row_pieces, rows_at_once
 from lox_merge.maths.precision import frobenius_norm, full_precision_matmul, rounding_noise_edge
@@ -66,39 +67,50 @@ def apply_update(
     delta: Float[Tensor, "d_out d_in"] | None = None,
     seed: int = 0,
     out: Float[Tensor, "d_out d_in"] | None = None,
+    grid: Grid | None = None,
 ) -> tuple[Float[Tensor, "d_out d_in"], Realised]:
     """W_align + T in `dtype` (default: aligned's own) and what of T survived.
 
     aligned: (d_out, d_in), any float dtype, not changed. delta: (d_out, d_in) float32, needed by the full-rank update.
-    out: where to write; its dtype then is the output's.
+    out: where to write; its dtype then is the output's. grid: the values that a quantised output can hold; `out` is float32 then.
     rounding: 'nearest'; 'stochastic' (seeded, unbiased); 'feedback' adds the part of T that is missing inside T's own
     row and column space back and rounds to nearest again, until the gain is within FEEDBACK_GAIN_ERROR of 1
     or no longer improves (ranks near the short side).
     """
     if out is None:
         out = torch.empty(aligned.shape, dtype=dtype or aligned.dtype, device=aligned.device)
-    lossless = out.dtype in (torch.float32, torch.float64)
+    lossless = grid is None and out.dtype in (torch.float32, torch.float64)
     if rounding == "stochastic" and not lossless:
         # A stream of its own: weights or start vectors drawn from the same small seed would correlate with the rounding.
         generator = torch.Generator(device=aligned.device).manual_seed((seed * _STREAM + 1) % 2**63)
-        stored = out.dtype
-        return out, _write(aligned, update, delta, lambda values: round_stochastic(values, stored, generator), out=out)
-    realised = _write(aligned, update, delta, _to_nearest, out=out)
+        return out, _write(aligned, update, delta, _at_random(out.dtype, grid, generator), out=out)
+    nearest = _to_nearest(grid)
+    realised = _write(aligned, update, delta, nearest, out=out)
     if rounding == "feedback" and not lossless and realised.intended_norm:
-        realised = _with_feedback(aligned, update, delta, out, realised)
+        realised = _with_feedback(aligned, update, delta, out, realised, nearest)
     return out, realised
 
 
-def _to_nearest(values: Tensor) -> Tensor:
-    """As it is: what is copied into a stored dtype is rounded to nearest by the copy."""
-    return values
+# Rounds float32 values of some rows of a matrix.
+_Rounder = Callable[[Tensor, slice], Tensor]
+
+
+def _to_nearest(grid: Grid | None) -> _Rounder:
+    # What is copied into a stored dtype is rounded to nearest by the copy.
+    return grid.round if grid is not None else lambda values, _: values
+
+
+def _at_random(dtype: torch.dtype, grid: Grid | None, generator: torch.Generator) -> _Rounder:
+    if grid is not None:
+        return lambda values, rows: grid.round(values, rows, "stochastic", generator)
+    return lambda values, _: round_stochastic(values, dtype, generator)
 
 
 def _write(
     aligned: Tensor,
     update: Update,
     delta: Tensor | None,
-    rounder: Callable[[Tensor], Tensor],
+    rounder: _Rounder,
     *,
     out: Tensor,
     target: Update | None = None,
@@ -112,11 +124,12 @@ def _write(
     step = rows_at_once(aligned)
     updates = update.in_pieces(step, wide, delta)
     targets = updates if target is update else target.in_pieces(step, wide, delta)
-    pieces = zip(torch.split(aligned, step), torch.split(out, step), torch.split(row_norms, step), updates, targets, strict=True)
+    parts = (torch.split(matrix, step) for matrix in (aligned, out, row_norms))
+    pieces = zip(row_pieces(aligned), *parts, updates, targets, strict=True)
     with full_precision_matmul(aligned.device):
-        for stored, written, norms, change, intended in pieces:
+        for rows, stored, written, norms, change, intended in pieces:
             before, kept = earlier[: len(stored)].copy_(stored), later[: len(stored)]
-            written.copy_(rounder(change.added_to(before, kept)))
+            written.copy_(rounder(change.added_to(before, kept), rows))
             kept.copy_(written).sub_(before)
             product += intended.inner_product(kept)
             # Row norms in the working dtype, their sum in float64: the same care as frobenius_norm.
@@ -133,7 +146,7 @@ def _write(
     return Realised(gain, cosine, intended_norm, kept_norm)
 
 
-def _with_feedback(aligned: Tensor, update: Update, delta: Tensor | None, out: Tensor, realised: Realised) -> Realised:
+def _with_feedback(aligned: Tensor, update: Update, delta: Tensor | None, out: Tensor, realised: Realised, nearest: _Rounder) -> Realised:
     """Round, measure what is missing inside the update's own subspace, add it, round again (deterministic)."""
     if update.left is None or update.right is None:
         # Scaling Delta up and down cannot repair it: entries of a rounded delta are a few units in the last place, and
@@ -156,7 +169,7 @@ def _with_feedback(aligned: Tensor, update: Update, delta: Tensor | None, out: T
                 kept += rows_basis[rows].T @ (change @ columns_basis)
             correction = correction + (intended - kept)
             corrected = Update(rows_basis @ correction, columns_basis)
-            realised = _write(aligned, corrected, delta, _to_nearest, out=out, target=update)
+            realised = _write(aligned, corrected, delta, nearest, out=out, target=update)
     return realised
 
 
@@ -194,11 +207,12 @@ def lox_edit(
     delta: Float[Tensor, "d_out d_in"] | None = None,
     subspace: Subspace | None = None,
     out: Float[Tensor, "d_out d_in"] | None = None,
+    grid: Grid | None = None,
 ) -> tuple[Float[Tensor, "d_out d_in"], Subspace | None, Realised]:
     """As `lox`, with the subspace (None for rank 'full', which takes no SVD) and what survived rounding.
 
     delta: W_align - W_base in float32, and subspace: its leading triplets that `rank` keeps, where the caller has them already.
-    rounding_seed: for stochastic rounding, default `seed`. out: where to write, as in `apply_update`. A zero delta gives aligned's values.
+    rounding_seed: for stochastic rounding, default `seed`. out: where to write, and grid, as in `apply_update`. A zero delta gives aligned's values.
     """
     rule = RankRule("fixed", rank) if isinstance(rank, int) else rank
     if delta is None:
@@ -211,7 +225,7 @@ def lox_edit(
             subspace = truncated_svd(delta, rule, noise_edge=edge, tolerance=tolerance, seed=seed)
         update = lox_update(subspace, alpha)
     noise = seed if rounding_seed is None else rounding_seed
-    edited, realised = apply_update(aligned, update, dtype=dtype, rounding=rounding, delta=delta, seed=noise, out=out)
+    edited, realised = apply_update(aligned, update, dtype=dtype, rounding=rounding, delta=delta, seed=noise, out=out, grid=grid)
     return edited, subspace, realised
 
 

@@ -22,9 +22,9 @@ def rows_at_once(matrix: Tensor) -> int:
 
 
 def row_pieces(matrix: Tensor) -> list[slice]:
-    """All rows of a (rows, columns) matrix in order, a piece a slice."""
+    """All rows of a (rows, columns) matrix in order, a piece a slice; as torch.split, one empty piece where there are no rows."""
     rows, step = matrix.shape[0], rows_at_once(matrix)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
 
 
 def piece_buffer(matrix: Tensor, dtype: torch.dtype) -> Tensor:

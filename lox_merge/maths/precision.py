@@ -76,7 +76,7 @@ _EXPONENTS = {
 }
 
 
-def _powers_of_two(values: Tensor) -> Tensor:
+def powers_of_two(values: Tensor) -> Tensor:
     """2^⌊log2|w|⌋ in float32 (float64 of float64); 0 where w is 0 or subnormal. Ten times as fast as frexp and ldexp."""
     integer, mask = _EXPONENTS[values.dtype]
     power = (values.view(integer) & mask).view(values.dtype)
@@ -98,7 +98,7 @@ def rounding_noise_edge(stored: Tensor) -> float:
     step = max(1, (2**18 if stored.device.type == "cpu" else 2**25) // max(1, columns))
     for start in range(0, rows, step):
         # The spacing of a dtype at w is eps times the power of two below |w|: w without its sign and mantissa.
-        power = _powers_of_two(stored[start : start + step]).clamp_min_(information.tiny)
+        power = powers_of_two(stored[start : start + step]).clamp_min_(information.tiny)
         total += torch.linalg.vector_norm(power, dim=-1).double().square().sum()
     rms = math.sqrt(float(total) * information.eps**2 / max(1, stored.numel()) / 12)
     if min(rows, columns) == 0:

@@ -13,8 +13,9 @@ from torch import Tensor
 from lox_merge.checkpoint.adapter import open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.placement import place
+from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.errors import PlanError, RequestError, SourceError
-from lox_merge.jobs.select import counterpart, is_vocabulary, quantisation_problems
+from lox_merge.jobs.select import counterpart, is_vocabulary
 from lox_merge.safety.loading import LoadedModel
 
 # A folder, Hub id or adapter; a model in memory; or differences by parameter name.

@@ -15,6 +15,7 @@ import transformers
 
 from lox_merge._version import __version__
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.diagnostics.curvature.condition import condition_record, moments
 from lox_merge.diagnostics.curvature.deltas import Finetuned, delta_of, open_finetuned
 from lox_merge.diagnostics.curvature.gram import fisher_gram
@@ -26,7 +27,6 @@ from lox_merge.diagnostics.curvature.settings import CurvatureSettings
 from lox_merge.diagnostics.curvature.sites import find_sites
 from lox_merge.diagnostics.curvature.walk import Example, check_examples, check_model
 from lox_merge.errors import LoxMergeWarning, RequestError
-from lox_merge.jobs.select import quantisation_problems
 from lox_merge.safety.chat import Rendering, check_rendering
 from lox_merge.safety.conversations import Conversations, load_conversations, tokenised
 from lox_merge.safety.loading import LoadedModel, load_model

@@ -10,12 +10,12 @@ import torch
 import transformers
 
 from lox_merge._version import __version__
+from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.diagnostics.framing.attention import chosen_weights
 from lox_merge.diagnostics.framing.measure import measure_model
 from lox_merge.diagnostics.framing.pairs import Matching, Pair, framed_pairs, matched_rows
 from lox_merge.diagnostics.framing.results import Framing, ModelCosines
 from lox_merge.errors import PlanError, RequestError
-from lox_merge.jobs.select import quantisation_problems
 from lox_merge.safety.chat import Rendering, check_rendering
 from lox_merge.safety.conversations import Conversations, load_conversations
 from lox_merge.safety.model_set import ModelSet

@@ -106,7 +106,7 @@ def longest_first(plan: Plan, todo: Sequence[int]) -> list[int]:
 
 def shard_cost(plan: Plan, shard: ShardPlan) -> float:
     """What a shard takes, in arbitrary units: bytes × cost of the edit."""
-    return sum(_MOVING * shard.header.tensors[tensor.name].bytes + _edit_cost(tensor) for tensor in shard.tensors)
+    return sum(_MOVING * shard.header.tensors[tensor.written].bytes + _edit_cost(tensor) for tensor in shard.tensors)
 
 
 def _edit_cost(tensor: TensorPlan) -> float:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lox_merge.checkpoint.adapter import open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.errors import NumericalError, PlanError, RequestError
 from lox_merge.jobs.manifest import output_identity
-from lox_merge.jobs.select import quantisation_problems
 from lox_merge.maths.landscape import euclidean_norm, plane_coordinates
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.landscape.directions import Direction, movable, stays_by_default
