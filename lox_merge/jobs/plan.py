@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,7 @@ from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.checkpoint.adapter_files import OverBase
 from lox_merge.checkpoint.checkpoint import PICKLE, SINGLE, SINGLE_INDEX, Checkpoint
+from lox_merge.checkpoint.collector import no_collection
 from lox_merge.checkpoint.files import LocalFolder
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
 from lox_merge.errors import OutputError, PlanError
@@ -102,13 +104,15 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return self.mirrored.bytes + sum(other.info(tensor.name_in(other.role)).bytes for tensor in self.edited for other in self.others)
+        edited = self.edited
+        return self.mirrored.bytes + sum(other.info(tensor.name_in(other.role)).bytes for other in self.others for tensor in edited)
 
     @property
     def bytes_written(self) -> int:
         return sum(shard.header.file_size for shard in self.shards)
 
-    @property
+    # Asked for at every shard, and each time it goes through all tensors.
+    @cached_property
     def largest_matrix_bytes(self) -> int:
         """float32 bytes of the largest matrix that is decomposed."""
         return max((4 * view.shape[0] * view.shape[1] for tensor in self.edited for view in tensor.views), default=0)
@@ -149,6 +153,7 @@ class Plan:
             checkpoint.close()
 
 
+@no_collection()
 def make_plan(checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings, edit: Edit, *, order_confirmed: bool = False) -> Plan:
     """Checks the whole job from headers. checkpoints: by role, those of `edit.roles` in that order. Raises PlanError with every
     problem found, or OutputError."""
