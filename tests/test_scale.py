@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from lox_merge import Recipe
+from lox_merge.checkpoint import safetensors_format
 from lox_merge.checkpoint.safetensors_format import build_header
-from lox_merge.errors import PlanError
+from lox_merge.errors import CheckpointFormatError, PlanError
 from lox_merge.jobs.ahead import Ahead
 from lox_merge.jobs.atomic import json_bytes
 from lox_merge.jobs.estimate import estimate
@@ -39,14 +40,14 @@ def tensors(layer: int) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(prefix + name, "BF16", shape) for name, shape in parts]
 
 
-def make_headers(folder: Path, layers: int) -> tuple[Path, Path]:
+def make_headers(folder: Path, layers: int, note: str = "pt") -> tuple[Path, Path]:
     """base and aligned with one file a layer, all holes but for one weight."""
     for role in ("base", "aligned"):
         (folder / role).mkdir(parents=True)
         weight_map = {}
         for layer in range(layers):
             file = f"model-{layer + 1:05d}-of-{layers:05d}.safetensors"
-            header = build_header(tensors(layer), {"format": "pt"})
+            header = build_header(tensors(layer), {"format": note})
             weight_map |= dict.fromkeys(header.tensors, file)
             with (folder / role / file).open("wb") as stream:
                 stream.write(header.raw)
@@ -146,6 +147,21 @@ def test_a_plan_of_a_thousand_files_opens_each_of_them_once(tmp_path: Path) -> N
     assert opened[str(base / "model.safetensors.index.json")] == 1
     assert len(plan.shards) == 1000 and len(plan.edited) == 1000 * (1 + 2 * EXPERTS)
     assert gc.isenabled()
+
+
+def test_equal_headers_are_read_once_and_let_go(tmp_path: Path) -> None:
+    base, aligned = make_headers(tmp_path, 2, "headers that no other test has")
+    opened = open_checkpoints({"base": base, "aligned": aligned})
+    one, two = (list(checkpoint.headers.values()) for checkpoint in opened.values())
+    assert all(first is second for first, second in zip(one, two, strict=True)) and one[0] is not one[1]
+    before = len(safetensors_format._SOUND)
+    key = one[0].raw, one[0].file_size
+    assert key in safetensors_format._SOUND
+    with pytest.raises(CheckpointFormatError, match="bytes follow its last tensor"):
+        safetensors_format.parse_header(key[0], key[1] + 1, "a longer file")
+    del opened, one, two
+    gc.collect()
+    assert len(safetensors_format._SOUND) < before and key not in safetensors_format._SOUND
 
 
 def test_every_missing_file_is_named_with_its_tensors(tmp_path: Path) -> None:

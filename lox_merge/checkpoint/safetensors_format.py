@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.json_text import parse_json
@@ -26,6 +27,8 @@ _PREFIX = 8
 _LARGEST_SIZE, _MOST_DIMENSIONS = 2**63, 64
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BY_OFFSET = attrgetter("begin", "end")
+# Headers in use, by their bytes and the file's size. Base and aligned were mostly saved by one library in one layout: half of them are the same.
+_SOUND: WeakValueDictionary[tuple[bytes, int], Header] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,13 @@ def read_header(path: Path, where: str) -> Header:
 
 def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     """Header from its bytes (prefix and JSON). Checks dtypes, shapes, offsets and that the file holds all of them."""
+    found = _SOUND.get((raw, file_size))
+    if found is None:
+        found = _SOUND[raw, file_size] = _parse(raw, file_size, where)
+    return found
+
+
+def _parse(raw: bytes, file_size: int, where: str) -> Header:
 
     def damaged(reason: str) -> CheckpointFormatError:
         return CheckpointFormatError(f"{where} is damaged: {reason}. Download or save it again.")
