@@ -85,22 +85,14 @@ def measure(shape: tuple[int, int], first: tuple[str, int], second: tuple[str, i
     narrow = [computed(base, aligned, torch.bfloat16, *one, rank=rank, alpha=alpha)[0] for one in (first, second)]
     bound = allowed(wide[0][0], wide[0][2], alpha, rank, (wide[0][1], wide[1][1]))
     size = frobenius_norm(wide[0][0] - aligned.float())
-    row = {
-        "shape": list(shape),
-        "first": list(first),
-        "second": list(second),
-        "update_norm": size,
-        "allowed": bound,
-        "float32": asdict(apart(wide[0][0], wide[1][0])),
-        "bfloat16": asdict(apart(narrow[0], narrow[1], (wide[0][0], wide[1][0]))),
-    }
-    one, other = row["float32"], row["bfloat16"]
+    one, other = apart(wide[0][0], wide[1][0]), apart(narrow[0], narrow[1], (wide[0][0], wide[1][0]))
     print(
-        f"{shape[0]:6d} × {shape[1]:<6d} {first[0]}/{first[1]} against {second[0]}/{second[1]}: float32 ‖difference‖ = {one['difference'] / size:.1e} of "  # type: ignore[index]
-        f"the update (allowed {(bound or math.nan) / size:.1e}); bf16: {other['differing']:.1e} of the entries differ, by {other['neighbours']:.0f} unit in the last place",  # type: ignore[index]
+        f"{shape[0]:6d} × {shape[1]:<6d} {first[0]}/{first[1]} against {second[0]}/{second[1]}: float32 {one.difference / size:.1e} of the update "
+        f"(allowed {(bound or math.nan) / size:.1e}); bf16 {other.differing:.1e} of the entries, by {other.neighbours:.0f} unit in the last place",
         flush=True,
     )
-    return row
+    ways = {"first": list(first), "second": list(second)}
+    return {"shape": list(shape), **ways, "update_norm": size, "allowed": bound, "float32": asdict(one), "bfloat16": asdict(other)}
 
 
 def main() -> None:
