@@ -78,10 +78,10 @@ class Work:
         new = sum(count * math.prod(shape) for shape, count in matrices.items() if not rates.measured(shape))
         for shape, count in matrices.items():
             for stage in ("delta", "svd", "update"):
-                stages[stage] += count * rates.seconds(shape, stage)  # type: ignore[assignment]
+                stages[stage] += count * rates.seconds(shape, stage)
         size = stored_bytes(model)
-        stages["sha256"] += 3 * size / rates.sha256  # type: ignore[assignment]
-        stages["copies"] += 3 * size / rates.moved  # type: ignore[assignment]
+        stages["sha256"] += 3 * size / rates.sha256
+        stages["copies"] += 3 * size / rates.moved
         return cls(dict(stages), 2 * size, size, new / entries)
 
     def on(self, cores: int, rates: Rates) -> tuple[float, str]:
@@ -137,7 +137,7 @@ def on_gpu(model: Model, report: dict[str, Any] | None) -> float | None:
     total = 0.0
     for _, shape in model.tensors():
         if len(shape) == 2:
-            row = min(rates.shapes, key=lambda row, shape=shape: abs(math.log(row["entries"] / math.prod(shape))))  # type: ignore[misc]
+            row = min(rates.shapes, key=lambda row, shape=shape: abs(math.log(row["entries"] / math.prod(shape))))
             total += (row["transfer"] + row["svd"] + row["update"]) * math.prod(shape) / row["entries"]
     return total
 
@@ -190,8 +190,8 @@ def show(found: dict[str, Any]) -> None:
     ] for name, row in found.items()])  # fmt: skip
     head = ["core time in", "delta", "SVD", "update, rounding", "sha256", "copies by the kernel", "together", "shapes extrapolated"]
     table(head, [[
-        name, *(span(row["core_seconds"][stage]) for stage in ("delta", "svd", "update", "sha256", "copies")), span(sum(row["core_seconds"].values())),
-        f"{row['extrapolated']:.0%}",
+        name, *(span(row["core_seconds"][stage]) for stage in ("delta", "svd", "update", "sha256", "copies")),
+        span(sum(row["core_seconds"].values())), f"{row['extrapolated']:.0%}",
     ] for name, row in found.items()])  # fmt: skip
     clustered = f"{RAY_WORKERS} Ray workers of {RAY_CORES} cores"
     head = ["time, and its bound", "1 core", "2 cores", "16 cores", clustered, "GPU", "this disk alone", "download, 1 Gbit/s", "10 Gbit/s"]
@@ -236,7 +236,8 @@ def compare(rates: Rates, ran: dict[str, Any], layers: int) -> dict[str, Any]:
         print(f"{name}: {spell['seconds']:.0f} s wall (load {spell['load']:.1f}), {spell['cpu_seconds']:.0f} s CPU, "
               f"peak anonymous {spell['peak_anonymous'] / 1e9:.2f} GB, {spell['shards']} files finished")  # fmt: skip
     print("CPU predicted: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items())
-          + f", together {sum(parts.values()):.0f} s; observed {observed:.0f} s. Memory predicted at most {memory / 1e9:.2f} GB, observed {peak / 1e9:.2f} GB")  # fmt: skip
+          + f", together {sum(parts.values()):.0f} s; observed {observed:.0f} s. "
+          f"Memory predicted at most {memory / 1e9:.2f} GB, observed {peak / 1e9:.2f} GB")  # fmt: skip
     return {"predicted_cpu": parts, "observed_cpu": observed, "predicted_memory": memory, "observed_memory": peak}
 
 
