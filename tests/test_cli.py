@@ -127,6 +127,31 @@ except SystemExit as stop:
         assert lox_merge.__version__ in done.stdout
 
 
+def test_help_of_every_command_is_quick() -> None:
+    """One process asks for the help of all of them: whoever imports torch, or takes half a second of CPU, is named."""
+    code = """
+import contextlib, io, json, sys, time
+from lox_merge.cli.main import _COMMANDS, main
+heavy = ("torch", "transformers", "mergekit", "huggingface_hub", "matplotlib", "scipy", "pandas", "ray")
+found = {}
+for command in sorted(_COMMANDS):
+    started, shown = time.process_time(), io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        try:
+            main([command, "--help"])
+        except SystemExit as stop:
+            code = stop.code
+    found[command] = [code, "Usage: " in shown.getvalue(), time.process_time() - started, [name for name in heavy if name in sys.modules]]
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert len(found) >= 19
+    for command, (exit_code, usage, seconds, heavy) in found.items():
+        assert exit_code == 0 and usage and not heavy, (command, exit_code, heavy)
+        assert seconds < 0.5, (command, seconds)
+
+
 def test_python_names_are_reachable() -> None:
     for name in lox_merge.__all__:
         assert getattr(lox_merge, name) is not None

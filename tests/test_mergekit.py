@@ -622,10 +622,14 @@ def test_importing_the_command_loads_neither_torch_nor_mergekit() -> None:
 
 
 def test_help_shows_mergekit_s_options_and_ours(run_cli: Any) -> None:
-    shown = run_cli("yaml", "--help")
+    shown = run_cli("yaml", "--mergekit-help")
     assert shown.returncode == 0
     for option in ("--cuda", "--out-shard-size", "--lora-merge-cache", "--trust-remote-code", "--overwrite", "CONFIG_FILE OUT_PATH"):
         assert option in shown.stdout
+    quick = run_cli("yaml", "config.yaml", "--cuda", "--help")
+    assert quick.returncode == 0 and "--cuda" not in quick.stdout
+    for option in ("--mergekit-help", "--overwrite", "CONFIG_FILE OUT_PATH"):
+        assert option in quick.stdout
 
 
 def test_command_line_merges(tmp_path: Path, qwen3: Pair, run_cli: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lox_merge.checkpoint.collector import no_collection
 from lox_merge.checkpoint.files import FileSource, check_file_name, find_source
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo
@@ -197,16 +199,18 @@ def _shards(index: dict[str, Any]) -> list[str]:
     return sorted(set(index["weight_map"].values()))
 
 
+@no_collection()
 def assemble(role: str, source: FileSource, shards: list[str], index: dict[str, Any] | None, *, pickled: bool = False) -> Checkpoint:
     """Reads all headers and reports everything that is wrong with them at once."""
     problems: list[str] = []
     headers: dict[str, Header] = {}
     home: dict[str, str] = {}
     checkpoint = Checkpoint(role, source, headers, home, index, pickled)
+    there = source.names()
+    counts = Counter(index["weight_map"].values()) if index else Counter()
     for file in shards:
-        if file not in source.names():
-            count = sum(1 for shard in index["weight_map"].values() if shard == file) if index else 0
-            problems.append(f"{role}: {source.title} lacks the shard {file}, which the index gives {count} tensor(s). Download it again.")
+        if file not in there:
+            problems.append(f"{role}: {source.title} lacks the shard {file}, which the index gives {counts[file]} tensor(s). Download it again.")
             continue
         try:
             headers[file] = checkpoint.weight_file(file).header if pickled else source.header(file)

@@ -34,6 +34,7 @@ _CODES = {
 }
 # Sub-byte packed formats: no torch dtype to read them as, and never editable.
 _PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS = _PACKED_BITS | {code: count for code, (_, count) in _CODES.items()}
 
 # What torch has a dtype for.
 READABLE = frozenset(_CODES)
@@ -44,12 +45,12 @@ OUTPUT_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def known(code: str) -> bool:
-    return code in _CODES or code in _PACKED_BITS
+    return code in _BITS
 
 
 def bits(code: str) -> int:
     """Bits of one element."""
-    return _PACKED_BITS[code] if code in _PACKED_BITS else _CODES[code][1]
+    return _BITS[code]
 
 
 def torch_dtype(code: str) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import Any
 
 # What reads a value calls itself level by level; nothing that is read here has more than ten.
 _DEEPEST = 200
+_CONTAINERS = frozenset((dict, list))  # json makes no subclasses of them
 
 
 def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
@@ -33,7 +34,8 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
 def _deeper(value: Any, most: int) -> bool:
     level = [value]
     for _ in range(most):
-        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part) if isinstance(inner, (dict, list))]
+        # A header of 100,000 tensors has half a million values: `type` and a set take half of the time that isinstance does.
+        level = [inner for part in level for inner in (part.values() if type(part) is dict else part) if type(inner) in _CONTAINERS]
         if not level:
             return False
     return True

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.json_text import parse_json
@@ -22,6 +25,10 @@ LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
 _PREFIX = 8
 # What torch can count and iterate over; a side of 0 hides any other side from the check against the file's bytes.
 _LARGEST_SIZE, _MOST_DIMENSIONS = 2**63, 64
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_BY_OFFSET = attrgetter("begin", "end")
+# Headers in use, by their bytes and the file's size. Base and aligned were mostly saved by one library in one layout: half of them are the same.
+_SOUND: WeakValueDictionary[tuple[bytes, int], Header] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Header:
     file_size: int
 
     def by_offset(self) -> list[TensorInfo]:
-        return sorted(self.tensors.values(), key=lambda info: (info.begin, info.end))
+        return sorted(self.tensors.values(), key=_BY_OFFSET)
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
@@ -86,6 +93,13 @@ def read_header(path: Path, where: str) -> Header:
 
 def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     """Header from its bytes (prefix and JSON). Checks dtypes, shapes, offsets and that the file holds all of them."""
+    found = _SOUND.get((raw, file_size))
+    if found is None:
+        found = _SOUND[raw, file_size] = _parse(raw, file_size, where)
+    return found
+
+
+def _parse(raw: bytes, file_size: int, where: str) -> Header:
 
     def damaged(reason: str) -> CheckpointFormatError:
         return CheckpointFormatError(f"{where} is damaged: {reason}. Download or save it again.")
@@ -100,26 +114,29 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged("its metadata is not a table of texts")
     tensors: dict[str, TensorInfo] = {}
+    start = len(raw)
+    # Models of 100,000 tensors exist: what is done for each of them here decides how long a plan takes.
     for name, entry in parsed.items():
         try:
-            code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            # Booleans are whole numbers to Python.
-            valid = all(type(side) is int and side >= 0 for side in (*shape, begin, end)) and isinstance(code, str)
+            code, sides, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            shape = tuple(sides)
+            valid = type(code) is str and _whole(begin) and _whole(end) and all(map(_whole, shape))
         except (KeyError, TypeError, ValueError):
             valid = False
         if not valid:
             raise damaged(f"the header entry of tensor {name!r} is not understood")
-        if any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in name):
+        if not name.isprintable() and _CONTROL.search(name):
             raise damaged(f"the tensor name {name!r} holds control characters")
-        if len(shape) > _MOST_DIMENSIONS or math.prod(side for side in shape if side) >= _LARGEST_SIZE:
+        size = math.prod(shape)
+        if len(shape) > _MOST_DIMENSIONS or (size or math.prod(filter(None, shape))) >= _LARGEST_SIZE:
             raise damaged(f"tensor {name!r} has a shape that no tensor can have")
         if not dtypes.known(code):
             raise damaged(f"tensor {name!r} has the unknown dtype {code!r}")
-        if end - begin != (math.prod(shape) * dtypes.bits(code) + 7) // 8:
+        if end - begin != (size * dtypes.bits(code) + 7) // 8:
             raise damaged(f"tensor {name!r} ({code} {list(shape)}) does not fit its {end - begin:,} bytes")
-        tensors[name] = TensorInfo(name, code, shape, len(raw) + begin, len(raw) + end)
+        tensors[name] = TensorInfo(name, code, shape, start + begin, start + end)
     end = len(raw)
-    for info in sorted(tensors.values(), key=lambda info: (info.begin, info.end)):
+    for info in sorted(tensors.values(), key=_BY_OFFSET):
         if info.begin != end:
             raise damaged(f"tensor {info.name!r} {'overlaps another one' if info.begin < end else 'lies behind a hole'}")
         end = info.end
@@ -128,6 +145,11 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     if end < file_size:
         raise damaged(f"{file_size - end:,} bytes follow its last tensor")
     return Header(raw, metadata, tensors, file_size)
+
+
+def _whole(value: object) -> bool:
+    """A whole number ≥ 0. Booleans are whole numbers to Python."""
+    return type(value) is int and value >= 0
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:

@@ -22,14 +22,30 @@ lox-merge yaml merge_configs/paper_defaults.yaml out
 """
 
 
+# In a context's `meta`: only our own options are asked for.
+_QUICK = "lox_merge.cli.yaml.quick"
+_ALL_OPTIONS = "--mergekit-help"
+
+
 class MergekitCommand(click.Command):
     """Takes arguments and options from mergekit's own command, so that a newer mergekit's options appear by themselves.
 
-    They are read when the command runs or shows its help: importing mergekit takes seconds.
+    They are read when the command runs, or shows all of them: importing mergekit takes seconds, too long for --help.
     """
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        asked = set(args)
+        if _ALL_OPTIONS in asked or asked & set(ctx.help_option_names):
+            ctx.meta[_QUICK] = _ALL_OPTIONS not in asked
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["[OPTIONS]", "CONFIG_FILE", "OUT_PATH"]
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if not any(parameter.name == "config_file" for parameter in self.params):
+        if not ctx.meta.get(_QUICK) and not any(parameter.name == "config_file" for parameter in self.params):
             from mergekit.scripts.run_yaml import main
 
             taken = {parameter.name for parameter in self.params}
@@ -37,6 +53,9 @@ class MergekitCommand(click.Command):
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if ctx.meta.get(_QUICK):
+            super().format_options(ctx, formatter)
+            return
         from mergekit.options import PrettyPrintHelp
 
         PrettyPrintHelp.format_options(self, ctx, formatter)
@@ -45,6 +64,7 @@ class MergekitCommand(click.Command):
 @click.command("yaml", cls=MergekitCommand, help=_HELP, short_help="Run a mergekit configuration; adds the merge methods lox and lox_project.")
 @click.option("--overwrite", is_flag=True, help="With our methods: replace OUT_PATH if mergekit or lox-merge wrote it.")
 @click.option("--order-is-right", is_flag=True, help="With our methods: the models are not swapped, although only base_model has a chat template.")
+@click.option(_ALL_OPTIONS, is_flag=True, expose_value=False, help="Show mergekit-yaml's options too: all of them hold here.")
 @json_option
 def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, config_file: str, out_path: str, **values: Any) -> None:
     from mergekit.options import MergeOptions

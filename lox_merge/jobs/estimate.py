@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lox_merge.checkpoint.collector import no_collection
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores
 
@@ -46,6 +47,7 @@ def peak_memory(plan: Plan) -> int:
     return PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest)
 
 
+@no_collection()
 def estimate(plan: Plan, command: str = "harden", workers: int = 1) -> dict[str, Any]:
     """Plain values: counts, bytes, peak_memory (bytes, anonymous, of all workers), seconds on this CPU.
 
@@ -53,15 +55,16 @@ def estimate(plan: Plan, command: str = "harden", workers: int = 1) -> dict[str,
     """
     matrices = [(tensor, view) for tensor in plan.edited for view in tensor.views]
     entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
-    moving = _SECONDS_PER_BYTE * (plan.bytes_read + plan.bytes_written) / workers
+    read, written = plan.bytes_read, plan.bytes_written
+    moving = _SECONDS_PER_BYTE * (read + written) / workers
     seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / available_cores() + moving + (_START_SECONDS if workers > 1 else 0)
     return {
         "command": f"{command} --dry-run",
         "edited_tensors": len(plan.edited),
         "edited_matrices": len(matrices),
         "copied_tensors": dict(plan.copied_by_reason()),
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
+        "bytes_read": read,
+        "bytes_written": written,
         **({"most_bytes_downloaded_at_once": plan.passing.most_bytes} if plan.passing else {}),
         "workers": workers,
         "peak_memory": peak_memory(plan) if workers == 1 else PROCESS_BYTES + workers * peak_memory(plan),

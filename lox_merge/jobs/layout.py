@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor
@@ -27,6 +28,7 @@ _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", 
 # Models of transformers 5 that are made of Conv1D, and what they call them; other models have nn.Linear under the same names.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 _CONV1D_NAME = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
+_CONV1D_ENDS = ("c_attn.weight", "q_attn.weight", "c_proj.weight", "c_fc.weight")
 _READS_HIDDEN = re.compile(r"(gate|up|w1|w3|fc1|wi|input_linear)(_\w+)?(\.weight)?$")
 _WRITES_HIDDEN = re.compile(r"(down|w2|fc2|wo|output_linear)(_\w+)?(\.weight)?$")
 
@@ -89,8 +91,9 @@ def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
             return ends[0]
         if ends[0] != ends[1] and _WRITES_HIDDEN.search(name):
             return ends[1]
-        return _is_one_of(config, tuple(_TRANSPOSED_EXPERTS))
-    return len(shape) == 2 and _is_one_of(config, tuple(_CONV1D_MODELS)) and bool(_CONV1D_NAME.search(name))
+        return _is_one_of(config, _TRANSPOSED_EXPERTS)
+    # The name first: going through the configuration for every tensor takes longer.
+    return len(shape) == 2 and name.endswith(_CONV1D_ENDS) and bool(_CONV1D_NAME.search(name)) and _is_one_of(config, _CONV1D_MODELS)
 
 
 def _gate_up_axis(shape: tuple[int, ...], config: Config) -> int | None:
@@ -117,7 +120,13 @@ def matrix_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused
     sides = list(shape)
     while len(sides) > 2 and sides[0] == 1:  # (1, n, d) position tables are one matrix, not one row
         del sides[0]
-    return [MatrixView((sides[0], size // sides[0]), transposed=is_transposed(name, shape, config))]
+    return [_whole_view(sides[0], size // sides[0], is_transposed(name, shape, config))]
+
+
+@cache
+def _whole_view(rows: int, columns: int, transposed: bool) -> MatrixView:
+    """One object for all tensors of a shape: a model has few shapes and maybe 100,000 tensors."""
+    return MatrixView((rows, columns), transposed=transposed)
 
 
 def _expert_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused, expert: int) -> list[MatrixView]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -77,7 +77,9 @@ class LoxEdit:
         alpha = self.recipe.alpha_for(tensor.name)
         if alpha == 0:
             return TensorPlan(tensor.name, tensor.info, "copy", "alpha 0")
-        return replace(tensor, rank=self.recipe.rank_for(tensor.name), alpha=alpha)
+        # Not dataclasses.replace, which takes three times as long: models of 100,000 tensors exist.
+        rank = self.recipe.rank_for(tensor.name)
+        return TensorPlan(tensor.name, tensor.info, "edit", "", tensor.counterparts, rank, alpha, tensor.views)
 
     def matrix(
         self,

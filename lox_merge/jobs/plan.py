@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.checkpoint.adapter_files import OverBase
 from lox_merge.checkpoint.checkpoint import SINGLE, SINGLE_INDEX, Checkpoint
+from lox_merge.checkpoint.collector import no_collection
 from lox_merge.checkpoint.files import LocalFolder
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, quantisation_problems, quantised_form
 from lox_merge.errors import OutputError, PlanError
@@ -85,7 +87,8 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return self.mirrored.bytes + sum(other.stored_bytes(tensor.name_in(other.role)) for tensor in self.edited for other in self.others)
+        edited = self.edited
+        return self.mirrored.bytes + sum(other.stored_bytes(tensor.name_in(other.role)) for other in self.others for tensor in edited)
 
     @property
     def bytes_written(self) -> int:
@@ -109,7 +112,8 @@ class Plan:
         made = sum(checkpoint.made_bytes(tensor.name_in(role)) for role, checkpoint in self.checkpoints.items())
         return self.edit.working_memory(view.shape, tensor) + made
 
-    @property
+    # Asked for at every shard, and each time it goes through all tensors.
+    @cached_property
     def largest_matrix_bytes(self) -> int:
         """float32 bytes of the largest matrix that is decomposed."""
         return max((4 * view.shape[0] * view.shape[1] for tensor in self.edited for view in tensor.views), default=0)
@@ -150,6 +154,7 @@ class Plan:
             checkpoint.close()
 
 
+@no_collection()
 def make_plan(
     checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings, edit: Edit, *, order_confirmed: bool = False, form: Form = "model"
 ) -> Plan:

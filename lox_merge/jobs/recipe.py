@@ -61,10 +61,16 @@ class Recipe(Settings):
         }
 
     def rank_for(self, name: str) -> RankRule:
-        return next((_rule(rank) for pattern, rank in self.rank_pattern if self.matches(pattern, name)), _rule(self.rank))
+        for pattern, rank in self.rank_pattern:
+            if self.matches(pattern, name):
+                return _rule(rank)
+        return _rule(self.rank)
 
     def alpha_for(self, name: str) -> float:
-        return next((alpha for pattern, alpha in self.alpha_pattern if self.matches(pattern, name)), self.alpha)
+        for pattern, alpha in self.alpha_pattern:
+            if self.matches(pattern, name):
+                return alpha
+        return self.alpha
 
     def with_rank(self, rank: RankRule | int | str) -> Recipe:
         return replace(self, rank=rank)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|\w*embeddings?|shared)(\.|$)")
 _OUTPUT_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)(\.|$)|^output\.weight$")
 # Constants that older versions of transformers saved as tensors; newer ones neither need nor write them.
-_LEGACY_BUFFER = re.compile(r"(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
+_LEGACY_BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "position_ids", "attn.bias")
 _MOST_NAMED = 8
 
 
@@ -77,7 +77,7 @@ def is_vocabulary(name: str) -> bool:
 def is_legacy_buffer(info: TensorInfo) -> bool:
     """True for constants that older versions of transformers saved as tensors."""
     # attn.bias is also the name of a real bias vector: the causal mask has four dimensions.
-    return bool(_LEGACY_BUFFER.search(info.name)) and not (info.name.endswith("attn.bias") and len(info.shape) < 3)
+    return info.name.endswith(_LEGACY_BUFFERS) and not (info.name.endswith("attn.bias") and len(info.shape) < 3)
 
 
 def select_tensors(checkpoints: Mapping[str, Checkpoint], settings: Settings, edit: Edit) -> Selection:

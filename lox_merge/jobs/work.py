@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -114,6 +115,7 @@ def _scratch(shape: tuple[int, int], device: torch.device, slot: int) -> Tensor:
     return _SCRATCH.buffers[slot][:size].view(shape)
 
 
+@cache
 def working_memory(shape: tuple[int, int], rank: RankRule) -> int:
     """Upper estimate of the bytes that editing one matrix takes beside mapped files and its place in the output."""
     short, long = sorted(shape)
