@@ -35,13 +35,16 @@ def framing(
     dtype: str = "auto",
     device_map: str | None = None,
     cache_dir: Path | None = None,
+    adapter_base: str | Path | None = None,
+    base_is_right: bool = False,
     seed: int = 0,
     progress: ProgressFactory = no_progress,
 ) -> Framing:
     """Cosines of loss vectors and of last-attention-layer gradients between two framings of the same completions.
 
-    "Re-emergent misalignment" (Giordani 2025). models: folders, Hub ids or PEFT adapters over the first of them, by label
-    (without labels: by their own names). The first one's tokenizer renders the texts for all of them. first, second: files of
+    "Re-emergent misalignment" (Giordani 2025). models: folders, Hub ids or PEFT adapters over adapter_base (None: the first of
+    them; base_is_right: although they name another), by label (without labels: by their own names). The first one's tokenizer renders the
+    texts for all of them. first, second: files of
     conversations, or conversations. module: regular expression of weight names instead of the last layer's attention. seed: of the
     bootstrap. Raises RequestError for data sets that do not share their completions, rows that are too long, quantised models, a
     pattern that finds nothing; SourceError, PlanError for models that cannot be read; NumericalError for NaN.
@@ -50,7 +53,8 @@ def framing(
     rows = matched_rows(data[0], data[1], matching)
     chosen = rendering or Rendering()
     found: list[ModelCosines] = []
-    with ModelSet(_labelled(models), device=device, dtype=dtype, device_map=device_map, cache_dir=cache_dir) as held:
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir}
+    with ModelSet(_labelled(models), adapter_base=adapter_base, base_is_right=base_is_right, **where) as held:
         if problems := [problem for label in held.labels for problem in quantisation_problems(held.checkpoint(label))]:
             raise PlanError(problems)
         pairs: list[Pair] = []
