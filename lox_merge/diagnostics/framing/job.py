@@ -18,6 +18,7 @@ from lox_merge.errors import PlanError, RequestError
 from lox_merge.jobs.select import quantisation_problems
 from lox_merge.safety.chat import Rendering, check_rendering
 from lox_merge.safety.conversations import Conversations, load_conversations
+from lox_merge.safety.model_labels import told_apart
 from lox_merge.safety.model_set import ModelSet
 from lox_merge.safety.progress import ProgressFactory, no_progress
 from lox_merge.safety.vocabulary import common_vocabulary, output_size
@@ -82,16 +83,11 @@ def framing(
 
 
 def _labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str | Path]:
-    """Labels as given, else the last part of the name. Raises RequestError for two of one label, or none."""
-    if isinstance(models, Mapping):
-        named = dict(models)
-    else:
-        labels = [Path(str(model)).name or str(model) for model in models]
-        # Two folders of one name are told apart by all of it.
-        named = {label if labels.count(label) == 1 else str(model): model for label, model in zip(labels, models, strict=True)}
-    if not named or len(named) < len(models):
+    """Labels as given, else as other commands have them. Raises RequestError for a model that is given twice, or none."""
+    if not models or len({str(model) for model in (models.values() if isinstance(models, Mapping) else models)}) < len(models):
         raise RequestError("give at least one model, and each of them once.")
-    return named
+    # A result names no folder of this machine, so two of one name are told apart by a number.
+    return dict(models) if isinstance(models, Mapping) else told_apart(models)
 
 
 def _context(model: Any) -> int | None:
