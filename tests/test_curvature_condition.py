@@ -114,6 +114,17 @@ def test_the_expected_coupling_is_the_mean_over_random_directions(case: Case, de
     assert record["control_coupling"] > 0
 
 
+def test_the_control_is_the_coupling_of_a_random_direction_of_the_gradients_length(case: Case, derivatives: tuple[Tensor, Tensor]) -> None:
+    gradient, hessian = derivatives
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(value.shape, generator=generator) for name, value in case.model.named_parameters() if name in NAMES}
+    direction = torch.cat([drawn[name].double().flatten() for name in case.names])
+    direction *= gradient.norm() / direction.norm()
+    along = case.vectors.T @ (hessian @ direction)
+    record = condition_record(case.found, case.subspace, [])
+    assert record["control_coupling"] == pytest.approx(float((along * case.values.sqrt()).norm()), rel=1e-5)
+
+
 def test_groups_of_parameters_give_the_same_figures(case: Case) -> None:
     small = moments(case.model, case.safe, case.gram, case.batches, memory=20_000)
     whole = condition_record(case.found, case.subspace, [0.5])
