@@ -14,6 +14,8 @@ from torch.func import functional_call
 from lox_merge.diagnostics.curvature.condition import Moments, condition_record, moments
 from lox_merge.diagnostics.curvature.gram import FisherGram, fisher_gram
 from lox_merge.diagnostics.curvature.hessian import batch_loss
+from lox_merge.diagnostics.curvature.records import coupling_by_layer
+from lox_merge.diagnostics.curvature.settings import CurvatureSettings
 from lox_merge.diagnostics.curvature.subspace import SafeSubspace, safe_subspace
 
 # Two small matrices, so that the Hessian can be written out: 2 · 16 · 24 entries and a norm's 16.
@@ -123,6 +125,23 @@ def test_the_control_is_the_coupling_of_a_random_direction_of_the_gradients_leng
     along = case.vectors.T @ (hessian @ direction)
     record = condition_record(case.found, case.subspace, [])
     assert record["control_coupling"] == pytest.approx(float((along * case.values.sqrt()).norm()), rel=1e-5)
+
+
+def test_the_coupling_of_a_layer_is_that_of_its_own_parameters(case: Case, derivatives: tuple[Tensor, Tensor]) -> None:
+    gradient, hessian = derivatives
+    records = {record["layer"]: record for record in coupling_by_layer(case.found, case.gram, CurvatureSettings(dimension=2))}
+    assert len(records) == 2
+    start = 0
+    for name in case.names:
+        entries = slice(start, start + case.model.get_parameter(name).numel())
+        start = entries.stop
+        if "layers" not in name:
+            continue
+        values, vectors = torch.linalg.eigh(case.fisher[entries, entries])
+        record = records[int(name.split(".")[2])]
+        for field, vector in (("coupling", hessian @ gradient), ("first_order", gradient)):
+            along = vectors[:, -2:].T @ vector[entries] * values[-2:].sqrt()
+            assert record[field] == pytest.approx(float(along.norm()), rel=1e-5)
 
 
 def test_groups_of_parameters_give_the_same_figures(case: Case) -> None:
