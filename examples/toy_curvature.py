@@ -124,8 +124,10 @@ def descend(source: LocalModel, data: Conversations, observe: Callable[[int, Any
     optimiser.zero_grad()
 
 
-def study(seed: int, cache: Path, names: Sequence[str] | None = None, steps: tuple[int, ...] = STEPS) -> tuple[list[SetResult], Curvature]:
-    """Everything for one seed: figures before, early ones, outcomes. names: of the sets, default all."""
+def study(
+    seed: int, cache: Path, names: Sequence[str] | None = None, steps: tuple[int, ...] = STEPS, batches: int = 32
+) -> tuple[list[SetResult], Curvature]:
+    """Everything for one seed: figures before, early ones, outcomes. names: of the sets, default all. batches: of each, for γ."""
     recipe = ToyRecipe(seed=seed)
     pair, drawn = toy_pair(recipe, cache), draw_requests(recipe)
     sets = {name: data for name, data in fine_tuning_sets(recipe).items() if names is None or name in names}
@@ -159,7 +161,7 @@ def study(seed: int, cache: Path, names: Sequence[str] | None = None, steps: tup
             safe,
             finetuned=early,
             data=list(sets.values()),
-            settings=CurvatureSettings(seed=seed, batches=32, learning_rate=TRAINING.learning_rate),
+            settings=CurvatureSettings(seed=seed, batches=batches, learning_rate=TRAINING.learning_rate),
         )
     overlaps = {record["name"]: record for record in found.finetuned}
     results = []

@@ -16,6 +16,11 @@ from tiny_models import WORDS, make_pair, read_tensors, tokenizer
 
 import lox_merge
 from lox_merge.diagnostics.behaviour import spool
+from lox_merge.diagnostics.behaviour.next_tokens import next_tokens
+from lox_merge.diagnostics.behaviour.passes import Scores
+from lox_merge.diagnostics.behaviour.reversion import reversion
+from lox_merge.diagnostics.behaviour.shift import shift
+from lox_merge.diagnostics.behaviour.texts import Prefix
 from lox_merge.errors import NumericalError, RequestError
 from lox_merge.maths.distributions import entropy, kl_divergence, restricted
 from lox_merge.safety.conversations import Conversations, conversations
@@ -119,6 +124,36 @@ def test_kl_by_place_and_its_shares(models: dict[str, Path], measured: lox_merge
     assert shift.shares[2].interval == pytest.approx((1.0, 1.0))
     entropies = [by_hand(models, reply)["aligned"]["entropy"].tolist() for reply in REPLIES]
     assert shift.positions[3].entropy == pytest.approx((entropies[2][3] + entropies[3][3]) / 2, abs=1e-6)
+
+
+def test_the_largest_place_is_one_that_half_of_the_texts_have() -> None:
+    """A single long text does not decide where alignment is deepest."""
+    rows = [[1.0, 0.2], [0.8, 0.3], [0.9, 0.1], [0.7, 0.2, 9.0]]
+    found = shift([Scores(numpy.zeros(len(row)), numpy.zeros(len(row)), numpy.array(row)) for row in rows], seed=0)
+    assert found.largest == 1 and found.positions[2].kl == 9 and found.positions[2].n == 1
+    assert found.budget == pytest.approx(0.85 + 0.2 + 9)
+    nowhere = shift([Scores(numpy.zeros(2), numpy.zeros(2), numpy.zeros(2))] * 2, seed=0)
+    assert nowhere.largest is None and nowhere.shares[0].share is None
+
+
+def test_differences_that_cancel_over_texts_leave_no_index() -> None:
+    """Each text has its own, and their sum means nothing where aligned and base differ both ways."""
+    aligned, base = [numpy.array([-2.0]), numpy.array([-6.0])], [numpy.array([-6.0]), numpy.array([-2.3])]
+    model = [numpy.array([-4.0]), numpy.array([-4.0])]
+    whole, texts = reversion(model, aligned, base, seed=0)
+    assert whole.gap == pytest.approx(0.15) and whole.index is None and whole.interval is None
+    assert [text.index for text in texts] == pytest.approx([0.5, 2 / 3.7]) and whole.n == 2
+    assert reversion(model[:1], aligned[:1], base[:1], seed=0)[0].index == pytest.approx(0.5)
+
+
+def test_between_models_that_hardly_differ_nothing_lies() -> None:
+    near = torch.tensor([0.5, 0.5]).log()
+    for aside, known in ((0.02, False), (0.4, True)):
+        other = torch.tensor([0.5 + aside, 0.5 - aside]).log()
+        found = next_tokens(Prefix("how"), 1, {"base": other, "aligned": near, "it": near}, tokenizer(), top=2)
+        between = found.between["it"]
+        assert (between.index is not None) == known and (between.detour is not None) == known
+        assert between.to_aligned == 0 and between.to_base > 0
 
 
 def test_the_interval_of_a_share_is_over_texts(measured: lox_merge.Behaviour) -> None:

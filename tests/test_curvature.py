@@ -108,6 +108,41 @@ def test_models_in_memory_adapters_and_tensors_give_the_same_overlap(files: dict
     assert all(torch.equal(value, before[name]) for name, value in aligned.model.state_dict().items())
 
 
+def test_overlap_of_a_part_of_the_parameters_is_beside_chance_over_that_part(files: dict[str, Path]) -> None:
+    loaded, names = load_model(files["aligned"], device="cpu"), ("model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+    generator = torch.Generator().manual_seed(4)
+    change = {name: torch.randn(loaded.model.get_parameter(name).shape, generator=generator) for name in names}
+    found = lox_merge.curvature(loaded, files["safe"], finetuned={"part": change})
+    traces = {record["name"]: record["trace"] for record in found.parameters}
+    squares = {name: float(value.double().square().sum()) for name, value in change.items()}
+    sizes = {name: value.numel() for name, value in change.items()}
+    (overlap,) = found.finetuned
+    assert overlap["norm"] == pytest.approx(math.sqrt(sum(squares.values())), rel=1e-6)
+    assert overlap["expected"] == pytest.approx(sum(squares[name] * traces[name] / sizes[name] for name in names), rel=1e-6)
+    chance = sum(squares.values()) * sum(traces[name] for name in names) / sum(sizes.values())
+    assert overlap["joint_expected"] == pytest.approx(chance, rel=1e-6)
+    assert overlap["joint_ratio"] == pytest.approx(overlap["joint"] / chance, rel=1e-6) and overlap["predicted_loss"] == overlap["joint"] / 2
+
+
+def test_overlap_scores_take_one_pass_more_however_many_models(files: dict[str, Path]) -> None:
+    """And nothing of the model is changed, by second derivatives neither."""
+    loaded = load_model(files["aligned"], device="cpu")
+    seen: list[int] = []
+    loaded.model.register_forward_hook(lambda *_: seen.append(1))
+
+    def forwards(**options: Any) -> int:
+        seen.clear()
+        lox_merge.curvature(loaded, files["safe"], batch_size=100, settings=SETTINGS, **options)
+        return len(seen)
+
+    alone = forwards()
+    assert forwards(finetuned=[files["tuned"]]) == forwards(finetuned={"one": files["tuned"], "two": files["tuned"], "three": {}}) == alone + 1
+    forwards(finetuned=[files["tuned"]], data=[files["data"]])
+    stored = read_tensors(files["aligned"])
+    assert all(torch.equal(value, stored[name]) for name, value in loaded.model.state_dict().items())
+    assert not loaded.model.training and all(parameter.requires_grad and parameter.grad is None for parameter in loaded.model.parameters())
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "qwen3"])
 def test_other_layouts_are_read_from_their_files(architecture: str, tmp_path: Path, files: dict[str, Path]) -> None:
     _, aligned = make_pair(tmp_path, architecture, "float32")

@@ -14,6 +14,8 @@ from torch.func import functional_call
 from lox_merge.diagnostics.curvature.condition import Moments, condition_record, moments
 from lox_merge.diagnostics.curvature.gram import FisherGram, fisher_gram
 from lox_merge.diagnostics.curvature.hessian import batch_loss
+from lox_merge.diagnostics.curvature.records import coupling_by_layer
+from lox_merge.diagnostics.curvature.settings import CurvatureSettings
 from lox_merge.diagnostics.curvature.subspace import SafeSubspace, safe_subspace
 
 # Two small matrices, so that the Hessian can be written out: 2 · 16 · 24 entries and a norm's 16.
@@ -112,6 +114,34 @@ def test_the_expected_coupling_is_the_mean_over_random_directions(case: Case, de
     record = condition_record(case.found, case.subspace, [])
     assert record["expected_coupling"] == pytest.approx(mean, rel=0.05)
     assert record["control_coupling"] > 0
+
+
+def test_the_control_is_the_coupling_of_a_random_direction_of_the_gradients_length(case: Case, derivatives: tuple[Tensor, Tensor]) -> None:
+    gradient, hessian = derivatives
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(value.shape, generator=generator) for name, value in case.model.named_parameters() if name in NAMES}
+    direction = torch.cat([drawn[name].double().flatten() for name in case.names])
+    direction *= gradient.norm() / direction.norm()
+    along = case.vectors.T @ (hessian @ direction)
+    record = condition_record(case.found, case.subspace, [])
+    assert record["control_coupling"] == pytest.approx(float((along * case.values.sqrt()).norm()), rel=1e-5)
+
+
+def test_the_coupling_of_a_layer_is_that_of_its_own_parameters(case: Case, derivatives: tuple[Tensor, Tensor]) -> None:
+    gradient, hessian = derivatives
+    records = {record["layer"]: record for record in coupling_by_layer(case.found, case.gram, CurvatureSettings(dimension=2))}
+    assert len(records) == 2
+    start = 0
+    for name in case.names:
+        entries = slice(start, start + case.model.get_parameter(name).numel())
+        start = entries.stop
+        if "layers" not in name:
+            continue
+        values, vectors = torch.linalg.eigh(case.fisher[entries, entries])
+        record = records[int(name.split(".")[2])]
+        for field, vector in (("coupling", hessian @ gradient), ("first_order", gradient)):
+            along = vectors[:, -2:].T @ vector[entries] * values[-2:].sqrt()
+            assert record[field] == pytest.approx(float(along.norm()), rel=1e-5)
 
 
 def test_groups_of_parameters_give_the_same_figures(case: Case) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,16 @@ def test_wrong_requests_say_what_to_do(pair: tuple[Path, Path], tmp_path: Path) 
     (low / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
     with pytest.raises(PlanError, match="quantised"):
         framing([low], FIRST, SECOND, device="cpu")
+
+
+def test_folders_of_one_name_are_told_apart_without_their_paths(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = shutil.copytree(pair[0], tmp_path / pair[1].name)
+    shutil.copy(pair[1] / "chat_template.jinja", other)
+    result = framing([pair[1], other], FIRST, SECOND, device="cpu")
+    assert [model.model for model in result.models] == ["aligned", "aligned (2)"]
+    assert str(tmp_path) not in json.dumps(result.to_json())
+    with pytest.raises(RequestError, match="each of them once"):
+        framing([pair[1], pair[1]], FIRST, SECOND, device="cpu")
 
 
 @pytest.fixture(scope="module")

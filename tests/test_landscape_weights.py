@@ -201,6 +201,7 @@ def test_models_are_placed_in_the_plane_by_least_squares(tmp_path: Path) -> None
     two, three = sources.places([Direction("a", {"two": 1.0}), Direction("b", {"three": 1.0})], ["two", "three"])
     assert two.coordinates == pytest.approx((1, 0), abs=1e-9) and three.coordinates == pytest.approx((0, 1), abs=1e-9)
     assert three.off_plane == pytest.approx(0, abs=1e-6)
+    assert two.coordinates[1] == 0 and three.coordinates[0] == 0  # and not what rounding leaves of it
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])

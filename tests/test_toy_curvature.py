@@ -42,7 +42,7 @@ def test_rank_correlations_of_known_rankings() -> None:
 def test_one_seed_from_beginning_to_end(toy_pair_seed0: ToyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Harmful data has the larger γ, overlap and damage of these two; nothing is written."""
     monkeypatch.chdir(tmp_path)
-    results, found = toy_curvature.study(0, TOY_CACHE, names=("safe", "harmful"), steps=(0, 5, 20))
+    results, found = toy_curvature.study(0, TOY_CACHE, names=("safe", "harmful"), steps=(0, 5, 20), batches=4)
     safe, harmful = results
     assert (safe.name, harmful.name) == ("safe", "harmful")
     for figure in ("coupling γ", "first order", "overlap share"):

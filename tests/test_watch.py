@@ -23,7 +23,9 @@ from lox_merge import AlignmentWatch
 from lox_merge.cli.decompose import decompose_command
 from lox_merge.diagnostics.watch.changes import check_whole
 from lox_merge.diagnostics.watch.pace import Pace
+from lox_merge.diagnostics.watch.retained import Retained, RetainedAlignment
 from lox_merge.errors import LoxMergeWarning, RequestError
+from lox_merge.maths.weight_changes import DenseChange
 
 ROOT = Path(__file__).parents[1]
 IGNORED = -100
@@ -221,6 +223,22 @@ def test_factors_alone_give_r_ft_within_bounds(pairs: Any, factors_of: Any, tmp_
     low, high = few.history[-1]["r_ft_bounds"]
     assert low <= expected <= high and low < few.history[-1]["figures"][R_FT] < high
     assert PROJECTION not in few.history[-1]["figures"]
+
+
+def test_factors_alone_know_how_a_change_lies_to_the_alignment(pairs: Any, factors_of: Any) -> None:
+    """Half of Δ_align taken back leaves R as it is; its inner product with Δ_align decides that."""
+    base, aligned = pairs()
+    model = AutoModelForCausalLM.from_pretrained(aligned)
+    start, before = dict(model.named_parameters()), read_tensors(base)
+    held = RetainedAlignment(model, start.__getitem__, base=None, factors=factors_of(32), rank=RANK, seed=0, cache_dir=None)
+
+    def back(share: float) -> Retained:
+        return held.ratio(lambda name: DenseChange(share * (before[name].float() - start[name].detach())))
+
+    untouched = held.ratio(lambda name: None)
+    assert untouched.mean == pytest.approx(r_ft(before, start, start, linear(before)), rel=1e-4)
+    assert back(0.5).mean == pytest.approx(untouched.mean, rel=1e-4) and back(0.5).energy == pytest.approx(untouched.energy, rel=1e-4)
+    assert back(-1.0).mean == pytest.approx(untouched.mean, rel=1e-4)
 
 
 class Second(TrainerCallback):

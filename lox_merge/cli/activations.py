@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.measuring import model_options, rendering_of, rendering_options
+from lox_merge.cli.measuring import model_options, rendering_of, rendering_options, right_base_option
 from lox_merge.cli.options import json_option, number, seed_option
 from lox_merge.errors import RecipeError
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @rendering_options
 @click.option("--one-by-one", is_flag=True, help="Keep one model in memory at a time.  [default: where they do not fit together]")
 @model_options
+@right_base_option
 @seed_option
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of positions by layer and of the overlaps (.svg, .png or .pdf)."
@@ -101,6 +102,7 @@ def _run(base: str, aligned: str, models: tuple[str, ...], options: dict[str, An
         rendering=rendering_of(options),
         one_by_one=True if options["one_by_one"] else None,
         progress=terminal_progress,
+        base_is_right=options["base_is_right"],
         **{name: options[name] for name in same},
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_merge.cli.measuring import (
+    adapter_options,
     cache_of,
     judge_options,
     judges_of,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|bfloat16|float16|float32", help="Of the models; auto: as stored.")
 @click.option("--device-map", metavar="auto", help="Spread a model over all GPUs (instead of --device).")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a MODEL brings (auto_map), for its replies. Read it first.")
+@adapter_options
 @click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible endpoint; MODEL is its name there.")
 @click.option("--key-variable", default="OPENAI_API_KEY", show_default=True, metavar="NAME", help="Environment variable of its key.")
 @click.option("--no-key", is_flag=True, help="The endpoint asks for no key.")
@@ -51,7 +53,8 @@ if TYPE_CHECKING:
 def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | None, dry_run: bool, json_file: str | None, **options: Any) -> None:
     """Ask every MODEL the prompts and judge the replies.
 
-    A MODEL is a local folder or a Hub id. Several are compared with the first, paired on the same prompts. Undecided replies
+    A MODEL is a local folder or a Hub id, of a whole model or of a PEFT adapter over the first one (or over --adapter-base).
+    Several are compared with the first, paired on the same prompts. Undecided replies
     count neither as safe nor as a success. The keyword judge is a smoke test; name another for figures to report. Utility is
     measured beside it on request; KL divergence is from the first MODEL.
 
@@ -73,7 +76,8 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
         print_dry_run(models, asked, made)
         return
     if not options["endpoint"]:
-        _check_models(models, options["cache_dir"], need_template=not options["no_chat_template"])
+        options["adapter_base"] = options["adapter_base"] or _first_whole(models, options["cache_dir"])
+        _check_models(models, options, need_template=not options["no_chat_template"])
     result, evaluations, comparisons = _run(models, asked, made, utility, options, transcripts)
     if json_file:
         write_json(json_file, result)
@@ -82,12 +86,19 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
     _check_decided(evaluations)
 
 
-def _check_models(models: tuple[str, ...], cache_dir: Path | None, need_template: bool) -> None:
+def _first_whole(models: tuple[str, ...], cache_dir: Path | None) -> str | None:
+    """The first MODEL where it is no adapter: what later ones lie over."""
+    from lox_merge.checkpoint.adapter import is_adapter
+
+    return None if is_adapter(models[0], "model", cache_dir) else models[0]
+
+
+def _check_models(models: tuple[str, ...], options: dict[str, Any], need_template: bool) -> None:
     """Looks at every checkpoint's files, so that the last model's misspelling does not cost the work on the first."""
-    from lox_merge.checkpoint.checkpoint import open_checkpoint
+    from lox_merge.safety.adapted import open_any
 
     for model in models:
-        checkpoint = open_checkpoint(model, "model", cache_dir)
+        checkpoint = open_any(model, "model", options["cache_dir"], adapter_base=options["adapter_base"], base_is_right=options["base_is_right"])
         template = checkpoint.has_chat_template
         checkpoint.close()
         if need_template and not template:
@@ -165,6 +176,8 @@ def _source(model: str, position: int, settings: dict[str, Any]) -> Any:
         device_map=settings["device_map"],
         cache_dir=settings["cache_dir"],
         trust_remote_code=settings["trust_remote_code"],
+        adapter_base=settings["adapter_base"],
+        base_is_right=settings["base_is_right"],
         decoding=decoding,
         rendering=rendering,
         batch_size=settings["batch_size"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.measuring import model_options, rendering_of, rendering_options
+from lox_merge.cli.measuring import model_options, rendering_of, rendering_options, right_base_option
 from lox_merge.cli.options import json_option, seed_option
 from lox_merge.errors import RequestError
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--shared-vocabulary", is_flag=True, help="Compare models of different vocabulary sizes over the tokens they share.")
 @click.option("--one-by-one", is_flag=True, help="Keep one model in memory at a time.  [default: where they do not fit together]")
 @model_options
+@right_base_option
 @seed_option
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of KL by token and of the reversion (.svg, .png or .pdf).")
 @json_option
@@ -98,5 +99,8 @@ def _run(base: str, aligned: str, models: tuple[str, ...], options: dict[str, An
         one_by_one=True if options["one_by_one"] else None,
         progress=terminal_progress,
         report=lambda text: click.echo(text, err=True),
-        **{name: options[name] for name in ("top", "limit", "shared_vocabulary", "seed", "batch_size", "device", "dtype", "device_map", "cache_dir")},
+        **{
+            name: options[name]
+            for name in ("top", "limit", "shared_vocabulary", "seed", "batch_size", "device", "dtype", "device_map", "cache_dir", "base_is_right")
+        },
     )

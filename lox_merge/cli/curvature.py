@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.measuring import model_options
+from lox_merge.cli.measuring import adapter_options, model_options
 from lox_merge.cli.options import json_option, number, seed_option
 from lox_merge.errors import RequestError
 
@@ -50,13 +50,15 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--no-chat-template", is_flag=True, help="Prompts and responses as bare text.")
 @model_options
+@adapter_options
 @seed_option
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of spectra, overlaps and predictions (.svg, .png or .pdf).")
 @json_option
 def curvature_command(aligned: str, finetuned: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Fisher spectra of ALIGNED on safe completions, overlap scores of FINETUNED models, and the risk of --data.
 
-    ALIGNED and FINETUNED are folders or Hub ids; FINETUNED may be adapters over ALIGNED. Everything is exact, without a random
+    ALIGNED and FINETUNED are folders or Hub ids; FINETUNED may be PEFT adapters over ALIGNED, or all of them
+    over --adapter-base. Everything is exact, without a random
     projection and without a gradient per completion in memory. Nothing is written but --json and --plot.
 
     \b
@@ -116,7 +118,7 @@ def _run(aligned: str, finetuned: tuple[str, ...], options: dict[str, Any]) -> C
         settings=settings,
         rendering=Rendering(options["system"], False if options["no_chat_template"] else None),
         progress=terminal_progress,
-        **{name: options[name] for name in ("device", "dtype", "device_map", "batch_size", "cache_dir")},
+        **{name: options[name] for name in ("device", "dtype", "device_map", "batch_size", "cache_dir", "adapter_base", "base_is_right")},
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lox_merge.cli.measuring import rendering_of, rendering_options
+from lox_merge.cli.measuring import adapter_options, rendering_of, rendering_options
 from lox_merge.cli.options import cache_option, json_option, seed_option
 
 _FILE: dict[str, Any] = {"required": True, "type": click.Path(path_type=Path), "metavar": "FILE"}
@@ -24,6 +24,7 @@ _FILE: dict[str, Any] = {"required": True, "type": click.Path(path_type=Path), "
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|bfloat16|float16|float32", help="Of the models; auto: as stored.")
 @click.option("--device-map", metavar="auto", help="Spread a model over all GPUs (instead of --device).")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the cosines (.svg, .png or .pdf).")
+@adapter_options
 @seed_option
 @cache_option
 @json_option
@@ -33,7 +34,7 @@ def framing_command(models: tuple[str, ...], json_file: str | None, **options: A
     FIRST and SECOND hold the same completions under two framings of the request, say code with a flaw and the same code asked
     for a lesson on flaws. Compared are the losses of the completion's tokens and the gradients of the last layer's attention: a
     negative cosine of gradients means that training on one set undoes what training on the other does. PEFT adapters
-    among the MODELs lie on the first one.
+    among the MODELs lie on the first one, or on --adapter-base.
 
     \b
     lox-merge framing aligned --first insecure.jsonl --second educational.jsonl
@@ -50,7 +51,9 @@ def framing_command(models: tuple[str, ...], json_file: str | None, **options: A
     from lox_merge.publish.documents.shape import read_as
     from lox_merge.safety.progress import terminal_progress
 
-    settings = {name: options[name] for name in ("matching", "module", "device", "dtype", "device_map", "cache_dir", "seed")}
+    settings = {
+        name: options[name] for name in ("matching", "module", "device", "dtype", "device_map", "cache_dir", "adapter_base", "base_is_right", "seed")
+    }
     result = framing(models, options["first"], options["second"], rendering=rendering_of(options), progress=terminal_progress, **settings)
     document = {"command": "framing", **result.to_json()}
     if json_file:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_merge.cli.measuring import (
+    adapter_options,
     cache_of,
     judge_options,
     judges_of,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @utility_options
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Longest reply, in tokens.")
 @model_options
+@adapter_options
 @click.option("--points", type=click.Path(path_type=Path), metavar="FILE", help="Keep points here; the same command goes on from them.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of it (.svg, .png or .pdf).")
 @seed_option
@@ -51,7 +53,8 @@ def landscape_command(models: tuple[str, ...], json_file: str | None, **options:
 
     MODEL alone: random directions, Gaussian and scaled in every tensor to its norm, and VISAGE with its spread over them. One
     OTHER: the line to it and beyond. Two or three: the plane d₁ = OTHER₁ − MODEL, d₂ = the mean of the further ones − MODEL. Name
-    an OTHER by NAME=MODEL; an OTHER may be a PEFT adapter over MODEL.
+    an OTHER by NAME=MODEL; an OTHER may be a PEFT adapter over MODEL, or all of
+    them over --adapter-base.
 
     \b
     lox-merge landscape aligned --prompts advbench.csv --limit 80 --points points.jsonl --plot basin.svg
@@ -91,6 +94,8 @@ def landscape_command(models: tuple[str, ...], json_file: str | None, **options:
             "rendering": rendering_of(options),
             "batch_size": options["batch_size"],
         },
+        adapter_base=options["adapter_base"],
+        base_is_right=options["base_is_right"],
         utility=utility,
         cache=cache_of(options),
         points=options["points"],

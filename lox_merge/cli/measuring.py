@@ -70,6 +70,14 @@ model_options = options_in_order(
     cache_option,
 )
 
+right_base_option: Decorator = click.option(
+    "--base-is-right", is_flag=True, help="PEFT adapters lie over the model that they are given over, although they name another."
+)
+adapter_options = options_in_order(
+    click.option("--adapter-base", metavar="MODEL", help="What PEFT adapters among the models lie over.  [default: the first of them]"),
+    right_base_option,
+)
+
 rendering_options = options_in_order(
     click.option("--system", metavar="TEXT", help="System message."),
     click.option("--no-chat-template", is_flag=True, help="Give the bare prompts, for base models."),

@@ -19,7 +19,7 @@ from lox_merge.cli.measuring import (
     utility_of,
     utility_options,
 )
-from lox_merge.cli.options import cache_option, json_option, number, order_option
+from lox_merge.cli.options import base_option, cache_option, json_option, number, order_option
 from lox_merge.errors import LoxMergeError
 
 if TYPE_CHECKING:
@@ -62,13 +62,15 @@ if TYPE_CHECKING:
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where the models are trained and run.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of ASR against steps (.svg, .png or .pdf).")
 @order_option
+@base_option
 @cache_option
 @json_option
 def robustness_command(base: str, aligned: str, hardened: str | None, json_file: str | None, **options: Any) -> None:
     """Fine-tune ALIGNED and HARDENED on the same data, in the same order, and measure both at the same --steps.
 
-    Without HARDENED the hardening is done in memory (--rank, --alpha). Attacked weights exist in memory only and are never
-    written. Training is in float32; a full fine-tuning needs about 16 bytes of memory a parameter, --lora about 5.
+    ALIGNED may be a PEFT adapter over BASE, HARDENED one over ALIGNED. Without HARDENED the hardening is done in memory
+    (--rank, --alpha). Attacked weights exist in memory only and are never written. Training is in float32; a full fine-tuning
+    needs about 16 bytes of memory a parameter, --lora about 5.
 
     \b
     lox-merge robustness base aligned --attack my_data.jsonl --prompts advbench.csv --judge openai:gpt-4o-mini
@@ -131,6 +133,7 @@ def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any])
         device=options["device"],
         cache_dir=options["cache_dir"],
         order_is_right=options["order_is_right"],
+        base_is_right=options["base_is_right"],
         report=lambda text: click.echo(text, err=True),
     )
 

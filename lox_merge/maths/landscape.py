@@ -17,6 +17,8 @@ from lox_merge.maths.pieces import entries_at_once
 
 # Numbers drawn at a time: their float32 copy stays in a core's cache.
 _DRAWN = 2**18
+# Of a difference's length: far above what float64 sums leave, far below what a picture shows.
+_ROUNDING = 1e-12
 
 
 def gaussian_noise(shape: Sequence[int], name: str, seed: int) -> Tensor:
@@ -96,6 +98,10 @@ def plane_coordinates(gram: Float[Tensor, "*shape"], products: Float[Tensor, " k
     # ‖x - Dc‖² by expanding it; rounding may take it below zero where x lies in the plane.
     left = max(0.0, square - 2 * float(found @ products.double()) + float(found @ gram.double() @ found))
     distance = left**0.5
+    # A model that is one of the directions has exact zeros beside it, not what rounding leaves of them.
+    noise = _ROUNDING * square**0.5
+    lengths = gram.double().diagonal().clamp(min=0).sqrt()
+    found = torch.where(found.abs() * lengths > noise, found, 0.0)
     return tuple(found.tolist()), distance, distance / square**0.5 if square else None
 
 

@@ -1,16 +1,59 @@
-"""A model in memory that is a base checkpoint with a PEFT adapter merged into it, tensor by tensor; nothing is written."""
+"""A model of its own, or a PEFT adapter merged in memory into the model it lies over, tensor by tensor; nothing is written."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from lox_merge.checkpoint.adapter import AdaptedCheckpoint
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_adapter
+from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.files import find_source
 from lox_merge.errors import RequestError
 from lox_merge.safety.loading import LoadedModel, load_model
 from lox_merge.safety.placement import place
+
+
+def open_any(
+    reference: str | Path,
+    role: str,
+    cache_dir: Path | None = None,
+    *,
+    adapter_base: str | Path | Checkpoint | None = None,
+    base_is_right: bool = False,
+) -> Checkpoint:
+    """A checkpoint, or an adapter over `adapter_base` (a folder, a Hub id, or one that is open already); headers only.
+
+    base_is_right: take `adapter_base` although the adapter names another model. Raises what `open_checkpoint` and `open_adapter` raise,
+    RequestError for an adapter with nothing to lie over.
+    """
+    source = find_source(reference, role, cache_dir)
+    if not is_adapter(source):
+        return open_checkpoint(source, role)
+    if adapter_base is None:
+        raise RequestError(
+            f"{role}: {source.title} is a PEFT adapter, which is no model by itself. Name the model that it lies over (--adapter-base, where the "
+            "command takes it), or merge the two with peft (merge_and_unload)."
+        )
+    base = adapter_base if isinstance(adapter_base, Checkpoint) else open_checkpoint(adapter_base, f"{role}, adapter base", cache_dir)
+    return open_adapter(source, role, base, base_is_right=base_is_right)
+
+
+def load_any(
+    reference: str | Path, *, adapter_base: str | Path | None = None, base_is_right: bool = False, cache_dir: Path | None = None, **settings: Any
+) -> LoadedModel:
+    """`load_model`, or an adapter merged into `adapter_base` in memory. settings: those of `load_model`. Raises what `open_any` and that raise."""
+    source = find_source(reference, "model", cache_dir)
+    if not is_adapter(source):
+        return load_model(reference, cache_dir=cache_dir, **settings)
+    opened = open_any(reference, "model", cache_dir, adapter_base=adapter_base, base_is_right=base_is_right)
+    assert isinstance(opened, AdaptedCheckpoint)
+    try:
+        return load_adapted(opened, **settings)
+    finally:
+        opened.close()
 
 
 @torch.no_grad()

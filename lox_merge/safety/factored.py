@@ -81,7 +81,7 @@ def open_factored(
                     progress=decomposing,
                     **sources,
                 ).factors
-            yield Factored(plan, held, _load(plan, aligned, model or {}, device=device, cache_dir=cache_dir))
+            yield Factored(plan, held, load_aligned(plan, aligned, model or {}, device=device, cache_dir=cache_dir))
         finally:
             if held is not None:
                 held.close()  # before its folder goes: some file systems keep open files
@@ -92,8 +92,8 @@ def _plan(base: str | Path, aligned: str | Path, scratch: str, recipe: Recipe, *
     return plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, **sources)
 
 
-def _load(plan: Plan, aligned: str | Path, settings: Mapping[str, Any], **where: Any) -> LocalModel:
-    """The aligned model, a whole one or an adapter on its base."""
+def load_aligned(plan: Plan, aligned: str | Path, settings: Mapping[str, Any], **where: Any) -> LocalModel:
+    """The aligned model of a plan, a whole one or an adapter on its base. settings: of LocalModel.load."""
     if not isinstance(plan.aligned, AdaptedCheckpoint):
         return LocalModel.load(aligned, **where, **settings)
     loading = {key: settings[key] for key in ("dtype", "device_map", "trust_remote_code") if key in settings}

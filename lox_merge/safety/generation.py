@@ -11,10 +11,11 @@ import torch
 from transformers import LogitsProcessorList
 
 from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.safety.adapted import load_any
 from lox_merge.safety.batches import first_batch_size, is_out_of_memory, left_padded, release_memory
 from lox_merge.safety.chat import Rendering, check_rendering, render
 from lox_merge.safety.decoding import Decoding, SeededSampling, clean_config, end_tokens
-from lox_merge.safety.loading import LoadedModel, load_model, weights_fingerprint
+from lox_merge.safety.loading import LoadedModel, weights_fingerprint
 from lox_merge.safety.progress import ProgressFactory, no_progress
 from lox_merge.safety.reply_store import ReplyStore
 from lox_merge.safety.types import Prompt, PromptSet, Reply
@@ -61,11 +62,17 @@ class LocalModel:
         device_map: str | None = None,
         cache_dir: Path | None = None,
         trust_remote_code: bool = False,
+        adapter_base: str | Path | None = None,
+        base_is_right: bool = False,
         tokenizer: Any = None,
         **settings: Any,
     ) -> LocalModel:
-        """Loads a folder or Hub id as `load_model` does; settings: those of the class. tokenizer: another than the model's own."""
-        loaded = load_model(reference, device=device, dtype=dtype, device_map=device_map, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        """Loads a folder or Hub id as `load_any` does: adapter_base is what a PEFT adapter lies over. settings: those of the class.
+
+        tokenizer: another than the model's own.
+        """
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir}
+        loaded = load_any(reference, adapter_base=adapter_base, base_is_right=base_is_right, trust_remote_code=trust_remote_code, **where)
         return cls.of(loaded, tokenizer=tokenizer, **settings)
 
     @classmethod

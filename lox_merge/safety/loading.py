@@ -19,6 +19,7 @@ from lox_merge.checkpoint.config_checks import check_depth
 from lox_merge.errors import RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
 from lox_merge.jobs.manifest import output_identity
+from lox_merge.safety.load_report import check_report, report_withheld
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Bytes are summed as 64-bit integers, which needs no conversion and so runs at the speed of memory.
@@ -48,7 +49,7 @@ def load_model(
 
     device: 'auto' takes a GPU when there is one. dtype: 'auto' as stored, or bfloat16, float16, float32. device_map='auto'
     spreads a model over all GPUs (and the memory beside them) instead; it needs the package accelerate.
-    Raises SourceError where it cannot be read, RequestError for settings that cannot be met.
+    Raises SourceError where it cannot be read or lacks weights that its config asks for, RequestError for settings that cannot be met.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")
@@ -69,13 +70,17 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         placement = {} if device_map is None else {"device_map": device_map}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, "auto"), **placement, **options)
+        # Shapes that differ are left to check_report, which names both.
+        settings = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True, "ignore_mismatched_sizes": True, **placement}
+        with report_withheld():
+            model, report = AutoModelForCausalLM.from_pretrained(folder, **settings, **options)
     except Exception as error:  # a configuration of somebody else's may run transformers into anything
         advice = "" if trust_remote_code else " A model with code of its own needs trust_remote_code, which runs that code."
         raise SourceError(f"{checkpoint.title} cannot be loaded by transformers: {type(error).__name__}: {error}{advice}") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+    check_report(report, model, checkpoint.title)
     if device_map is None:
         model = model.to(target)
     return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint))

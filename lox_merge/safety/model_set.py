@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_model
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
-from lox_merge.safety.adapted import load_adapted
+from lox_merge.safety.adapted import load_adapted, open_any
 from lox_merge.safety.batches import free_memory, release_memory
 from lox_merge.safety.loading import DTYPES, LoadedModel, load_model
 
@@ -23,7 +23,9 @@ Reference = str | Path | LoadedModel
 
 
 class ModelSet:
-    """Models by label, loaded when asked for. The first one, or `over`, is what PEFT adapters among them lie on.
+    """Models by label, loaded when asked for. PEFT adapters among them lie on adapter_base, or else on the first one, or on `over`.
+
+    base_is_right: take that although an adapter names another model.
 
     A LoadedModel in place of a folder or Hub id is taken as it is, where and in the dtype it is; it is never let go.
     together: True keeps every model that was loaded, False one at a time, None decides by memory: whether all weights fit. Opening reads
@@ -42,13 +44,16 @@ class ModelSet:
         cache_dir: Path | None = None,
         trust_remote_code: bool = False,
         together: bool | None = None,
+        adapter_base: str | Path | None = None,
+        base_is_right: bool = False,
     ) -> None:
         self._labels = tuple(references)
         self._given = {label: model for label, model in references.items() if isinstance(model, LoadedModel)}
         self._references = {label: reference for label, reference in references.items() if not isinstance(reference, LoadedModel)}
         self._settings = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
         self._checkpoints: dict[str, Checkpoint] = {}
-        self._open(over or {}, cache_dir)
+        self._base = None if adapter_base is None else open_checkpoint(adapter_base, "adapter base", cache_dir)
+        self._open(over or {}, cache_dir, base_is_right)
         self._loaded: dict[str, LoadedModel] = {}
         self.together = self._fit(device, dtype) if together is None else together
 
@@ -57,7 +62,7 @@ class ModelSet:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-        for checkpoint in self._checkpoints.values():
+        for checkpoint in (*self._checkpoints.values(), *(() if self._base is None else (self._base,))):
             checkpoint.close()
 
     @property
@@ -96,16 +101,15 @@ class ModelSet:
         found |= {label: {"title": checkpoint.title, **checkpoint.source.identity()} for label, checkpoint in self._checkpoints.items()}
         return {label: found[label] for label in self._labels}
 
-    def _open(self, over: Mapping[str, str], cache_dir: Path | None) -> None:
+    def _open(self, over: Mapping[str, str], cache_dir: Path | None, base_is_right: bool) -> None:
         problems: list[str] = []
         for label, reference in self._references.items():
             lower = over.get(label, self._labels[0])
-            below = self._checkpoints.get(lower)
+            below = self._checkpoints.get(lower) if self._base is None else self._base
             try:
-                if lower in self._given and is_adapter(reference, label, cache_dir):
+                if below is None and lower in self._given and is_adapter(reference, label, cache_dir):
                     raise RequestError(f"{label} is an adapter over {lower}, which is a model in memory. Give {lower} as a folder or Hub id.")
-                opened = open_checkpoint(reference, label, cache_dir) if below is None else open_model(reference, label, below, cache_dir)
-                self._checkpoints[label] = opened
+                self._checkpoints[label] = open_any(reference, label, cache_dir, adapter_base=below, base_is_right=base_is_right)
             except PlanError as error:
                 problems += error.problems
             except (SourceError, RequestError) as error:

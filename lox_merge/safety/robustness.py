@@ -13,19 +13,21 @@ from typing import Any
 import torch
 
 from lox_merge._version import __version__
-from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.harden import check_some_delta, plan_hardening
 from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
+from lox_merge.safety.adapted import open_any
 from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
 from lox_merge.safety.attack import AttackSettings, check_attack_packages, fine_tune
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.dispersion import Dispersion, Ratio
+from lox_merge.safety.factored import load_aligned
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.starting_points import ALIGNED, CONTROLS, HARDENED, Control, check_hardened, check_some_edit, set_starting_point
 from lox_merge.safety.types import Evaluation, Judge, PromptSet
@@ -148,10 +150,12 @@ def compare_under_attack(
     device: str = "auto",
     cache_dir: Path | None = None,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     report: Report | None = None,
 ) -> Robustness:
     """Attacks aligned, hardened and, with `controls`, edits of equal norm (all three, or those named): same data, seed, order and steps.
 
+    aligned may be a PEFT adapter over base, hardened one over aligned (base_is_right: although they name another model).
     hardened: the output of a hardening; None hardens in memory as `recipe` says. recipe: also the rank of R and of the controls.
     factors: file of `lox-merge decompose` for this pair; no SVD is spent then.
     model: settings of LocalModel (decoding, batch_size, …). utility: measured beside each ASR. seeds: of the order of the
@@ -165,11 +169,13 @@ def compare_under_attack(
     say = report or (lambda _text: None)
     kinds = (ALIGNED, HARDENED, *_controls(controls))
     with open_factors(factors) as held:
-        plan, given = _opened(base, aligned, hardened, recipe, held, order_is_right, cache_dir)
+        sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
+        plan, given = _opened(base, aligned, hardened, recipe, held, **sources)
 
         def load(kind: str, seed: int) -> LocalModel:
             # The hardened folder is applied to the loaded aligned model only where its tensors are edited; others are the same by design.
-            loaded = LocalModel.load(aligned, device=device, dtype="float32", cache_dir=cache_dir, rendering=rendering, **(model or {}))
+            chosen = {"dtype": "float32", "rendering": rendering, **(model or {})}
+            loaded = load_aligned(plan, aligned, chosen, device=device, cache_dir=cache_dir)
             set_starting_point(loaded.model, plan, kind, hardened=given, seed=seed)
             return loaded
 
@@ -198,18 +204,16 @@ def _opened(
     hardened: str | Path | None,
     recipe: Recipe | None,
     factors: Factors | None,
-    order_is_right: bool,
-    cache_dir: Path | None,
+    **sources: Any,
 ) -> tuple[Plan, Checkpoint | None]:
     """The pair, planned, and the hardened checkpoint where there is one, on disk and compared. Raises RequestError."""
     with tempfile.TemporaryDirectory(prefix="lox-merge-") as scratch:  # the plan wants the name of an output; nothing is written there
-        plan = plan_hardening(
-            base, aligned, Path(scratch) / "out", recipe=recipe, factors=factors, order_is_right=order_is_right, cache_dir=cache_dir
-        )
-    given = open_checkpoint(hardened, "hardened", cache_dir) if hardened is not None else None
-    if given is not None:
+        plan = plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, factors=factors, **sources)
+    given = None
+    if hardened is not None:
+        given = open_any(hardened, "hardened", sources["cache_dir"], adapter_base=plan.aligned, base_is_right=sources["base_is_right"])
         check_hardened(given, plan)
-        given.fetch(list(given.headers))
+        given.fetch(list(given.weight_headers))
     plan.fetch()
     check_some_delta(plan)
     if given is not None:

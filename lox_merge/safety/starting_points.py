@@ -102,7 +102,8 @@ def check_some_edit(hardened: Checkpoint, plan: Plan) -> None:
     """Raises RequestError where `hardened` holds aligned's weights or base's. Stops at the first tensor that tells them apart."""
     for role, other in (("aligned", plan.aligned), ("base", plan.base)):
         pairs = ((hardened.tensor(tensor.name), other.tensor(tensor.name if role == "aligned" else tensor.base_name)) for tensor in plan.edited)
-        if all(one.dtype == two.dtype and torch.equal(one, two) for one, two in pairs):
+        # An adapter's tensors are float32 over whatever its base stores.
+        if all(torch.equal(one.float(), two.float()) for one, two in pairs):
             raise RequestError(
                 f"hardened ({hardened.title}) holds the same weights as {role} ({other.title}): nothing would be compared. "
                 "Give the output of lox-merge harden, or leave it out to harden in memory."

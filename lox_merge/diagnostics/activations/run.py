@@ -56,12 +56,14 @@ def activations(
     device_map: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
+    base_is_right: bool = False,
     progress: ProgressFactory = no_progress,
 ) -> Activations:
     """Alignment direction per layer with projections of all models; residual directions of domains; overlaps of prompt sets' subspaces.
 
     base, aligned, models: folders, Hub ids, or models in memory (LoadedModel; see `in_memory`); models may be PEFT adapters over
-    aligned, and have labels where a mapping is given. pairs: files of prompts and responses, conversations or plain texts, or such
+    aligned (base_is_right: although they name another model), and have labels where a mapping is given. pairs: files of prompts and
+    responses, conversations or plain texts, or such
     data loaded, each a domain; responses are read, not generated. prompts: two or more sets by name, whose last tokens' states are
     compared. tokens: of each response, the first so many. layers: 0 (what the first block reads) to L (what the output head reads, after
     the final normalisation), negative ones from the end; None for all. etas: shares of energy for the overlaps. directions: leading ones
@@ -86,6 +88,7 @@ def activations(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
         together=None if one_by_one is None else not one_by_one,
+        base_is_right=base_is_right,
     )
     with opened:
         outlines = {

@@ -48,13 +48,15 @@ def behaviour(
     device_map: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
+    base_is_right: bool = False,
     progress: ProgressFactory = no_progress,
     report: Callable[[str], None] | None = None,
 ) -> Behaviour:
     """Per-token KL from base, log-probabilities and a reversion index on given responses; next-token distributions after prefixes.
 
     base, aligned, models: folders, Hub ids, or models in memory (LoadedModel; see `in_memory`); models may be PEFT adapters over
-    aligned, and have labels where a mapping is given. pairs: files of prompts and responses, conversations or plain texts, or such
+    aligned (base_is_right: although they name another model), and have labels where a mapping is given. pairs: files of prompts and
+    responses, conversations or plain texts, or such
     data loaded; each a set of its own, so that harmless ones can stand beside harmful ones. next_tokens: prompts, or a Prefix with
     the beginning of a reply. top: tokens of each model in a next-token table. limit: of each set, the first so many.
     All models read the same tokens, rendered by aligned's tokenizer and template. one_by_one: one model in memory at a time; None where
@@ -76,6 +78,7 @@ def behaviour(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
         together=None if one_by_one is None else not one_by_one,
+        base_is_right=base_is_right,
     )
     with opened:
         outlines = {

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lox_merge.checkpoint.adapter import open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.placement import place
 from lox_merge.checkpoint.quantised.view import quantisation_problems
-from lox_merge.errors import PlanError, RequestError, SourceError
+from lox_merge.errors import PlanError, RequestError
 from lox_merge.jobs.select import counterpart, is_vocabulary
+from lox_merge.safety.adapted import open_any
 from lox_merge.safety.loading import LoadedModel
 
 # A folder, Hub id or adapter; a model in memory; or differences by parameter name.
@@ -43,23 +43,26 @@ class Opened:
 
 
 def open_finetuned(
-    finetuned: Mapping[str, Finetuned] | Sequence[Finetuned], aligned: Checkpoint | None, cache_dir: Path | None = None
+    finetuned: Mapping[str, Finetuned] | Sequence[Finetuned],
+    aligned: Checkpoint | None,
+    cache_dir: Path | None = None,
+    *,
+    adapter_base: str | Path | None = None,
+    base_is_right: bool = False,
 ) -> list[Opened]:
     """Headers of all of them, compared with aligned's where that is a checkpoint. Raises PlanError with every problem."""
     problems, opened = list[str](), list[Opened]()
+    below = aligned if adapter_base is None else open_checkpoint(adapter_base, "adapter base", cache_dir)
     for label, model in _labelled(finetuned).items():
         if not isinstance(model, (str, Path)):
             opened.append(Opened(label, model))
             continue
         try:
-            if aligned is None:
-                checkpoint = open_checkpoint(model, label, cache_dir)
-            else:
-                checkpoint = open_model(model, label, aligned, cache_dir)
+            checkpoint = open_any(model, label, cache_dir, adapter_base=below, base_is_right=base_is_right)
         except PlanError as error:
             problems += error.problems
             continue
-        except SourceError as error:
+        except RequestError as error:
             problems.append(str(error))
             continue
         problems += quantisation_problems(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lox_merge.diagnostics.curvature.passes import Measured, Piece, kept_bytes, plan_passes
 from lox_merge.diagnostics.curvature.sites import Site, find_sites, selected
-from lox_merge.diagnostics.curvature.walk import Example, Reduction, check_examples, check_model, walk
+from lox_merge.diagnostics.curvature.walk import Example, Reduction, check_examples, check_model, kept_rows, walk
 from lox_merge.errors import RequestError
 from lox_merge.maths.gradients import Contribution, Lookup, Outer, Whole, gradient_rows, narrowed, pair_gram, pairs_are_cheaper
 from lox_merge.maths.precision import full_precision_matmul
@@ -22,6 +23,7 @@ MEMORY = 2 * 2**30
 """Bytes that inputs and gradients may take beside the model, unless told otherwise."""
 # Of the memory, for gradients that are formed at the end of a pass.
 _SCRATCH = 8
+_WIDE = 4  # bytes of a float32
 
 # Told the rows (n, rows, columns) of all gradients of a parameter, once for each block: name, first row, gradients.
 RowsSeen = Callable[[str, int, Tensor], None]
@@ -84,7 +86,7 @@ def fisher_gram(
         raise RequestError(
             f"{len(examples):,} completions have {len(examples) ** 2 * len(names):,} inner products, which do not fit. Use fewer (--limit)."
         )
-    measured, lost = _first_look(model, sites, names, examples, reduction)
+    measured, lost = _first_look(model, sites, names, examples, reduction, batch_size)
     left_out = {name: reason for name, reason in left_out.items() if wanted(name)} | lost
     if not measured:
         raise RequestError("no gradient per completion can be had of the selected parameters: " + "; ".join(sorted(set(left_out.values()))) + ".")
@@ -136,13 +138,21 @@ class _Store:
 
 
 def _first_look(
-    model: Any, sites: Sequence[Site], names: Sequence[str], examples: Sequence[Example], reduction: Reduction
+    model: Any, sites: Sequence[Site], names: Sequence[str], examples: Sequence[Example], reduction: Reduction, batch_size: int | None
 ) -> tuple[list[Measured], dict[str, str]]:
-    """Sizes of what a pass would keep, from the shortest completion taken twice; and what cannot be told apart by completion."""
+    """Sizes of what a pass would keep, from the shortest completion taken twice; and what cannot be told apart by completion.
+
+    An output head sees responses alone, whose part of a text differs from text to text.
+    """
     shortest = min(examples, key=lambda example: len(example["input_ids"]))
     seen: dict[str, list[Contribution]] = defaultdict(list)
     capture = walk(model, sites, set(names), [shortest] * 2, lambda name, found: seen[name].append(found), reduction=reduction, batch_size=2)
-    share = sum(len(example["input_ids"]) for example in examples) / (2 * len(shortest["input_ids"]))
+    looked, whole = kept_rows(model, [shortest] * 2, 2), kept_rows(model, examples, batch_size)
+
+    def share(found: Contribution) -> float:
+        place = 1 if isinstance(found, Outer) and found.slot is None and len(found.owners) == looked[1] < looked[0] else 0
+        return whole[place] / looked[place]
+
     lost = {}
     for site in sites:
         for name in site.parameters.values():
@@ -156,15 +166,16 @@ def _first_look(
     return [_measured(name, shapes[name], seen[name], len(examples), share) for name in names if name in seen], lost
 
 
-def _measured(name: str, shape: torch.Size, found: Sequence[Contribution], examples: int, share: float) -> Measured:
-    looked_up = int(sum(some.bytes for some in found if isinstance(some, Lookup)) * share)
+def _measured(name: str, shape: torch.Size, found: Sequence[Contribution], examples: int, share: Callable[[Contribution], float]) -> Measured:
+    """share: how many times a contribution of the first look will come, all batches together."""
+    looked_up = int(sum(some.bytes * share(some) for some in found if isinstance(some, Lookup)))
     outer = [some for some in found if isinstance(some, Outer)]
     if outer:
         rows, columns = outer[0].gradients.shape[1], outer[0].inputs.shape[1]
-        shared = sum(some.inputs.nbytes for some in outer) * share
-        row = sum(some.gradients.nbytes for some in outer) * share / rows
+        shared = sum(some.inputs.nbytes * share(some) for some in outer)
+        row = sum(some.gradients.nbytes * share(some) for some in outer) / rows
         kept = 0 if outer[0].slot is not None else kept_bytes(columns, examples)
-        return Measured(name, rows, columns, id(outer[0].inputs), int(shared) + looked_up, max(1, int(row)), kept)
+        return Measured(name, rows, columns, id(outer[0].inputs), math.ceil(shared) + looked_up, max(1, math.ceil(row)), kept)
     first = found[0]
     if not isinstance(first, Whole):
         return Measured(name, shape[0], shape[1], id(first), looked_up, 1, kept_bytes(shape[1], examples))
@@ -196,7 +207,10 @@ def _add_gram(gram: Tensor, found: Sequence[Contribution], first: int, rows: int
     owners = torch.unique(torch.cat([some.owners for some in found]))
     outer = [some for some in found if isinstance(some, Outer)]
     only_outer = len(outer) == len(found) and rows_seen is None
-    if only_outer and pairs_are_cheaper(sum(len(some.owners) for some in outer), len(owners), shape.columns, rows):
+    pairs = sum(len(some.owners) for some in outer)
+    # They are joined and widened first, which has to fit beside what is kept.
+    fit = _WIDE * pairs * (shape.columns + rows) <= scratch
+    if only_outer and fit and pairs_are_cheaper(pairs, len(owners), shape.columns, rows):
         gram += pair_gram(_joined(outer), len(gram))
         return
     step = max(1, scratch // max(1, kept_bytes(shape.columns, len(owners))))

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from lox_merge._version import __version__
-from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.diagnostics.curvature.condition import condition_record, moments
 from lox_merge.diagnostics.curvature.deltas import Finetuned, delta_of, open_finetuned
@@ -27,9 +27,10 @@ from lox_merge.diagnostics.curvature.settings import CurvatureSettings
 from lox_merge.diagnostics.curvature.sites import find_sites
 from lox_merge.diagnostics.curvature.walk import Example, check_examples, check_model
 from lox_merge.errors import LoxMergeWarning, RequestError
+from lox_merge.safety.adapted import load_any, open_any
 from lox_merge.safety.chat import Rendering, check_rendering
 from lox_merge.safety.conversations import Conversations, load_conversations, tokenised
-from lox_merge.safety.loading import LoadedModel, load_model
+from lox_merge.safety.loading import LoadedModel
 from lox_merge.safety.progress import ProgressFactory, no_progress
 
 FORMAT = 1
@@ -72,24 +73,30 @@ def curvature(
     batch_size: int | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
+    adapter_base: str | Path | None = None,
+    base_is_right: bool = False,
     progress: ProgressFactory = no_progress,
 ) -> Curvature:
     """The empirical Fisher matrix of `completions` at `aligned`, exactly, and everything that is asked of it.
 
     aligned: a folder, a Hub id, or a loaded model, whose weights stay as they are. finetuned: models whose overlap scores
     are measured: folders, Hub ids, adapters, loaded models, or differences by parameter name. data: sets that might be fine-tuned on.
+    adapter_base: what PEFT adapters lie over, aligned among them (None: aligned); base_is_right: although they name another model.
     "The Geometry of Alignment Collapse" (Springer et al. 2026). Raises RequestError before anything is loaded where headers and
     files can tell, NumericalError for weights that are not finite.
     """
     chosen, rendering, start = settings or CurvatureSettings(), rendering or Rendering(), time.perf_counter()
     safe = completions if isinstance(completions, Conversations) else load_conversations(completions, COMPLETIONS)
     sets = [some if isinstance(some, Conversations) else load_conversations(some, "data set") for some in data]
-    checkpoint = _opened(aligned, cache_dir)
-    opened = open_finetuned(finetuned, checkpoint, cache_dir)
+    adapters: dict[str, Any] = {"adapter_base": adapter_base, "base_is_right": base_is_right}
+    checkpoint = _opened(aligned, cache_dir, **adapters)
+    opened = open_finetuned(finetuned, checkpoint, cache_dir, **adapters)
     loaded = (
         aligned
         if isinstance(aligned, LoadedModel)
-        else load_model(aligned, device=device, dtype=dtype, device_map=device_map, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        else load_any(
+            aligned, device=device, dtype=dtype, device_map=device_map, cache_dir=cache_dir, trust_remote_code=trust_remote_code, **adapters
+        )
     )
     model = loaded.model
     check_model(model)
@@ -157,10 +164,10 @@ def curvature(
     return Curvature(record["fisher"], record["layers"], parameters, overlaps, conditions, record)
 
 
-def _opened(aligned: str | Path | LoadedModel, cache_dir: Path | None) -> Checkpoint | None:
+def _opened(aligned: str | Path | LoadedModel, cache_dir: Path | None, **adapters: Any) -> Checkpoint | None:
     if isinstance(aligned, LoadedModel):
         return None
-    checkpoint = open_checkpoint(aligned, "aligned", cache_dir)
+    checkpoint = open_any(aligned, "aligned", cache_dir, **adapters)
     problems = quantisation_problems(checkpoint)
     if problems:
         raise RequestError(problems[0])

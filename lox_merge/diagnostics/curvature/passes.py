@@ -59,9 +59,7 @@ def plan_passes(parameters: Sequence[Measured], memory: int) -> list[list[Piece]
                 free, groups = memory, set()
                 continue
             if not fitting:
-                raise RequestError(
-                    f"one row of {parameter.name} over all completions takes {(row + shared) / 2**20:,.0f} MB. Raise --memory above it."
-                )
+                raise RequestError(f"one row of {parameter.name} over all completions takes {(row + shared) / 1e9:.3g} GB. Raise --memory above it.")
             passes[-1].append(Piece(parameter.name, first, first + fitting, formed))
             free -= shared + row * fitting
             groups |= set() if formed else {parameter.group}

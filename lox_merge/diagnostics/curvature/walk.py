@@ -131,6 +131,17 @@ def log_likelihood(model: Any, tokens: Tensor, mask: Tensor, rows: Sequence[Exam
     return total
 
 
+def kept_rows(model: Any, examples: Sequence[Example], batch_size: int | None = None) -> tuple[int, int]:
+    """Rows that a walk sees of every layer, and of one that is asked for the last positions of a batch only (the output head)."""
+    every = last = 0
+    for numbers in batches(examples, batch_size, _tokens_at_once(model)):
+        targets = [_targets(examples[number]) for number in numbers]
+        first = min(places[0] for places in targets) - 1
+        every += sum(places[-1] for places in targets)
+        last += sum(max(0, places[-1] - first) for places in targets)
+    return every, last
+
+
 def _tokens_at_once(model: Any) -> int:
     return _TOKENS if sum(parameter.numel() for parameter in model.parameters()) < _LARGE else _TOKENS_OF_LARGE
 

@@ -18,6 +18,7 @@ from lox_merge.diagnostics.framing.results import Framing, ModelCosines
 from lox_merge.errors import PlanError, RequestError
 from lox_merge.safety.chat import Rendering, check_rendering
 from lox_merge.safety.conversations import Conversations, load_conversations
+from lox_merge.safety.model_labels import told_apart
 from lox_merge.safety.model_set import ModelSet
 from lox_merge.safety.progress import ProgressFactory, no_progress
 from lox_merge.safety.vocabulary import common_vocabulary, output_size
@@ -35,13 +36,16 @@ def framing(
     dtype: str = "auto",
     device_map: str | None = None,
     cache_dir: Path | None = None,
+    adapter_base: str | Path | None = None,
+    base_is_right: bool = False,
     seed: int = 0,
     progress: ProgressFactory = no_progress,
 ) -> Framing:
     """Cosines of loss vectors and of last-attention-layer gradients between two framings of the same completions.
 
-    "Re-emergent misalignment" (Giordani 2025). models: folders, Hub ids or PEFT adapters over the first of them, by label
-    (without labels: by their own names). The first one's tokenizer renders the texts for all of them. first, second: files of
+    "Re-emergent misalignment" (Giordani 2025). models: folders, Hub ids or PEFT adapters over adapter_base (None: the first of
+    them; base_is_right: although they name another), by label (without labels: by their own names). The first one's tokenizer renders the
+    texts for all of them. first, second: files of
     conversations, or conversations. module: regular expression of weight names instead of the last layer's attention. seed: of the
     bootstrap. Raises RequestError for data sets that do not share their completions, rows that are too long, quantised models, a
     pattern that finds nothing; SourceError, PlanError for models that cannot be read; NumericalError for NaN.
@@ -50,7 +54,8 @@ def framing(
     rows = matched_rows(data[0], data[1], matching)
     chosen = rendering or Rendering()
     found: list[ModelCosines] = []
-    with ModelSet(_labelled(models), device=device, dtype=dtype, device_map=device_map, cache_dir=cache_dir) as held:
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir}
+    with ModelSet(_labelled(models), adapter_base=adapter_base, base_is_right=base_is_right, **where) as held:
         if problems := [problem for label in held.labels for problem in quantisation_problems(held.checkpoint(label))]:
             raise PlanError(problems)
         pairs: list[Pair] = []
@@ -78,16 +83,11 @@ def framing(
 
 
 def _labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str | Path]:
-    """Labels as given, else the last part of the name. Raises RequestError for two of one label, or none."""
-    if isinstance(models, Mapping):
-        named = dict(models)
-    else:
-        labels = [Path(str(model)).name or str(model) for model in models]
-        # Two folders of one name are told apart by all of it.
-        named = {label if labels.count(label) == 1 else str(model): model for label, model in zip(labels, models, strict=True)}
-    if not named or len(named) < len(models):
+    """Labels as given, else as other commands have them. Raises RequestError for a model that is given twice, or none."""
+    if not models or len({str(model) for model in (models.values() if isinstance(models, Mapping) else models)}) < len(models):
         raise RequestError("give at least one model, and each of them once.")
-    return named
+    # A result names no folder of this machine, so two of one name are told apart by a number.
+    return dict(models) if isinstance(models, Mapping) else told_apart(models)
 
 
 def _context(model: Any) -> int | None:

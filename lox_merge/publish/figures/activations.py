@@ -16,11 +16,10 @@ def draw_positions(axes: Any, result: Activations, domain: Domain) -> None:
         aside = 0.06 * (place - (len(result.others) - 1) / 2)
         found = [(layer.layer + aside, layer.models[name].cross_validated) for layer in domain.layers]
         draw_with_intervals(axes, [(x, one.value, one.interval) for x, one in found], label=label(name), **_style(name, place))
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, -0.1), max(high, 1.1))
     for height, name in ((0, BASE), (1, ALIGNED)):
         axes.axhline(height, color=GREY, linewidth=1, linestyle="--" if height == 0 else "-")
         axes.annotate(name, (1, height), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", fontsize=8)
+    axes.margins(y=0.08)  # a mark at the upper edge would be cut
     _layers(axes)
     axes.set_ylabel("position (0 base, 1 aligned)")
 

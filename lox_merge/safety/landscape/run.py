@@ -55,6 +55,8 @@ def landscape(
     points: Path | None = None,
     device: str = "auto",
     cache_dir: Path | None = None,
+    adapter_base: str | Path | None = None,
+    base_is_right: bool = False,
     progress: ProgressFactory | None = None,
 ) -> Landscape:
     """ASR and utility at θ₁ + a d₁ (+ b d₂), θ₁ being `model`: a folder, a Hub id, or a model in memory with its own decoding.
@@ -66,7 +68,8 @@ def landscape(
     extent, second_extent: lowest and highest coordinate of each axis, by default -0.5 to 0.5 for random directions and -0.5 to 1.5
     between models; steps: equal parts of it, 20 (8 for planes).
     loading: settings of LocalModel.load (dtype, decoding, rendering, batch_size, …). utility: measured at every point; its first call
-    finds θ₁ (the reference of a KL divergence). points: a JSONL file from which the same request goes on.
+    finds θ₁ (the reference of a KL divergence). points: a JSONL file from which the same request goes on. adapter_base: what PEFT
+    adapters among the models lie over (None: `model`); base_is_right: although they name another model.
     The stored weights are back in memory, bit for bit, at the end; no weights are written. Raises PlanError and RequestError before
     the model is loaded wherever headers can tell, LoxMergeError where θ₁ itself cannot be measured.
     """
@@ -82,14 +85,15 @@ def landscape(
     slices = make_slices(tuple(named), plane=plane, random=random, extent=extent, second_extent=second_extent, steps=steps, seed=seed)
     if marked and not named:
         raise RequestError("marks are placed in the span of directions between models, and there are none. Name another model, or leave them out.")
-    sources = Sources(model, named | marked, cache_dir=cache_dir)
+    adapters: dict[str, Any] = {"adapter_base": adapter_base, "base_is_right": base_is_right}
+    sources = Sources(model, named | marked, cache_dir=cache_dir, **adapters)
     try:
         moved = sources.randomly_moved(include, exclude)
         sources.fetch()
         _check_template(sources, loading or {})
         models = sources.identity()
         found = [sources.places(one.directions, [*named, *marked]) if _between_models(one) else () for one in slices]
-        source = model if isinstance(model, LocalModel) else LocalModel.load(model, device=device, cache_dir=cache_dir, **(loading or {}))
+        source = model if isinstance(model, LocalModel) else LocalModel.load(model, device=device, cache_dir=cache_dir, **adapters, **(loading or {}))
         with WeightMover(source.model, sources, moved) as mover:
             identity = source.identity()
             about = {

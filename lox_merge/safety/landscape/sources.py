@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lox_merge.checkpoint.adapter import open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.errors import NumericalError, PlanError, RequestError
 from lox_merge.jobs.manifest import output_identity
 from lox_merge.maths.landscape import euclidean_norm, plane_coordinates
+from lox_merge.safety.adapted import open_any
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.landscape.directions import Direction, movable, stays_by_default
 from lox_merge.safety.landscape.held import HeldModel, Weights
@@ -40,17 +40,30 @@ class ModelPlace:
 class Sources:
     """θ₁ (`anchor`) and the other models by label. Opening reads headers only. Raises PlanError with everything found at once."""
 
-    def __init__(self, anchor: str | Path | LocalModel, others: Mapping[str, str | Path | LoadedModel], *, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        anchor: str | Path | LocalModel,
+        others: Mapping[str, str | Path | LoadedModel],
+        *,
+        cache_dir: Path | None = None,
+        adapter_base: str | Path | None = None,
+        base_is_right: bool = False,
+    ) -> None:
         self.anchor: Weights
+        base = None if adapter_base is None else open_checkpoint(adapter_base, "adapter base", cache_dir)
         if isinstance(anchor, LocalModel):
             self.anchor = HeldModel("model", anchor.title, anchor.model, None)
         else:
-            self.anchor = open_checkpoint(anchor, "model", cache_dir)
+            self.anchor = open_any(anchor, "model", cache_dir, adapter_base=base, base_is_right=base_is_right)
+        below = base if base is not None or isinstance(self.anchor, HeldModel) else self.anchor
         self.others: dict[str, Weights] = {}
         problems = _quantised(self.anchor)
         for label, reference in others.items():
             try:
-                opened = _opened(reference, label, self.anchor, cache_dir)
+                if isinstance(reference, LoadedModel):
+                    opened: Weights = HeldModel(label, reference.title, reference.model, reference.source)
+                else:
+                    opened = open_any(reference, label, cache_dir, adapter_base=below, base_is_right=base_is_right)
             except PlanError as error:
                 problems += error.problems
                 continue
@@ -121,15 +134,6 @@ class Sources:
             place = plane_coordinates(weights @ gram @ weights.T, weights @ gram[:, row], float(gram[row, row]))
             found.append(ModelPlace(label, *place))
         return tuple(found)
-
-
-def _opened(reference: str | Path | LoadedModel, label: str, anchor: Weights, cache_dir: Path | None) -> Weights:
-    """A model of files, an adapter over θ₁'s, or a model in memory."""
-    if isinstance(reference, LoadedModel):
-        return HeldModel(label, reference.title, reference.model, reference.source)
-    if isinstance(anchor, Checkpoint):
-        return open_model(reference, label, anchor, cache_dir)
-    return open_checkpoint(reference, label, cache_dir)
 
 
 def _quantised(weights: Weights) -> list[str]:
