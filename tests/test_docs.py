@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import RunCli
 from lab_fixtures import TOY_CACHE
 from tiny_models import make_pair
@@ -50,6 +51,9 @@ def test_documented_hardenings_run(pair: Path, run_cli: RunCli, tmp_path: Path, 
     for name in ("BASE", "ALIGNED"):
         shutil.copytree(pair / name, tmp_path / name)
     done = run_cli(*shlex.split(command)[1:], cwd=tmp_path)
+    if "--device cuda" in command and not torch.cuda.is_available():
+        assert done.returncode == 2 and "device cuda is not there" in done.stderr
+        return
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "OUT" / "lox_merge.json").exists() == ("--dry-run" not in command)
 
