@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,13 +25,17 @@ from lox_merge.jobs.executors.protocol import ShardJob
 from lox_merge.jobs.executors.remote import RemoteWorker
 from lox_merge.jobs.executors.sizing import Workers, longest_first
 from lox_merge.jobs.executors.writer import WorkerTask
+from lox_merge.jobs.manifest import tool
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.store import plan_for_elsewhere
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, CrewSize, available_cores
 
 # What users pass on; 'ray' alone is RAY_ADDRESS, or a Ray of this machine alone.
 LOCAL = "ray"
 # Between two looks at whether Ctrl-C was pressed, seconds.
 _LOOK = 0.5
+# Seconds that a worker has to clear its machine up.
+_END = 10.0
 
 
 @dataclass
@@ -47,7 +53,7 @@ class RayWorkers:
             self.workers = count
             collected = Collected(job, longest_first(job.plan, todo))
             # Of the GPUs that a worker sees, Ray has left it one.
-            task = WorkerTask(replace(job.plan, out=job.plan.out.absolute()), torch.device(job.device.type), size, None)
+            task = WorkerTask(_for_workers(job.plan), torch.device(job.device.type), size, None, tool=tool() if job.plan.store else None)
             workers: list[_Worker] = []
             try:
                 for _ in range(count):
@@ -92,7 +98,14 @@ class _Worker:
         self._actor.order.remote(order)
 
     def end(self) -> None:
+        if self.task.plan.store:
+            with contextlib.suppress(self._ray.exceptions.RayError):  # it is gone, or too busy: the next one on its machine clears up
+                self._ray.get(self._actor.end.remote(), timeout=_END)
         self._ray.kill(self._actor)
+
+
+def _for_workers(plan: Plan) -> Plan:
+    return plan_for_elsewhere(plan) if plan.store else replace(plan, out=plan.out.absolute())
 
 
 @contextmanager
@@ -136,10 +149,12 @@ def connected(address: str) -> Iterator[Any]:
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    # Whatever log_to_driver says, ray prints the loss of a worker to standard output, where the result is expected; some only at its end.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _shares(ray: Any, plan: Plan, device: torch.device, asked: Workers, shards: int) -> tuple[int, dict[str, Any], CrewSize]:
