@@ -9,21 +9,34 @@ import psutil
 from hub_clients import LoopbackHub
 from ray.cluster_utils import Cluster
 
+_ATTEMPTS = 3
+
 
 class Machines:
     """Give orders to it with RAY_ADDRESS=`address`. Close it, or use it in a `with` statement."""
 
     def __init__(self, hub: LoopbackHub, folder: Path, count: int = 2, token: str = "owner-token") -> None:
         self.folders = [folder / f"machine{number}" for number in range(count)]
-        self._cluster = Cluster()
         for place in self.folders:
             (place / "tmp").mkdir(parents=True)
+        for attempt in range(_ATTEMPTS):
+            self._cluster = Cluster()
+            try:
+                self._start(hub, token)
+                break
+            except Exception:  # ray gives a node 30 seconds to start, which is little on a busy machine
+                self._cluster.shutdown()
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        self.address = str(self._cluster.address)
+
+    def _start(self, hub: LoopbackHub, token: str) -> None:
+        for place in self.folders:
             own = {"HF_HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
             settings = {key: value for key, value in hub.environment(place / "home", token=token).items() if key.startswith(("HF_", "NO_PROXY"))}
             node: dict[str, Any] = {"env_vars": settings | own, "num_cpus": 1, "include_dashboard": False}
             self._cluster.add_node(wait=False, **node)
         self._cluster.wait_for_nodes()
-        self.address = str(self._cluster.address)
 
     def __enter__(self) -> Machines:
         return self
