@@ -120,7 +120,7 @@ def harden_command(
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
     from lox_merge.jobs.estimate import estimate
-    from lox_merge.jobs.executors.choose import check_executor, workers_of_dry_run
+    from lox_merge.jobs.executors.choose import PROCESSES, check_executor, workers_of_dry_run
     from lox_merge.jobs.executors.sizing import check_workers, parse_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening, resolve_device
@@ -182,7 +182,7 @@ def harden_command(
             check_disk(plan)
             if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
                 check_some_delta(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, resolve_device(device)))
+            report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, resolve_device(device, here=executor == PROCESSES)))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":

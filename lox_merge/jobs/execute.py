@@ -66,8 +66,15 @@ class Silent:
         pass
 
 
-def resolve_device(name: str) -> torch.device:
-    """'auto', 'cpu', 'cuda' or 'cuda:n' as a torch device. Raises RequestError where it is not there."""
+def resolve_device(name: str, *, here: bool = True) -> torch.device:
+    """'auto', 'cpu', 'cuda' or 'cuda:n' as a torch device. Raises RequestError where it is not there.
+
+    here: whether this machine works; else 'cuda' is whatever GPU a cluster gives a worker.
+    """
+    if not here and name == "cuda":
+        return torch.device("cuda")
+    if not here and name.startswith("cuda:"):
+        raise RequestError(f"--device {name} names a GPU of this machine, and a Ray cluster gives each worker one of its own: use --device cuda.")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -104,7 +111,7 @@ def carry_out(
     check_executor(executor, low_disk=plan.passing is not None, weights_on_hub=plan.store is not None)
     if plan.store:
         check_can_travel(plan)
-    target = resolve_device(device)
+    target = resolve_device(device, here=executor == PROCESSES)
     job = job_description(plan, target)
     journal = Journal(plan.out)
     check_output(plan.out, overwrite=overwrite)

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,7 +145,10 @@ def connected(address: str) -> Iterator[Any]:
             ray.init(address=None if address == LOCAL else address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"no Ray answers at {address}: {reason}. Start one (ray start --head), or give its address.") from error
+        raise RequestError(
+            f"no Ray answers at {address}: {reason.rstrip('.')}. Start one (ray start --head), or give its address; "
+            "one that asks for a token needs RAY_AUTH_MODE=token here, and the token."
+        ) from error
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
@@ -164,22 +167,42 @@ def _shares(ray: Any, plan: Plan, device: torch.device, asked: Workers, shards: 
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if not nodes or (cuda and not gpus):
         raise RequestError(f"the Ray cluster has no {'GPU' if nodes else 'CPU'} to work with. Add machines, or use --device cpu.")
+    if cuda:
+        nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
     count = min(shards, gpus if cuda else len(nodes)) if asked == "auto" else min(shards, asked)
     each = peak_memory(plan)
-    fit = max(1, sum(int(node.get("memory", 0) // each) for node in nodes))
+    places = [places_of(node, each, cuda) for node in nodes]
+    fit = max(1, sum(places))
     if fit < count:
         if asked != "auto":
-            warnings.warn(f"the Ray cluster has memory for {fit} of {count} workers: {fit} of them work", LoxMergeWarning, stacklevel=2)
+            what = "memory and GPUs" if cuda else "memory"
+            warnings.warn(f"the Ray cluster has {what} for {fit} of {count} workers: {fit} of them work", LoxMergeWarning, stacklevel=2)
         count = fit
-    cores = cores_each([node["CPU"] for node in nodes], count)
+    cores = cores_each([node["CPU"] for node in nodes], count, places if sum(places) else None)
     usual = CrewSize.of(device, typical_cost(plan))
     if not cuda:
         matrices = max(1, min(int(cores) // usual.cores, IN_FLIGHT_BYTES // max(1, typical_cost(plan))))
         # A matrix takes as many cores as it would here: the bytes stay the same.
         usual = CrewSize(matrices, usual.cores)
-    return count, {"num_cpus": cores, "num_gpus": 1 if cuda else 0}, usual
+    # Ray places workers by what they ask for; where none fits, one works all the same, and asks for nothing that is not there.
+    memory = {"memory": each} if sum(places) else {}
+    return count, {"num_cpus": cores, "num_gpus": 1 if cuda else 0, **memory}, usual
 
 
-def cores_each(machines: Sequence[float], workers: int) -> int:
-    """The most cores that each of so many workers can have, so that all of them find a place; 0 where they are more than cores."""
-    return next((cores for cores in range(int(max(machines)), 0, -1) if sum(machine // cores for machine in machines) >= workers), 0)
+def places_of(machine: Mapping[str, float], each: int, cuda: bool) -> int:
+    """How many workers of `each` bytes a machine holds: as Ray knows its memory and GPUs."""
+    by_memory = int(machine.get("memory", 0) // each)
+    return min(by_memory, int(machine.get("GPU", 0))) if cuda else by_memory
+
+
+def cores_each(machines: Sequence[float], workers: int, places: Sequence[int] | None = None) -> int:
+    """The most cores that each of so many workers can have, so that all of them find a place; 0 where they are more than cores.
+
+    places: how many workers each machine holds at most, for what it has beside cores.
+    """
+    most = places or [workers] * len(machines)
+
+    def found(cores: int) -> int:
+        return sum(min(int(machine // cores), place) for machine, place in zip(machines, most, strict=True))
+
+    return next((cores for cores in range(int(max(machines)), 0, -1) if found(cores) >= workers), 0)
