@@ -19,7 +19,6 @@ from lox_merge.checkpoint.weights import SafetensorsFile
 from lox_merge.errors import CheckpointFormatError, RequestError
 from lox_merge.jobs.atomic import sha256_of
 from lox_merge.jobs.recipe import Recipe
-from lox_merge.jobs.recorded import factors_damage
 from lox_merge.maths.subspace import Certificate, Subspace
 
 METADATA_KEY = "lox_merge_factors"
@@ -75,6 +74,8 @@ class Factors:
         document = read_document(header.metadata)
         if document is None:
             raise RequestError(f"{file.name} holds no factors of lox-merge. Make them: lox-merge decompose BASE ALIGNED FILE")
+        from lox_merge.jobs.recorded import factors_damage
+
         damage = factors_damage(document) or _missing_vectors(document, header)
         if damage:
             raise RequestError(f"{file.name} is damaged ({damage}). Make it again: lox-merge decompose BASE ALIGNED FILE --overwrite")
