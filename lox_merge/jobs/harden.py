@@ -149,7 +149,8 @@ def harden(
     with the shards that are finished; finished output of the same job is checked and returned. low_disk: weight files on the Hub are
     downloaded shard by shard into `out` and dropped after use, except for those that the cache holds; RequestError where no source is
     on the Hub. workers: so many write shards at a time, as far as memory holds them ('auto': as the machine allows), and executor says
-    where: 'processes' of this machine, 'ray' or 'ray://host:port' for a cluster with shared storage. The bytes are the same.
+    where: 'processes' of this machine, 'ray' or 'ray://host:port' for a cluster with shared storage. The bytes are the same. (Machines that share
+    none: the command's --weights-on-hub.)
     Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
     """
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
