@@ -34,7 +34,7 @@ from lox_merge.jobs.work import IN_FLIGHT_BYTES, CrewSize, available_cores
 LOCAL = "ray"
 # Between two looks at whether Ctrl-C was pressed, seconds.
 _LOOK = 0.5
-# Seconds that a worker has to clear its machine up.
+# Seconds that workers have to clear their machines up.
 _END = 10.0
 
 
@@ -74,6 +74,8 @@ class RayWorkers:
                             collected.take(worker, *event)
                         worker.ask()
             finally:
+                if job.plan.store and workers:  # who is gone or too busy leaves it to the next worker of its machine to clear up
+                    ray.wait([worker.clear_up() for worker in workers], num_returns=len(workers), timeout=_END)
                 for worker in workers:
                     worker.end()
                 job.journal.sweep()
@@ -97,10 +99,10 @@ class _Worker:
     def send(self, order: object) -> None:
         self._actor.order.remote(order)
 
+    def clear_up(self) -> Any:
+        return self._actor.clear_up.remote()
+
     def end(self) -> None:
-        if self.task.plan.store:
-            with contextlib.suppress(self._ray.exceptions.RayError):  # it is gone, or too busy: the next one on its machine clears up
-                self._ray.get(self._actor.end.remote(), timeout=_END)
         self._ray.kill(self._actor)
 
 

@@ -39,7 +39,7 @@ class RemoteWorker:
     def order(self, order: Order) -> None:
         self._orders.put(order)
 
-    def end(self) -> None:
+    def clear_up(self) -> None:
         """Leaves nothing on this machine; whoever asks for it ends the process then, whatever it is at."""
         if self._workspace:
             self._workspace.remove()
