@@ -59,7 +59,7 @@ def expected(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 class Watch:
-    """Progress that kills one worker when the first bytes are written."""
+    """Progress that kills the workers when the first bytes are written: whoever wrote them has a shard in hand, the others perhaps not."""
 
     def __init__(self, kill: bool = False) -> None:
         self.total, self._kill = 0, kill
@@ -68,8 +68,9 @@ class Watch:
         self.total += count
         if self._kill:
             self._kill = False
-            workers = [process for process in psutil.Process().children(recursive=True) if "RemoteWorker" in " ".join(process.cmdline())]
-            workers[0].kill()
+            for process in psutil.Process().children(recursive=True):
+                if "RemoteWorker" in " ".join(process.cmdline()):
+                    process.kill()
 
 
 def test_bytes_and_manifest_are_those_of_one_process(pair: Pair, expected: dict[str, str], tmp_path: Path) -> None:
