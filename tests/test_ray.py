@@ -21,7 +21,7 @@ from lox_merge import harden
 from lox_merge.errors import LoxMergeWarning, NonFiniteDeltaError, RequestError
 from lox_merge.jobs.atomic import json_bytes
 from lox_merge.jobs.executors.choose import check_executor
-from lox_merge.jobs.executors.ray_workers import cores_each
+from lox_merge.jobs.executors.ray_workers import cores_each, places_of
 from lox_merge.jobs.executors.remote import RemoteWorker
 from lox_merge.jobs.executors.writer import WorkerTask
 from lox_merge.jobs.harden import plan_hardening
@@ -115,11 +115,21 @@ def test_a_machine_without_the_output_or_with_other_versions_is_refused(pair: Pa
 
 def test_cores_are_divided_so_that_every_worker_finds_a_place() -> None:
     assert [cores_each([8, 4], workers) for workers in (1, 2, 3, 4, 12, 13)] == [8, 4, 4, 2, 1, 0]
+    assert cores_each([64, 8], 2, [0, 2]) == 4, "what the other machine has in cores it lacks in GPUs or memory"
+
+
+def test_memory_and_gpus_bound_the_workers_of_a_machine() -> None:
+    assert [places_of({"memory": 10e9, "GPU": 2}, each, cuda) for each, cuda in ((10**9, False), (10**9, True), (6 * 10**9, True))] == [10, 2, 1]
+    assert places_of({"memory": 10e9}, 10**9, True) == 0
 
 
 def test_what_is_refused(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="executor 'slurm' is not known"):
         harden(*pair, tmp_path / "out", executor="slurm")
+    with pytest.raises(RequestError, match="use --device cuda"):
+        harden(*pair, tmp_path / "out", executor="ray", device="cuda:1")
+    with pytest.raises(RequestError, match="the Ray cluster has no GPU"):
+        harden(*pair, tmp_path / "none", executor="ray", device="cuda")
     with pytest.raises(RequestError, match="--low-disk"):
         check_executor("ray", low_disk=True)
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -43,18 +43,19 @@ class OverBase:
             behind = {name: size for name, size in behind.items() if "chat_template" not in name}
         return behind | own
 
-    def _holder(self, name: str) -> FileSource:
+    def holder(self, name: str) -> FileSource:
+        """Whose file it is."""
         return self.adapter if self.own(name) and name in self.adapter.names() else self.base
 
     def path(self, name: str) -> Path:
-        return self._holder(name).path(name)
+        return self.holder(name).path(name)
 
     def header(self, name: str) -> Header:
-        return self._holder(name).header(name)
+        return self.holder(name).header(name)
 
     def fetch(self, names: Sequence[str]) -> None:
         for source in (self.adapter, self.base):
-            wanted = [name for name in names if self._holder(name) is source]
+            wanted = [name for name in names if self.holder(name) is source]
             if wanted:
                 source.fetch(wanted)
 

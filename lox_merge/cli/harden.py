@@ -104,6 +104,7 @@ def harden_command(
     overwrite: bool,
     dry_run: bool,
     push_to: str | None,
+    weights_on_hub: bool,
     public: bool,
     license: str | None,
     json_file: str | None,
@@ -130,7 +131,7 @@ def harden_command(
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
     from lox_merge.jobs.estimate import estimate
-    from lox_merge.jobs.executors.choose import check_executor, workers_of_dry_run
+    from lox_merge.jobs.executors.choose import PROCESSES, check_executor, workers_of_dry_run
     from lox_merge.jobs.executors.sizing import check_workers, parse_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening, resolve_device
@@ -161,7 +162,12 @@ def harden_command(
     if low_disk and (searched or as_adapter):
         raise RequestError(f"--low-disk does not go with {'--rank search, which loads whole models' if searched else '--as-adapter'}. Leave one out.")
     count = parse_workers(workers)
-    check_executor(executor, low_disk=low_disk, as_adapter=as_adapter)
+    if weights_on_hub:
+        others = {"--factors": factors, "--low-disk": low_disk, "--as-adapter": as_adapter, "--rank search": searched}
+        if push_to is None or any(others.values()):
+            wrong = next((f"does not go with {name}" for name, given in others.items() if given), "goes with --push REPO")
+            raise RequestError(f"--weights-on-hub {wrong}: workers send their shards to the Hub, and this machine has neither those nor the models.")
+    check_executor(executor, low_disk=low_disk, as_adapter=as_adapter, weights_on_hub=weights_on_hub)
     check_workers(count, low_disk=low_disk, as_adapter=as_adapter)
     if push_to is None and (public or license is not None):
         raise RequestError("--public and --license are about publishing: they go with --push REPO.")
@@ -172,6 +178,8 @@ def harden_command(
         pushing = None
         if push_to is not None:
             pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
+            if weights_on_hub:
+                pushing.store_weights(plan)
         if searched:
             from lox_merge.cli.search import effective_rank
 
@@ -187,7 +195,7 @@ def harden_command(
             check_disk(plan)
             if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
                 check_some_delta(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, resolve_device(device)))
+            report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, resolve_device(device, here=executor == PROCESSES)))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":
@@ -200,7 +208,7 @@ def harden_command(
                 result = execute(plan, device=device, workers=count, executor=executor, overwrite=overwrite, progress=progress)
             report = result.to_json()
             if json_file != "-":
-                print_result(result)
+                print_result(result, weights_elsewhere=weights_on_hub)
     try:
         if pushing:
             report["push"] = pushing.publish(show=json_file != "-")

@@ -31,7 +31,7 @@ executor_option: Decorator = click.option(
     default="processes",
     show_default=True,
     metavar="processes|ray|ray://HOST:PORT",
-    help="Where workers are: processes of this machine, or a Ray cluster with shared storage.",
+    help="Where workers are: processes of this machine, or a Ray cluster (shared storage, or --weights-on-hub).",
 )
 seed_option: Decorator = click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random number.")
 cache_option: Decorator = click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder (default: the Hub's own).")

@@ -13,6 +13,7 @@ from lox_merge.cli.publishing import card_options, card_settings, license_option
 
 if TYPE_CHECKING:
     from lox_merge.jobs.plan import Plan
+    from lox_merge.publish.hub_store import HubStore
 
 public_option = click.option("--public", is_flag=True, help="Make a new repository public (default: private). Existing ones are never changed.")
 
@@ -79,9 +80,14 @@ def push_command(
 
 
 def push_when_done(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--push REPO, --public and --license for commands that end in a finished output."""
+    """--push REPO, --weights-on-hub, --public and --license for commands that end in a finished output."""
     option = click.option("--push", "push_to", metavar="REPO", help="Publish OUT as this repository of the Hub at the end (see lox-merge push).")
-    return option(public_option(license_option(command)))
+    elsewhere = click.option(
+        "--weights-on-hub",
+        is_flag=True,
+        help="With --push and --executor ray: each worker downloads what its shard needs and uploads its shard. OUT gets all but weights.",
+    )
+    return option(elsewhere(public_option(license_option(command))))
 
 
 class PushWhenDone:
@@ -95,15 +101,31 @@ class PushWhenDone:
 
         self.out, self.repo, self.public = plan.out, repo, public
         self.settings = card_settings({"license": license, "base": base, "aligned": aligned, "cache_dir": cache_dir})
-        check_ahead(plan, repo, public=public, settings=self.settings)
+        self._target = check_ahead(plan, repo, public=public, settings=self.settings)
+        self._store: HubStore | None = None
+
+    def store_weights(self, plan: Plan) -> None:
+        """Has the plan's workers send their shards. Raises RequestError for models that are not on the Hub."""
+        from lox_merge.jobs.store import check_can_travel
+        from lox_merge.publish.hub_store import HubStore
+
+        check_can_travel(plan)
+        plan.store = self._store = HubStore.of(self._target)
 
     def publish(self, *, show: bool) -> dict[str, Any]:
         """Publishes the finished output; the value for --json."""
         from lox_merge.cli.show_push import print_push
         from lox_merge.publish.push import plan_push, push
 
-        plan = plan_push(self.out, self.repo, public=self.public, settings=self.settings)
-        result = push(plan)
+        if self._store:
+            from lox_merge.publish.sent import publish_sent
+
+            plan, result = publish_sent(self.out, self._store, public=self.public, settings=self.settings)
+        else:
+            plan = plan_push(self.out, self.repo, public=self.public, settings=self.settings)
+            result = push(plan)
         if show:
             print_push(result, plan.card_from)
+            if self._store:
+                click.echo(f"{self.out} holds everything but the weights. Check the model: lox-merge verify {self.repo}@{result.commit}")
         return result.to_json()

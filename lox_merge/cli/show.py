@@ -94,6 +94,8 @@ def print_plan_rows(plan: Plan, report: dict[str, Any], settings: str) -> None:
     ]
     if plan.passing:
         rows.insert(-2, ("downloads", f"at most {size(plan.passing.most_bytes)} on disk at once, beside the output"))
+    if plan.store:
+        rows.insert(-2, ("weights", f"to {plan.store.identity['repository']} on the Hub, sent by the workers; not kept in {plan.out}"))
     if report["workers"] > 1:
         rows.insert(-2, ("workers", f"{report['workers']}, a shard at a time each"))
     for text in plan.warnings:
@@ -110,8 +112,8 @@ def time_rows(result: JobResult) -> list[tuple[str, str]]:
     return rows + ([("resumed", f"{result.resumed_shards} shard(s) were finished before")] if result.resumed_shards else [])
 
 
-def print_result(result: HardenResult) -> None:
-    """The result's table."""
+def print_result(result: HardenResult, *, weights_elsewhere: bool = False) -> None:
+    """The result's table. weights_elsewhere: workers sent them to the Hub."""
     summary = result.summary
     recipe = result.manifest["job"]["recipe"]
     bound = figure(summary.largest_angle_bound, ".1e")
@@ -128,5 +130,5 @@ def print_result(result: HardenResult) -> None:
         ("ambiguous subspaces", f"{summary.ambiguous_matrices} of {summary.edited_matrices}"),
     ]
     rows += time_rows(result)
-    print_pairs(f"Hardened model in {result.out}", rows)
+    print_pairs(f"Hardened model, all but its weights, in {result.out}" if weights_elsewhere else f"Hardened model in {result.out}", rows)
     click.echo(f"Every figure per tensor: {result.out / MANIFEST}")

@@ -145,6 +145,13 @@ def make_durable(file: IO[bytes], path: Path) -> None:
         raise write_error(path, error) from error
 
 
+def finish_sent_shard(plan: Plan, position: int, record: dict[str, Any], journal: Journal, sources: dict[SourceFile, str]) -> dict[str, Any]:
+    """Records a shard that is in the plan's store. sources: as in `finish_shard`. Raises WriteError."""
+    record |= {"sources": by_role(sources, plan.checkpoints), "sent": True}
+    journal.record(plan.shards[position].file, record)
+    return record
+
+
 def finish_shard(
     plan: Plan, position: int, partial: Path, record: dict[str, Any], journal: Journal, sources: dict[SourceFile, str]
 ) -> dict[str, Any]:

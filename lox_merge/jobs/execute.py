@@ -23,6 +23,7 @@ from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.low_disk import Passing
 from lox_merge.jobs.manifest import build_manifest, job_description
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, check_disk, check_output, output_config
+from lox_merge.jobs.store import check_can_travel
 
 # Below this share of the intended update the written weights are not what was asked for (bf16 can keep under half).
 WANTED_GAIN = 0.95
@@ -65,8 +66,15 @@ class Silent:
         pass
 
 
-def resolve_device(name: str) -> torch.device:
-    """'auto', 'cpu', 'cuda' or 'cuda:n' as a torch device. Raises RequestError where it is not there."""
+def resolve_device(name: str, *, here: bool = True) -> torch.device:
+    """'auto', 'cpu', 'cuda' or 'cuda:n' as a torch device. Raises RequestError where it is not there.
+
+    here: whether this machine works; else 'cuda' is whatever GPU a cluster gives a worker.
+    """
+    if not here and name == "cuda":
+        return torch.device("cuda")
+    if not here and name.startswith("cuda:"):
+        raise RequestError(f"--device {name} names a GPU of this machine, and a Ray cluster gives each worker one of its own: use --device cuda.")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -100,13 +108,16 @@ def carry_out(
     """
     started = time.perf_counter()
     check_workers(workers, low_disk=plan.passing is not None)
-    check_executor(executor, low_disk=plan.passing is not None)
-    target = resolve_device(device)
+    check_executor(executor, low_disk=plan.passing is not None, weights_on_hub=plan.store is not None)
+    if plan.store:
+        check_can_travel(plan)
+    target = resolve_device(device, here=executor == PROCESSES)
     job = job_description(plan, target)
     journal = Journal(plan.out)
     check_output(plan.out, overwrite=overwrite)
     if not overwrite:
         journal.check(job)
+        journal.check_store(plan.store)
         done = already_done(plan, journal)
         if done is not None:
             return JobResult(plan.out, done, time.perf_counter() - started, len(plan.shards), 0, 0)
@@ -125,22 +136,24 @@ def carry_out(
                 _check_passing(plan, plan.passing, journal, check)
             if overwrite:
                 journal.clear()
-            journal.begin(job)
+            journal.begin(job, plan.store)
+            if plan.store:
+                plan.store.prepare()
             begin(plan, journal)
-            resumed = sum((plan.out / shard.file).is_file() for shard in plan.shards)
+            resumed = sum(bool(journal.sent(shard.file)) if plan.store else (plan.out / shard.file).is_file() for shard in plan.shards)
             check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
             records = run(plan, journal, target, progress or Silent(), chosen)
             manifest = build_manifest(plan, job, records, _write_side_files(plan, journal))
             write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
             sync_folder(plan.out)
-            journal.end()
+            if plan.store is None:  # else what is in the store is still to be shown
+                journal.end()
     except NonFiniteDeltaError:
         journal.abandon()
         raise
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted. Finished shards are kept in {plan.out}; run the same command again to go on, or pass --overwrite to start anew."
-        ) from None
+        kept = "Shards that were sent are kept out of sight on the Hub" if plan.store else f"Finished shards are kept in {plan.out}"
+        raise Interrupted(f"interrupted. {kept}; run the same command again to go on, or pass --overwrite to start anew.") from None
     return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written, chosen.workers)
 
 
@@ -161,13 +174,14 @@ def already_done(plan: Plan, journal: Journal) -> dict[str, Any] | None:
     manifest = journal.manifest()
     if manifest is None:
         return None
-    entries = {entry["file"]: entry["sha256"] for entry in manifest["output"]["shards"]} | manifest["output"]["files"]
+    shards = [] if plan.store else manifest["output"]["shards"]
+    entries = {entry["file"]: entry["sha256"] for entry in shards} | manifest["output"]["files"]
     damaged = [file for file, digest in entries.items() if not (plan.out / file).is_file() or sha256_of(plan.out / file) != digest]
     if damaged:
         raise OutputError(
             f"{plan.out} is a finished output, but {', '.join(damaged[:4])} is missing or not what was written. Pass --overwrite to make it again."
         )
-    if journal.folder.exists():  # stopped between manifest and clean-up
+    if plan.store is None and journal.folder.exists():  # stopped between manifest and clean-up
         shutil.rmtree(journal.folder, ignore_errors=True)
     return manifest
 

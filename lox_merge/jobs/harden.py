@@ -14,17 +14,19 @@ from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_mod
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import find_source
 from lox_merge.checkpoint.quantised.view import as_quantised
-from lox_merge.errors import LoxMergeWarning, PlanError, RequestError, SourceError
+from lox_merge.errors import LoxMergeWarning, PlanError, SourceError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import WANTED_GAIN, JobResult, Silent, carry_out, resolve_device, warn_about_gain
 from lox_merge.jobs.executors.choose import PROCESSES, check_executor
 from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.factors import Factors, open_factors
+from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import Plan, make_plan
 from lox_merge.jobs.quantised import Form, requantised_text
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.store import check_some_difference, no_difference
 from lox_merge.jobs.summary import Summary
 from lox_merge.jobs.triplets import FromFactors
 
@@ -155,7 +157,8 @@ def harden(
     with the shards that are finished; finished output of the same job is checked and returned. low_disk: weight files on the Hub are
     downloaded shard by shard into `out` and dropped after use, except for those that the cache holds; RequestError where no source is
     on the Hub. workers: so many write shards at a time, as far as memory holds them ('auto': as the machine allows), and executor says
-    where: 'processes' of this machine, 'ray' or 'ray://host:port' for a cluster with shared storage. The bytes are the same.
+    where: 'processes' of this machine, 'ray' or 'ray://host:port' for a cluster with shared storage. The bytes are the same. (Machines that share
+    none: the command's --weights-on-hub.)
     Raises RequestError (exit 2) before anything is written, LoxMergeError afterwards.
     """
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
@@ -178,6 +181,9 @@ def execute(
     """Carries out a plan; see `harden`."""
     settings: dict[str, Any] = {"device": device, "workers": workers, "executor": executor, "overwrite": overwrite, "progress": progress}
     result = HardenResult(**vars(carry_out(plan, check=lambda plan, _: check_some_delta(plan), **settings)))
+    if plan.store and result.summary.zero_deltas == len(plan.edited):
+        Journal(plan.out).abandon()
+        raise no_difference(plan)
     if result.bytes_written:
         summary = result.summary
         remedy = ", or --as-adapter, which ships the update beside the aligned weights"
@@ -191,8 +197,12 @@ def execute(
 def check_some_delta(plan: Plan) -> None:
     """Raises RequestError when every delta is zero. Reads smallest tensors first and stops at the first difference.
 
-    Where sources pass through the disk, shard after shard, and at the first one that differs.
+    Where sources pass through the disk, shard after shard, and at the first one that differs. Where they are never on this machine, by
+    the hashes that the Hub states: two sets of equal files are found so, and any others when their shards are made.
     """
+    if plan.store:
+        check_some_difference(plan)
+        return
     passing = plan.passing
     if passing is None and _any_delta(plan, plan.edited):
         return
@@ -201,10 +211,7 @@ def check_some_delta(plan: Plan) -> None:
             return
         if passing:
             passing.drop(passing.needed[position])
-    raise RequestError(
-        f"all {len(plan.edited)} deltas are zero: base ({plan.base.title}) and aligned ({plan.aligned.title}) hold the same weights. "
-        "The likely mistake: one model was given twice, or base is a copy of aligned. Give the model that aligned was trained from as base."
-    )
+    raise no_difference(plan)
 
 
 def _any_delta(plan: Plan, tensors: list[TensorPlan]) -> bool:

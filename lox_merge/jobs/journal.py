@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,9 +16,11 @@ from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.low_disk import DOWNLOADS
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
+from lox_merge.jobs.store import WEIGHTS_NOTE, Store
 
 _JOB = "job.json"
 _LOCK = "lock"
+_STORE = "store.json"
 
 
 class Journal:
@@ -63,9 +65,25 @@ class Journal:
                 "Give the same settings and sources to go on with it, choose another folder, or pass --overwrite to start anew."
             )
 
-    def begin(self, job: dict[str, Any]) -> None:
+    def check_store(self, store: Store | None) -> None:
+        """Raises OutputError where the job that the folder holds has its weights elsewhere than this one."""
+        if not self.begun and not (self.out / MANIFEST).exists():
+            return
+        note = self._read(self.out / WEIGHTS_NOTE) or {}
+        there = self.read(_STORE) or {key: note[key] for key in ("repository", "branch") if key in note} or None
+        wanted = store.identity if store else None
+        if there != wanted:
+            before, now = (f"in {place['repository']} on the Hub" if place else "in this folder" for place in (there, wanted))
+            raise OutputError(
+                f"the weights of {self.out} are {before}, and are to be {now}. Give the same --push and --weights-on-hub as before"
+                f"{'' if there else ' (lox-merge push publishes a finished output)'}, choose another folder, or pass --overwrite to start anew."
+            )
+
+    def begin(self, job: dict[str, Any], store: Store | None = None) -> None:
         """Starts `job` in a fresh folder, or goes on with the same job."""
         self.check(job)
+        if store and self.read(_STORE) is None:
+            write_atomically(self.folder / _STORE, json_bytes(store.identity), self.folder)
         if self._read(self.folder / _JOB) is None:
             write_atomically(self.folder / _JOB, json_bytes(job), self.folder)
 
@@ -95,11 +113,26 @@ class Journal:
 
     def finished(self, file: str) -> dict[str, Any] | None:
         """The record of a shard that is whole on disk; None when it has to be written. Checks its hash."""
-        record = self._read(self._record(file))
+        record = self._sound(file)
         path = self.out / file
-        if record is None or _recorded().record_damage(record) or not path.is_file() or path.stat().st_size != record["output"]["size"]:
+        if record is None or not path.is_file() or path.stat().st_size != record["output"]["size"]:
             return None
         return record if sha256_of(path) == record["output"]["sha256"] else None
+
+    def sent(self, file: str) -> dict[str, Any] | None:
+        """The record of a shard that is in the store; None when it has to be made."""
+        record = self._sound(file)
+        return record if record is not None and record.get("sent") else None
+
+    def _sound(self, file: str) -> dict[str, Any] | None:
+        record = self._read(self._record(file))
+        return None if record is None or _recorded().record_damage(record) else record
+
+    def forget(self, files: Iterable[str]) -> None:
+        """These shards are not where they were sent: the same job makes them again."""
+        (self.out / MANIFEST).unlink(missing_ok=True)
+        for file in files:
+            self._record(file).unlink(missing_ok=True)
 
     def check_sources(self, record: dict[str, Any], hashes: dict[str, dict[str, str]]) -> None:
         """Raises SourceChangedError when a source of a finished shard is not what it was."""
@@ -112,7 +145,8 @@ class Journal:
                     )
 
     def record(self, file: str, record: dict[str, Any]) -> None:
-        sync_folder((self.out / file).parent)
+        if not record.get("sent"):
+            sync_folder((self.out / file).parent)
         write_atomically(self._record(file), json_bytes(record), self.folder)
 
     def end(self) -> None:

@@ -71,6 +71,14 @@ class Passing:
         for role, checkpoint in self.checkpoints.items():
             checkpoint.source.fetch([name for other, name in self.needed[position] if other == role])
 
+    def keep_only(self, position: int) -> None:
+        """Drops whatever this shard does not need."""
+        self.drop(self._files() - set(self.needed[position]))
+
+    def missing_bytes(self, position: int) -> int:
+        """Bytes that `bring` would download."""
+        return sum(self._size(file) for file in self.needed[position]) - self.bytes_there
+
     def finish(self, position: int) -> None:
         """A shard is written and its sources are hashed: drops what no later one reads."""
         self._left.subtract(self.needed[position])

@@ -29,6 +29,7 @@ from lox_merge.jobs.quantised import Form, form_problems, form_warnings, grid_of
 from lox_merge.jobs.select import TensorPlan, select_tensors
 from lox_merge.jobs.settings import Settings
 from lox_merge.jobs.shards import ShardPlan, plan_shards
+from lox_merge.jobs.store import Store
 from lox_merge.jobs.triplets import TripletSource, usual_triplets
 from lox_merge.maths.grid import Grid
 
@@ -43,7 +44,7 @@ class Plan:
     """What a run will do. Nothing in it has been written.
 
     checkpoints: by role, in the order of training; the output mirrors the last. triplets: where those of each delta come from.
-    passing: how weight files come from the Hub where they are not to be on disk all at once.
+    passing: how weight files come from the Hub where they are not to be on disk all at once. store: where shards go instead of `out`.
     """
 
     checkpoints: Mapping[str, Checkpoint]
@@ -54,6 +55,7 @@ class Plan:
     side_files: list[str]
     triplets: TripletSource
     passing: Passing | None = None
+    store: Store | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -137,8 +139,8 @@ class Plan:
         return self.recipe.dtype is None and not self.mirrored.pickled and self.mirrored.index is not None
 
     def fetch(self) -> None:
-        """Makes every file that the run reads available on disk, but for weight files that pass through it."""
-        needed = [] if self.passing else [pair for shard in self.shards for pair in shard.sources(self.checkpoints)]
+        """Makes every file that the run reads here available on disk, but for weight files that pass through it."""
+        needed = [] if self.passing or self.store else [pair for shard in self.shards for pair in shard.sources(self.checkpoints)]
         own = [*self.side_files, *([SINGLE_INDEX] if self.keeps_index else [])]
         for role, checkpoint in self.checkpoints.items():
             files = dict.fromkeys(file for needed_role, file in needed if needed_role == role)
@@ -191,7 +193,8 @@ def check_disk(plan: Plan, already_written: int = 0) -> None:
     """Raises OutputError when the file system of the output lacks room for what is still to be written."""
     side = sum(plan.mirrored.source.names()[name] for name in plan.side_files)
     sources = plan.passing.most_bytes - plan.passing.bytes_there if plan.passing else 0
-    check_room(plan.out, plan.bytes_written + side - already_written + max(0, sources))
+    shards = 0 if plan.store else plan.bytes_written - already_written
+    check_room(plan.out, shards + side + max(0, sources))
 
 
 def check_room(out: Path, count: int) -> None:

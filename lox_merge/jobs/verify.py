@@ -28,6 +28,7 @@ from lox_merge.jobs.methods import recorded_edit
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, make_plan
 from lox_merge.jobs.recorded import manifest_damage
 from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.store import check_holds_weights
 from lox_merge.jobs.triplets import recorded_triplets
 from lox_merge.jobs.verify_adapter import check_structure, recompute
 
@@ -80,6 +81,7 @@ def verify(
     nothing to verify or a source is not to be had; what differs is in the result's problems.
     """
     source = find_source(out, "output", cache_dir)
+    check_holds_weights(source)
     adapter = is_adapter(source)
     output = open_factors_only("output", source) if adapter else open_checkpoint(source, "output")
     manifest = _read_manifest(output)

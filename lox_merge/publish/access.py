@@ -65,7 +65,7 @@ def check_can_push(repo: str, *, public: bool = False, revision: str | None = No
                 raise RequestError(f"{repo} was not found on the Hub, so there is nothing to open a pull request for. Check the name.")
             return Target(repo, user, branch, False, branch == _MAIN, not public, False)
         if not pull_request:
-            _check_write(repo)
+            check_write(repo)
         _check_visibility(repo, bool(information.private), public)
         on_branch = information if branch == _MAIN else _information(api, repo, branch)
         if branch.startswith("refs/") and on_branch is None:
@@ -123,7 +123,7 @@ def _check_namespace(account: Mapping[str, Any], repo: str) -> None:
         raise RequestError(f"{repo}: {account['name']} may only read in the organization {namespace}. Ask its admins for write access.")
 
 
-def _check_write(repo: str) -> None:
+def check_write(repo: str) -> None:
     """What the Hub says itself, resource groups and the like included. Raises the library's error for a refusal."""
     insistently(lambda: _ask(f"/api/models/{repo}/auth-check/write"))
 

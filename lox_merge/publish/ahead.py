@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lox_merge.jobs.plan import Plan
-from lox_merge.publish.access import check_can_push
+from lox_merge.publish.access import Target, check_can_push
 from lox_merge.publish.card import Card, CardSettings
 from lox_merge.publish.failures import explained_push
 from lox_merge.publish.metadata import card_data
@@ -12,12 +12,12 @@ from lox_merge.publish.push import validate_card
 from lox_merge.publish.sources import read_source_cards
 
 
-def check_ahead(plan: Plan, repo: str, *, public: bool, settings: CardSettings) -> None:
-    """Token, repository, licence, and the files that will be copied from a local aligned model. Changes nothing.
+def check_ahead(plan: Plan, repo: str, *, public: bool, settings: CardSettings) -> Target:
+    """Token, repository, licence, and the files that will be copied from a local aligned model. Changes nothing. Where it will go.
 
     Raises RequestError for what `push` would refuse, PublishError where the Hub does not answer.
     """
-    check_can_push(repo, public=public)
+    target = check_can_push(repo, public=public)
     identities = {"base": plan.base.source.identity(), "aligned": plan.aligned.source.identity()}
     _, licence = read_source_cards(identities, settings.sources, licence=settings.licence, cache_dir=settings.cache_dir)
     metadata = card_data(licence=licence.metadata(), base_model=None, relation="merge", library="transformers", tags=())
@@ -25,3 +25,4 @@ def check_ahead(plan: Plan, repo: str, *, public: bool, settings: CardSettings) 
         validate_card(Card(f"---\n{metadata.to_yaml()}\n---\n"))
     if identities["aligned"]["kind"] == "folder":
         check_files({name: plan.aligned.source.path(name) for name in plan.side_files}, plan.out)
+    return target

@@ -55,7 +55,7 @@ def card_body(output: FinishedOutput, repo: str, sources: Mapping[str, SourceCar
         sources=table(["role", "model", "commit", "licence"], [_source_row(sources[role]) for role in ("base", "aligned")]),
         limits=_limits(manifest["summary"], measured),
         verify=verify_command(manifest, repo),
-        hashes=table(["file", "sha256"], [[file.name, f"`{file.sha256}`"] for file in output.files]),
+        hashes=table(["file", "sha256"], [[name, f"`{sha256}`"] for name, sha256 in output.hashes.items()]),
         **_loading(output),
     )
     return re.sub(r"\n{3,}", "\n\n", rendered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lox_merge.jobs.manifest import FORMAT
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.recorded import manifest_damage
+from lox_merge.jobs.store import WEIGHTS_NOTE
 from lox_merge.publish.command import form_of
 
 _MERGEKIT = "mergekit_config.yml"
@@ -41,7 +42,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class FinishedOutput:
-    """files: in the manifest's order, the manifest itself last."""
+    """files: those in the folder, in the manifest's order, the manifest itself last. hashes: sha256 by name of all that belongs to it."""
 
     folder: Path
     manifest: Mapping[str, Any] = field(repr=False)
@@ -51,6 +52,10 @@ class FinishedOutput:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        return _hashes(self.manifest, self.manifest["output"]["shards"]) | {MANIFEST: self.manifest_sha256}
 
     @property
     def is_adapter(self) -> bool:
@@ -83,13 +88,16 @@ def changed(name: str) -> SourceChangedError:
     )
 
 
-def open_output(folder: str | Path) -> FinishedOutput:
-    """Raises OutputError unless `folder` is a finished output of this program. Reads no weights: `verify` does."""
+def open_output(folder: str | Path, *, weights_on_hub: bool = False) -> FinishedOutput:
+    """Raises OutputError unless `folder` is a finished output of this program. Reads no weights: `verify` does.
+
+    weights_on_hub: that of a job whose shards are sent to the Hub and not committed yet; they are not among its files then.
+    """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise OutputError(f"there is no folder {folder}. Give the output of lox-merge harden.")
     folder = folder.resolve()
-    if (folder / WORK_FOLDER).exists():
+    if (folder / WORK_FOLDER).exists() and not weights_on_hub:
         raise OutputError(
             f"{folder.name} is unfinished: it is being written, or was interrupted ({WORK_FOLDER} is there). "
             "Run the lox-merge harden that makes it again, which goes on, and then publish it."
@@ -99,7 +107,11 @@ def open_output(folder: str | Path) -> FinishedOutput:
         raise OutputError(f"{folder.name} has no {MANIFEST}, so it is no finished output of lox-merge harden.{hint}")
     data = (folder / MANIFEST).read_bytes()
     manifest = _parse(data, folder.name)
-    entries = {entry["file"]: entry["sha256"] for entry in manifest["output"]["shards"]} | manifest["output"]["files"]
+    if (folder / WEIGHTS_NOTE).is_file() and not weights_on_hub:
+        raise OutputError(
+            f"{folder.name} holds no weights: they are on the Hub, where {WEIGHTS_NOTE} says. Publish it with the lox-merge harden that made it."
+        )
+    entries = _hashes(manifest, [] if weights_on_hub else manifest["output"]["shards"])
     sha256 = hashlib.sha256(data).hexdigest()
     files = []
     for name, digest in (entries | {MANIFEST: sha256}).items():
@@ -108,6 +120,10 @@ def open_output(folder: str | Path) -> FinishedOutput:
             raise OutputError(f"{folder.name} lacks {name}, which its manifest names. Make the output again with lox-merge harden --overwrite.")
         files.append(OutputFile(name, folder / name, digest, _stamp(folder / name)))
     return FinishedOutput(folder, manifest, sha256, tuple(files))
+
+
+def _hashes(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {entry["file"]: entry["sha256"] for entry in shards} | dict(manifest["output"]["files"])
 
 
 def _parse(data: bytes, name: str) -> dict[str, Any]:

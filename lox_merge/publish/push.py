@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,9 +112,15 @@ def plan_push(
         progress=verifying.progress,
     )
     raise_for_problems(verified)
+    return assemble(target, output, settings)
+
+
+def assemble(target: Target, output: FinishedOutput, settings: CardSettings, held: Sequence[Item] = ()) -> PushPlan:
+    """The plan for an output that was looked through. held: its shards, where the Hub holds them and the folder does not."""
+    repo = target.repo
     card, card_from = card_to_publish(output, repo, settings)
-    items = items_of(output, card.files)
-    check_files({item.name: item.content for item in items}, output.folder)
+    items = [*held, *items_of(output, card.files)]
+    check_files({item.name: item.content for item in items if not item.held_by_hub}, output.folder)
     with explained_push(repo):
         validate_card(card)
         there = look(repo, target.branch) if target.exists and target.branch_exists else Remote("", {})
@@ -129,7 +135,7 @@ def push(plan: PushPlan) -> PushResult:
     target = plan.target
     title = f"LoX-hardened weights (lox-merge {__version__}, manifest {plan.output.manifest_sha256[:12]})"
     try:
-        with explained_push(target.repo), _quiet():
+        with explained_push(target.repo), quiet():
             created = ensure_repository(target)
             branch, url = target.branch, None
             if target.pull_request:
@@ -180,7 +186,7 @@ def _reasons(answer: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The library's warnings hold addresses with signatures, and every failure is told by us; its bars belong on a terminal only."""
     import sys
 

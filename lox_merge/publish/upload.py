@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lox_merge.checkpoint.hub_failures import server_message, status_of
 from lox_merge.errors import PublishError
 from lox_merge.jobs.plan import MANIFEST
 from lox_merge.publish.access import WEIGHTS, check_xet, hub_api
@@ -29,13 +30,18 @@ _KEPT = {".gitattributes", ".gitignore"}
 
 @dataclass(frozen=True)
 class Item:
-    """One file to publish. data: its bytes, for small files and the card; None: read from `file` when it is sent (one of both is there)."""
+    """One file to publish. data: its bytes, for small files and the card; None: read from `file` when it is sent. Without both it is a
+    large file that the Hub holds already, and that a commit has only to name."""
 
     name: str
     size: int
     sha256: str
     data: bytes | None = field(repr=False)
     file: OutputFile | None = field(default=None, repr=False)
+
+    @property
+    def held_by_hub(self) -> bool:
+        return self.data is None and self.file is None
 
     @property
     def content(self) -> bytes | Path:
@@ -67,6 +73,17 @@ class Remote:
         """Files that no longer belong: weights, which would be taken for the model's, and those of an earlier output. Others stay."""
         wanted = {item.name for item in items} | _KEPT
         return [name for name in self.files if name not in wanted and (name in earlier or _is_weight(name))]
+
+
+class UploadsGoneError(PublishError):
+    """Files that were uploaded before the commit are not there any more. files: their names."""
+
+    def __init__(self, repo: str, files: Sequence[str]) -> None:
+        self.repo, self.files = repo, tuple(files)
+        super().__init__(
+            f"{repo}: the Hub does not hold what was uploaded of {', '.join(files[:4])}{' …' if len(files) > 4 else ''} any more. "
+            "Nothing was committed. Run the same command again: it makes them again, and no others."
+        )
 
 
 @dataclass(frozen=True)
@@ -116,15 +133,18 @@ def upload(repo: str, revision: str, items: Sequence[Item], message: str, *, ear
     the library's errors.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import HfHubHTTPError
 
     before = look(repo, revision)
     missing, obsolete = before.differs(items), before.obsolete(items, earlier)
     if not missing and not obsolete:
         return Uploaded(before.head, (), ())
-    additions = [CommitOperationAdd(item.name, item.content) for item in missing]
+    additions = [_addition_of_held(item) if item.held_by_hub else CommitOperationAdd(item.name, item.content) for item in missing]
     check_xet(repo, revision)
-    for start in range(0, len(missing), _TOGETHER):
-        _send(repo, revision, missing[start : start + _TOGETHER], additions[start : start + _TOGETHER])
+    here = [(item, addition) for item, addition in zip(missing, additions, strict=True) if not item.held_by_hub]
+    for start in range(0, len(here), _TOGETHER):
+        some = here[start : start + _TOGETHER]
+        send(repo, revision, [item for item, _ in some], [addition for _, addition in some])
     for item in items:
         item.check_unchanged()
     operations = [*additions, *(CommitOperationDelete(name) for name in obsolete)]
@@ -140,14 +160,39 @@ def upload(repo: str, revision: str, items: Sequence[Item], message: str, *, ear
             )
         return str(hub_api().create_commit(repo, operations, commit_message=message, revision=revision, parent_commit=before.head).oid)
 
-    done = insistently(commit, also=frozenset({412}))
+    try:
+        done = insistently(commit, also=frozenset({412}))
+    except HfHubHTTPError as error:
+        gone = _gone(error, [item for item in missing if item.held_by_hub])
+        if gone:
+            raise UploadsGoneError(repo, gone) from error
+        raise
     wrong = look(repo, done).differs(items)
     if wrong:
         raise PublishError(f"{repo}: after the commit {done[:12]}, {wrong[0].name} is not there as it was sent. Run the same command again.")
     return Uploaded(done, tuple(missing), tuple(obsolete))
 
 
-def _send(repo: str, revision: str, items: Sequence[Item], additions: Sequence[Any]) -> None:
+def _addition_of_held(item: Item) -> Any:
+    """The operation as it is after the upload, which may have been another machine's."""
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.lfs import UploadInfo
+
+    addition = CommitOperationAdd(item.name, b"")
+    addition.upload_info = UploadInfo(size=item.size, sample=b"", sha256=bytes.fromhex(item.sha256))
+    addition._upload_mode, addition._is_uploaded = "lfs", True
+    return addition
+
+
+def _gone(error: Exception, held: Sequence[Item]) -> list[str]:
+    """Which of these files a refused commit is about: the Hub does not hold them (any more). All, where it does not say which."""
+    message = server_message(error)
+    if status_of(error) not in (400, 404, 422) or "lfs" not in message.lower() or "does not exist" not in message:
+        return []
+    return [item.name for item in held if item.name in message or item.sha256 in message] or [item.name for item in held]
+
+
+def send(repo: str, revision: str, items: Sequence[Item], additions: Sequence[Any]) -> None:
     """Uploads the large ones among these files without a commit, and makes sure that what was sent is what was verified."""
     for item in items:
         item.check_unchanged()

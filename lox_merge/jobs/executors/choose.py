@@ -14,9 +14,11 @@ from lox_merge.jobs.plan import Plan
 PROCESSES, RAY = "processes", "ray"
 
 
-def check_executor(executor: str, *, low_disk: bool = False, as_adapter: bool = False) -> None:
+def check_executor(executor: str, *, low_disk: bool = False, as_adapter: bool = False, weights_on_hub: bool = False) -> None:
     """Raises RequestError for one that is not known, or does not go with what is asked."""
     if executor == PROCESSES:
+        if weights_on_hub:
+            raise RequestError("--weights-on-hub is for workers on machines that share no storage: it goes with --executor ray.")
         return
     if executor != RAY and not executor.startswith("ray://"):
         raise RequestError(f"executor {executor!r} is not known; use {PROCESSES}, {RAY}, or ray://HOST:PORT for a cluster.")

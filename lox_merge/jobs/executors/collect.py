@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lox_merge.errors import LoxMergeError, LoxMergeWarning
-from lox_merge.jobs.engine import finish_shard
+from lox_merge.jobs.engine import finish_sent_shard, finish_shard
 from lox_merge.jobs.executors.protocol import ShardJob
-from lox_merge.jobs.executors.sources import SourceLedger
+from lox_merge.jobs.executors.sources import ledger_of
 from lox_merge.jobs.executors.writer import WorkerTask
 
 # A shard whose workers are lost this often is not done again.
@@ -39,7 +39,7 @@ class Collected:
 
     def __post_init__(self) -> None:
         self._waiting = deque(self.order)
-        self._ledger = SourceLedger(self.job, self.order)
+        self._ledger = ledger_of(self.job, self.order)
         self._written: dict[int, tuple[Path, dict[str, Any]]] = {}
         self._idle: list[Worker] = []
         self._advanced: Counter[int] = Counter()
@@ -80,11 +80,14 @@ class Collected:
             self._finish()
 
     def _finish(self) -> None:
-        """Names and records every written shard whose sources are hashed."""
+        """Names and records every written shard whose sources are hashed; one that was sent to a store keeps no file here."""
         for position in [position for position in self._written if self._ledger.complete(position)]:
             partial, record = self._written[position]
             sources = self._ledger.hashes(position)
-            self.records[position] = finish_shard(self.job.plan, position, partial, record, self.job.journal, sources)
+            if self.job.plan.store:
+                self.records[position] = finish_sent_shard(self.job.plan, position, record, self.job.journal, sources)
+            else:
+                self.records[position] = finish_shard(self.job.plan, position, partial, record, self.job.journal, sources)
             del self._written[position]
 
     def lost(self, worker: Worker, how: str, remedy: str = "") -> None:

@@ -50,9 +50,8 @@ class Processes:
                     how = worker.end_of_itself()
                     collected.lost(worker, how, " with fewer workers (out of memory?)" if "KILL" in how else "")
                     workers[workers.index(worker)] = _Worker(worker.task)
-            for worker in workers:
-                worker.dismiss()
         finally:
+            # All is named and recorded: nobody waits for interpreters to tidy up after themselves.
             for worker in workers:
                 worker.end()
             job.journal.sweep()
@@ -84,10 +83,6 @@ class _Worker:
             return None
         self._started = True
         return event
-
-    def dismiss(self) -> None:
-        self.send(None)
-        self._process.join(_END)
 
     def end(self) -> None:
         if self._process.is_alive():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
 import signal
+import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,13 +25,17 @@ from lox_merge.jobs.executors.protocol import ShardJob
 from lox_merge.jobs.executors.remote import RemoteWorker
 from lox_merge.jobs.executors.sizing import Workers, longest_first
 from lox_merge.jobs.executors.writer import WorkerTask
+from lox_merge.jobs.manifest import tool
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.store import plan_for_elsewhere
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, CrewSize, available_cores
 
 # What users pass on; 'ray' alone is RAY_ADDRESS, or a Ray of this machine alone.
 LOCAL = "ray"
 # Between two looks at whether Ctrl-C was pressed, seconds.
 _LOOK = 0.5
+# Seconds that workers have to clear their machines up.
+_END = 10.0
 
 
 @dataclass
@@ -47,7 +53,7 @@ class RayWorkers:
             self.workers = count
             collected = Collected(job, longest_first(job.plan, todo))
             # Of the GPUs that a worker sees, Ray has left it one.
-            task = WorkerTask(replace(job.plan, out=job.plan.out.absolute()), torch.device(job.device.type), size, None)
+            task = WorkerTask(_for_workers(job.plan), torch.device(job.device.type), size, None, tool=tool() if job.plan.store else None)
             workers: list[_Worker] = []
             try:
                 for _ in range(count):
@@ -68,6 +74,8 @@ class RayWorkers:
                             collected.take(worker, *event)
                         worker.ask()
             finally:
+                if job.plan.store and workers:  # who is gone or too busy leaves it to the next worker of its machine to clear up
+                    ray.wait([worker.clear_up() for worker in workers], num_returns=len(workers), timeout=_END)
                 for worker in workers:
                     worker.end()
                 job.journal.sweep()
@@ -91,8 +99,15 @@ class _Worker:
     def send(self, order: object) -> None:
         self._actor.order.remote(order)
 
+    def clear_up(self) -> Any:
+        return self._actor.clear_up.remote()
+
     def end(self) -> None:
         self._ray.kill(self._actor)
+
+
+def _for_workers(plan: Plan) -> Plan:
+    return plan_for_elsewhere(plan) if plan.store else replace(plan, out=plan.out.absolute())
 
 
 @contextmanager
@@ -132,14 +147,19 @@ def connected(address: str) -> Iterator[Any]:
             ray.init(address=None if address == LOCAL else address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"no Ray answers at {address}: {reason}. Start one (ray start --head), or give its address.") from error
+        raise RequestError(
+            f"no Ray answers at {address}: {reason.rstrip('.')}. Start one (ray start --head), or give its address; "
+            "one that asks for a token needs RAY_AUTH_MODE=token here, and the token."
+        ) from error
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    # Whatever log_to_driver says, ray prints the loss of a worker to standard output, where the result is expected; some only at its end.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _shares(ray: Any, plan: Plan, device: torch.device, asked: Workers, shards: int) -> tuple[int, dict[str, Any], CrewSize]:
@@ -149,22 +169,42 @@ def _shares(ray: Any, plan: Plan, device: torch.device, asked: Workers, shards: 
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if not nodes or (cuda and not gpus):
         raise RequestError(f"the Ray cluster has no {'GPU' if nodes else 'CPU'} to work with. Add machines, or use --device cpu.")
+    if cuda:
+        nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
     count = min(shards, gpus if cuda else len(nodes)) if asked == "auto" else min(shards, asked)
     each = peak_memory(plan)
-    fit = max(1, sum(int(node.get("memory", 0) // each) for node in nodes))
+    places = [places_of(node, each, cuda) for node in nodes]
+    fit = max(1, sum(places))
     if fit < count:
         if asked != "auto":
-            warnings.warn(f"the Ray cluster has memory for {fit} of {count} workers: {fit} of them work", LoxMergeWarning, stacklevel=2)
+            what = "memory and GPUs" if cuda else "memory"
+            warnings.warn(f"the Ray cluster has {what} for {fit} of {count} workers: {fit} of them work", LoxMergeWarning, stacklevel=2)
         count = fit
-    cores = cores_each([node["CPU"] for node in nodes], count)
+    cores = cores_each([node["CPU"] for node in nodes], count, places if sum(places) else None)
     usual = CrewSize.of(device, typical_cost(plan))
     if not cuda:
         matrices = max(1, min(int(cores) // usual.cores, IN_FLIGHT_BYTES // max(1, typical_cost(plan))))
         # A matrix takes as many cores as it would here: the bytes stay the same.
         usual = CrewSize(matrices, usual.cores)
-    return count, {"num_cpus": cores, "num_gpus": 1 if cuda else 0}, usual
+    # Ray places workers by what they ask for; where none fits, one works all the same, and asks for nothing that is not there.
+    memory = {"memory": each} if sum(places) else {}
+    return count, {"num_cpus": cores, "num_gpus": 1 if cuda else 0, **memory}, usual
 
 
-def cores_each(machines: Sequence[float], workers: int) -> int:
-    """The most cores that each of so many workers can have, so that all of them find a place; 0 where they are more than cores."""
-    return next((cores for cores in range(int(max(machines)), 0, -1) if sum(machine // cores for machine in machines) >= workers), 0)
+def places_of(machine: Mapping[str, float], each: int, cuda: bool) -> int:
+    """How many workers of `each` bytes a machine holds: as Ray knows its memory and GPUs."""
+    by_memory = int(machine.get("memory", 0) // each)
+    return min(by_memory, int(machine.get("GPU", 0))) if cuda else by_memory
+
+
+def cores_each(machines: Sequence[float], workers: int, places: Sequence[int] | None = None) -> int:
+    """The most cores that each of so many workers can have, so that all of them find a place; 0 where they are more than cores.
+
+    places: how many workers each machine holds at most, for what it has beside cores.
+    """
+    most = places or [workers] * len(machines)
+
+    def found(cores: int) -> int:
+        return sum(min(int(machine // cores), place) for machine, place in zip(machines, most, strict=True))
+
+    return next((cores for cores in range(int(max(machines)), 0, -1) if found(cores) >= workers), 0)

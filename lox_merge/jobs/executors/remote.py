@@ -9,6 +9,7 @@ from typing import Any
 
 from lox_merge.errors import RequestError
 from lox_merge.jobs.executors.worker import Order, serve
+from lox_merge.jobs.executors.workspace import Workspace
 from lox_merge.jobs.executors.writer import WorkerTask
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.manifest import tool
@@ -23,17 +24,25 @@ class RemoteWorker:
     def __init__(self, task: WorkerTask) -> None:
         self._orders: SimpleQueue[Order] = SimpleQueue()
         self._news: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        self._workspace: Workspace | None = None
         problem = _unfit(task)
         if problem is not None:
             self._tell("failed", RequestError(f"a worker on {socket.gethostname()} {problem}"))
         else:
-            threading.Thread(target=serve, args=(task, self._orders, self._tell), daemon=True).start()
+            self._workspace = Workspace() if task.plan.store else None
+            folder = self._workspace.folder if self._workspace else None
+            threading.Thread(target=serve, args=(task, self._orders, self._tell, folder), daemon=True).start()
 
     def _tell(self, kind: str, *values: Any) -> None:
         self._news.put((kind, *values))
 
     def order(self, order: Order) -> None:
         self._orders.put(order)
+
+    def clear_up(self) -> None:
+        """Leaves nothing on this machine; whoever asks for it ends the process then, whatever it is at."""
+        if self._workspace:
+            self._workspace.remove()
 
     def news(self) -> list[tuple[Any, ...]]:
         """All that was not told yet; waits a little for something. May be empty."""
@@ -48,11 +57,11 @@ class RemoteWorker:
 
 def _unfit(task: WorkerTask) -> str | None:
     """Why a worker on this machine could not write the same bytes to the same place."""
-    job = Journal(task.plan.out).job()
+    job = {"tool": task.tool} if task.tool else Journal(task.plan.out).job()
     if job is None:
         return (
             f"does not see the output {task.plan.out}: workers on several machines need it, and local sources, under the same path on "
-            "storage that they share. Give such a folder, or leave --executor out."
+            "storage that they share. Give such a folder, or --push REPO --weights-on-hub, or leave --executor out."
         )
     if job["tool"] != tool():
         return f"has {_words(tool())}, and the job was begun with {_words(job['tool'])}. Install the same versions on all machines."

@@ -11,6 +11,7 @@ from lox_merge.jobs.executors.protocol import Executor, ShardJob
 from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.store import recorded_hashes
 
 
 def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress, executor: Executor) -> list[dict[str, Any]]:
@@ -23,9 +24,9 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress, 
     records: dict[int, dict[str, Any]] = {}
     try:
         for position, shard in enumerate(plan.shards):
-            record = journal.finished(shard.file)
+            record = journal.sent(shard.file) if plan.store else journal.finished(shard.file)
             if record is not None:
-                known = plan.passing.known(record) if plan.passing else None
+                known = recorded_hashes(plan.checkpoints, record) if plan.store else plan.passing.known(record) if plan.passing else None
                 journal.check_sources(record, by_role(hasher.hashes(position, known), plan.checkpoints))
                 progress.advance(shard.header.file_size)
                 records[position] = record

@@ -9,18 +9,20 @@ import threading
 import traceback
 import warnings
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
+from lox_merge.jobs.executors.sending_writer import SendingWriter
 from lox_merge.jobs.executors.writer import ShardWriter, Tell, WorkerTask
 from lox_merge.jobs.hashing import SourceFile
 
 Order = tuple[int, list[SourceFile]] | None
 
 
-def serve(task: WorkerTask, orders: SimpleQueue[Order], send: Tell) -> None:
-    """Writes the shards that are ordered until None comes. Never raises: what went wrong is told."""
+def serve(task: WorkerTask, orders: SimpleQueue[Order], send: Tell, folder: Path | None = None) -> None:
+    """Writes the shards that are ordered until None comes. Never raises: what went wrong is told. folder: for what goes to a store."""
 
     def tell(kind: str, *values: Any) -> None:
         send(kind, *(_portable(value) if isinstance(value, BaseException) else value for value in values))
@@ -35,7 +37,7 @@ def serve(task: WorkerTask, orders: SimpleQueue[Order], send: Tell) -> None:
     try:
         if task.folder is not None:
             os.chdir(task.folder)
-        writer = ShardWriter(task, tell)
+        writer = ShardWriter(task, tell) if folder is None else SendingWriter(task, tell, folder)
         tell("started")
         while (order := orders.get()) is not None:
             writer.write(*order)

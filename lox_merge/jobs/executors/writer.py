@@ -32,6 +32,7 @@ class WorkerTask:
     """What a worker has to know. Plain data: it opens the checkpoints itself, and no tensor travels.
 
     folder: the working directory; None where no path depends on it. mark: of the temporary files of this worker and of no other.
+    tool: versions that decide the bytes, where no journal that the worker can read says them.
     """
 
     plan: Plan
@@ -39,6 +40,7 @@ class WorkerTask:
     size: CrewSize
     folder: str | None
     mark: str = ""
+    tool: dict[str, str] | None = None
 
 
 class ShardWriter:
@@ -51,23 +53,30 @@ class ShardWriter:
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._finishing = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._last: Future[None] | None = None
+        self._hashes: dict[int, list[Future[None]]] = {}
         self._stop = threading.Event()
 
     def write(self, position: int, to_hash: Sequence[SourceFile]) -> None:
         """Writes one shard; the disk may still have to take it when this returns. to_hash: source files to hash meanwhile."""
-        for source in to_hash:
-            self._hashing.submit(self._hash, source)
+        self._hashes[position] = [self._hashing.submit(self._hash, source) for source in to_hash]
         ahead = look_ahead(self._plan, [position], self._crew)
+        ahead.reach(position)
         with self._crew.threads():
             file, record = write_shard(self._plan, position, self._partial(position), ahead, _Told(self._tell, position))
         self.wait()  # at most one finished shard waits for the disk
-        self._last = self._finishing.submit(self._finish, file, position, record)
+        self._last = self._finishing.submit(self._end, file, position, record)
         self._tell("free")
 
     def wait(self) -> None:
-        """Until every shard is on the disk. Raises WriteError."""
+        """Until every shard is on the disk, or what prevented it is told."""
         if self._last is not None:
             self._last.result()
+
+    def _end(self, file: IO[bytes], position: int, record: dict[str, Any]) -> None:
+        try:
+            self._finish(file, position, record)
+        except Exception as error:
+            self._tell("failed", error)  # nobody looks at the future while the worker waits for an order
 
     def _finish(self, file: IO[bytes], position: int, record: dict[str, Any]) -> None:
         make_durable(file, self._partial(position))
