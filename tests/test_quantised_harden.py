@@ -18,8 +18,10 @@ from reference import header, lox_matrix, stored_bytes
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair, read_tensors
 
+from lox_merge import harden
 from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.checkpoint.quantised.view import as_quantised
+from lox_merge.errors import PlanError
 
 UP = "model.layers.0.mlp.up_proj.weight"
 FORMS: dict[str, Callable[[Path, Path], Path]] = {"fp8": as_block_fp8, "int4": as_packed, "int8": as_int8, "float8": as_float8}
@@ -54,20 +56,30 @@ def manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_whole_model_is_refused_with_the_ways_out(models: Models, run_cli: RunCli, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for extra in ([], ["--dry-run"]):
-        done = run_cli("harden", models["base-fp8"], models["aligned-fp8"], out, *extra)
-        assert done.returncode == 2 and not out.exists()
-        for text in (
-            "aligned (aligned-fp8) is quantised (fp8, 16×16 blocks)",
-            "--as-adapter",
-            "--dtype bfloat16",
-            "--requantise",
-            "docs/quantised.md",
-        ):
-            assert text in done.stderr
-        assert "Traceback" not in done.stderr
+def test_the_usual_form_is_an_adapter_and_said_to_be(models: Models, run_cli: RunCli, tmp_path: Path) -> None:
+    pair, out, asked = (models["base-fp8"], models["aligned-fp8"]), tmp_path / "out", tmp_path / "asked"
+    planned = run_cli("harden", *pair, out, "--dry-run")
+    done = run_cli("harden", *pair, out)
+    for run in (planned, done):
+        assert run.returncode == 0, run.stderr
+        for text in ("aligned (aligned-fp8) is quantised (fp8, 16×16 blocks)", "is written as an adapter", "--dtype bfloat16", "--requantise"):
+            assert text in run.stderr
+    assert "Plan of an adapter" in planned.stdout
+    wanted = run_cli("harden", *pair, asked, "--as-adapter")
+    assert wanted.returncode == 0 and "is written as an adapter" not in wanted.stderr
+    name = "adapter_model.safetensors"
+    assert (out / name).read_bytes() == (asked / name).read_bytes()
+    wrong = run_cli("harden", *pair, tmp_path / "wrong", "--workers", 2)
+    assert wrong.returncode == 2 and "--as-adapter writes one file" in wrong.stderr and not (tmp_path / "wrong").exists()
+
+
+def test_a_whole_model_is_refused_with_the_ways_out(models: Models, tmp_path: Path) -> None:
+    """From Python a model is what was asked for."""
+    with pytest.raises(PlanError) as caught:
+        harden(models["base-fp8"], models["aligned-fp8"], tmp_path / "out")
+    for text in ("aligned (aligned-fp8) is quantised (fp8, 16×16 blocks)", "--as-adapter", "--dtype bfloat16", "--requantise", "docs/quantised.md"):
+        assert text in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -203,8 +215,6 @@ def test_an_adapter_over_a_quantised_base(models: Models, run_cli: RunCli, tmp_p
     """As QLoRA leaves it: the delta is the adapter's own, whatever the base is stored in."""
     adapter = make_adapter(models["base"], tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     given = [models["base-fp8"], adapter, "--base-is-right"]
-    refused = run_cli("harden", *given[:2], tmp_path / "refused", given[2])
-    assert refused.returncode == 2 and "is quantised (fp8" in refused.stderr
     refused = run_cli("harden", *given[:2], tmp_path / "refused", given[2], "--requantise")
     assert refused.returncode == 2 and "is an adapter over quantised weights" in refused.stderr
     out = tmp_path / "out"

@@ -26,7 +26,7 @@ from lox_merge.cli.push import PushWhenDone, push_when_done
 from lox_merge.errors import RequestError
 
 if TYPE_CHECKING:
-    from lox_merge.jobs.quantised import Form
+    from lox_merge.jobs.quantised import AskedForm
 
 
 @click.command("harden", short_help="Harden an aligned checkpoint by low-rank extrapolation (LoX).")
@@ -172,9 +172,17 @@ def harden_command(
     if push_to is None and (public or license is not None):
         raise RequestError("--public and --license are about publishing: they go with --push REPO.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
-    form: Form = "adapter" if as_adapter else "model"
+    form: AskedForm = "adapter" if as_adapter else "usual"
     with open_factors(factors) as held:
         plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, form=form, **sources)
+        if plan.form == "adapter" and not as_adapter:
+            as_adapter = True
+            if low_disk or searched or weights_on_hub:
+                raise RequestError(
+                    f"{plan.warnings[0]} An adapter does not go with --low-disk, --rank search and --weights-on-hub: leave them out, or pass --dtype."
+                )
+            check_executor(executor, as_adapter=True)
+            check_workers(count, as_adapter=True)
         pushing = None
         if push_to is not None:
             pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)

@@ -23,7 +23,7 @@ from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import Plan, make_plan
-from lox_merge.jobs.quantised import Form, requantised_text
+from lox_merge.jobs.quantised import AskedForm, requantised_text
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.store import check_some_difference, no_difference
@@ -98,7 +98,7 @@ def plan_hardening(
     base_is_right: bool = False,
     cache_dir: Path | None = None,
     low_disk: bool = False,
-    form: Form | None = None,
+    form: AskedForm | None = None,
 ) -> Plan:
     """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError.
 

@@ -25,7 +25,7 @@ from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.low_disk import DOWNLOADS, Passing
-from lox_merge.jobs.quantised import Form, form_problems, form_warnings, grid_of, rank_problems
+from lox_merge.jobs.quantised import AskedForm, Form, form_problems, form_warnings, grid_of, rank_problems, settled_form, usual_form_warnings
 from lox_merge.jobs.select import TensorPlan, select_tensors
 from lox_merge.jobs.settings import Settings
 from lox_merge.jobs.shards import ShardPlan, plan_shards
@@ -45,6 +45,7 @@ class Plan:
 
     checkpoints: by role, in the order of training; the output mirrors the last. triplets: where those of each delta come from.
     passing: how weight files come from the Hub where they are not to be on disk all at once. store: where shards go instead of `out`.
+    form: what is to be written of it.
     """
 
     checkpoints: Mapping[str, Checkpoint]
@@ -55,6 +56,7 @@ class Plan:
     side_files: list[str]
     triplets: TripletSource
     passing: Passing | None = None
+    form: Form = "model"
     store: Store | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -158,7 +160,7 @@ class Plan:
 
 @no_collection()
 def make_plan(
-    checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings, edit: Edit, *, order_confirmed: bool = False, form: Form = "model"
+    checkpoints: Mapping[str, Checkpoint], out: Path, recipe: Settings, edit: Edit, *, order_confirmed: bool = False, form: AskedForm = "model"
 ) -> Plan:
     """Checks the whole job from headers. checkpoints: by role, those of `edit.roles` in that order. form: what will be written of it.
     Raises PlanError with every problem found, or OutputError."""
@@ -166,7 +168,8 @@ def make_plan(
     mirrored = ordered[edit.roles[-1]]
     problems = [problem for one, other in itertools.combinations(ordered.values(), 2) for problem in _same_source(one, other)]
     problems += [problem for checkpoint in ordered.values() for problem in quantisation_problems(checkpoint)]
-    problems += form_problems(mirrored, recipe, edit, form)
+    settled = settled_form(mirrored, recipe, edit, form)
+    problems += form_problems(mirrored, recipe, edit, settled)
     warnings: list[str] = []
     if not order_confirmed:
         problems += [problem for one, other in itertools.pairwise(ordered.values()) for problem in _swapped(one, other)]
@@ -174,12 +177,15 @@ def make_plan(
         selection = select_tensors(ordered, recipe, edit)
         problems = selection.problems + rank_problems(ordered.values(), selection.tensors.values())
         warnings = selection.warnings + form_warnings(ordered.values())
+        if settled == "adapter" and form == "usual":
+            warnings = usual_form_warnings(mirrored) + warnings
     problems += _output_problems(out, ordered.values())
     if problems:
         raise PlanError(problems)
     warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
     shards = plan_shards(mirrored, selection.tensors, recipe, keep_form=edit.requantises)
-    return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), usual_triplets(ordered["aligned"], recipe), warnings=warnings)
+    triplets = usual_triplets(ordered["aligned"], recipe)
+    return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), triplets, form=settled, warnings=warnings)
 
 
 def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: bool = False) -> list[str]:

@@ -16,6 +16,25 @@ from lox_merge.maths.grid import Grid
 
 # What is written: a whole model, or an adapter beside the aligned one.
 Form = Literal["model", "adapter"]
+# What may be asked for: 'usual' is an adapter where the aligned model is quantised and its form has to stay, else a model.
+AskedForm = Literal["model", "adapter", "usual"]
+
+
+def settled_form(mirrored: Checkpoint, recipe: Settings, edit: Edit, asked: AskedForm) -> Form:
+    """What will be written. Rounded back to a quantised form an edit is lost or drowns in noise; an adapter keeps it exactly."""
+    if asked != "usual":
+        return asked
+    return "adapter" if quantised_form(mirrored) is not None and recipe.dtype is None and not edit.requantises else "model"
+
+
+def usual_form_warnings(mirrored: Checkpoint) -> list[str]:
+    """Says that an adapter is written where nobody asked for one."""
+    view = quantised_form(mirrored)
+    assert view is not None
+    return [
+        f"{mirrored.role} ({mirrored.title}) is quantised ({view.description}): the edit is written as an adapter beside its weights, which keeps "
+        "it exactly (docs/quantised.md). --dtype bfloat16 writes a plain model; --requantise keeps the form and reports what is left of the edit."
+    ]
 
 
 def form_problems(mirrored: Checkpoint, recipe: Settings, edit: Edit, form: Form) -> list[str]:
