@@ -32,7 +32,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 pytest_plugins = ["hub_fixtures", "lab_fixtures", "report_fixtures"]
 
 # The longest files of tests, begun first: one of them left to the end would keep one worker busy alone.
-LONG = ("demo", "resume", "robustness", "faults", "executors", "foreign_code", "decompose", "tune", "lm_eval", "ray", "inspect_task", "mergekit")
+LONG = (
+    "demo",
+    "resume",
+    "robustness",
+    "faults",
+    "executors",
+    "foreign_code",
+    "decompose",
+    "tune",
+    "lm_eval",
+    "ray",
+    "ray_hub",
+    "inspect_task",
+    "mergekit",
+)
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 CLI = [sys.executable, "-m", "lox_merge.cli.main"]
