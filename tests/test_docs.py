@@ -23,7 +23,7 @@ from check_commands import commands, pages, problem  # noqa: E402
 DOCUMENTED = list(dict.fromkeys(command for page in pages() for command in commands(page.read_text(encoding="utf-8"))))
 # Prompts, judges and files of one's own are not at hand here, nor is the Hub.
 HARDENINGS = [line for line in DOCUMENTED if line.startswith("lox-merge harden BASE ALIGNED OUT")]
-ON_BASE_AND_ALIGNED = [line for line in HARDENINGS if not any(option in line for option in ("--prompts", "--factors", "--push"))]
+ON_BASE_AND_ALIGNED = [line for line in HARDENINGS if not any(option in line for option in ("--prompts", "--factors", "--push", "--requantise"))]
 
 
 @pytest.fixture(scope="module")

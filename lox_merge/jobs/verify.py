@@ -231,7 +231,9 @@ def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping
     name = tensor.written
     before = plan.stored(tensor)
     if output.info(name).shape != before.shape:
-        result.problems.append(f"tensor {name} is {output.info(name).describe()}, in {plan.mirrored.role} it is {list(before.shape)}")
+        result.problems.append(
+            f"tensor {name} is {output.info(name).describe()}, in {plan.mirrored.role} {dtypes.code_of(before.dtype)} {list(before.shape)}"
+        )
         return
     written = output.tensor(name)
     keeps_form = tensor.stored and tensor.action == "edit"
