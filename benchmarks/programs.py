@@ -2,7 +2,9 @@
 
 floor         reads both checkpoints and writes one, no SVD: the same streaming, nothing computed
 full_svd      the same streaming engine with torch.linalg.svd in place of the truncated SVD
-whole_models  LoX as research scripts do it: both models in memory, torch.linalg.svd of every matrix in float32, one model saved
+whole_models  LoX with everything in memory: torch.linalg.svd of every matrix in float32, edited in place, one model saved; as lean as it gets
+lox_script    the steps of the LoX authors' script (github.com/VITA-Group/LoX, safety/LoX.py): both models loaded through transformers in
+              bfloat16, all deltas, torch.linalg.svd of every matrix, Proj_k rebuilt from full factors, save_pretrained
 """
 
 from __future__ import annotations
@@ -68,5 +70,24 @@ def whole_models(base: Path, aligned: Path, out: Path, rank: int = 6, alpha: flo
         save_file(tensors, out / name, metadata={"format": "pt"})
 
 
+def lox_script(base: Path, aligned: Path, out: Path, rank: int = 6, alpha: float = 1.25) -> None:
+    """LoX in the steps, dtypes and order of memory of its authors' script."""
+    from transformers import AutoModelForCausalLM
+
+    edited = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.bfloat16)
+    after = edited.state_dict()
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
+    deltas = {name: after[name] - before[name] for name in after}
+    weights = {}
+    for name, delta in deltas.items():
+        weights[name] = after[name]
+        if delta.ndim > 1:
+            left, values, right = torch.linalg.svd(delta.float(), full_matrices=False)
+            values[rank:] = 0
+            weights[name] = after[name] + alpha * (left @ torch.diag(values) @ right)
+    edited.load_state_dict(weights)
+    edited.save_pretrained(out)
+
+
 if __name__ == "__main__":
-    {"floor": floor, "full_svd": full_svd, "whole_models": whole_models}[sys.argv[1]](*map(Path, sys.argv[2:5]))
+    {"floor": floor, "full_svd": full_svd, "whole_models": whole_models, "lox_script": lox_script}[sys.argv[1]](*map(Path, sys.argv[2:5]))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from measure import Measured, run_command
@@ -32,31 +33,35 @@ dtype: bfloat16
 # Two layers of 7B shape, with embedding and head.
 WIDE = "7B-2-layers"
 # Programs that take a full SVD of every matrix run once.
-FULL_SVD = ("full SVD", "full SVD, whole models")
+FULL_SVD = ("full SVD", "full SVD, whole models", "LoX script")
 
 
 def measure(size: str, work: Path, repeat: int, *, peers: Sequence[str]) -> dict[str, Measured]:
-    """`harden` and its peers on one pair; each run writes to a folder that is removed before it."""
+    """`harden` and its peers on one pair, in turn; each run writes to a folder that is removed before it."""
     base, aligned = make_pair(work / size, size)
     out = work / "out"
     config = work / "task_arithmetic.yaml"
     config.write_text(TASK_ARITHMETIC.format(base=base, aligned=aligned))
     bin_folder = Path(sys.executable).parent
-    programs: dict[str, list[str]] = {"harden": [str(bin_folder / "lox-merge"), "harden", str(base), str(aligned), str(out)]}
-    others = {
-        "floor": [sys.executable, str(HERE / "programs.py"), "floor", str(base), str(aligned), str(out)],
+    peer = [sys.executable, str(HERE / "programs.py")]
+    pair = [str(base), str(aligned), str(out)]
+    programs = {
+        "harden": [str(bin_folder / "lox-merge"), "harden", *pair],
+        "floor": [*peer, "floor", *pair],
         "mergekit task_arithmetic": [str(bin_folder / "mergekit-yaml"), str(config), str(out), "--allow-crimes", "--no-copy-tokenizer"],
-        "full SVD": [sys.executable, str(HERE / "programs.py"), "full_svd", str(base), str(aligned), str(out)],
-        "full SVD, whole models": [sys.executable, str(HERE / "programs.py"), "whole_models", str(base), str(aligned), str(out)],
+        "full SVD": [*peer, "full_svd", *pair],
+        "full SVD, whole models": [*peer, "whole_models", *pair],
+        "LoX script": [*peer, "lox_script", *pair],
     }
-    programs |= {name: others[name] for name in peers}
-    found = {}
-    for name, command in programs.items():
-        times = 1 if name in FULL_SVD else repeat
-        found[name] = run_command(command, prepare=lambda: shutil.rmtree(out, ignore_errors=True), repeat=times)
-        print(f"{size:11s} {name:26s} {found[name].seconds:7.1f} s   peak anonymous {found[name].peak_anonymous / 1e9:.2f} GB", flush=True)
+    found: dict[str, list[Measured]] = {name: [] for name in ("harden", *peers)}
+    for turn in range(repeat):
+        for name, runs in found.items():
+            if turn and name in FULL_SVD:
+                continue
+            runs.append(run_command(programs[name], prepare=lambda: shutil.rmtree(out, ignore_errors=True), repeat=1))
+            print(f"{size:11s} {name:26s} {runs[-1].seconds:7.1f} s   peak anonymous {runs[-1].peak_anonymous / 1e9:.2f} GB", flush=True)
     shutil.rmtree(out, ignore_errors=True)
-    return found
+    return {name: Measured(median(run.seconds for run in runs), max(run.peak_anonymous for run in runs)) for name, runs in found.items()}
 
 
 def main() -> None:
@@ -65,14 +70,17 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--sizes", nargs="*", default=["117M", "1B"], help="further sizes to show memory on, without peers")
     parser.add_argument("--wide", action="store_true", help="also two layers of 7B shape, against full SVD")
+    parser.add_argument("--only-wide", action="store_true", help="nothing but those two layers")
     parser.add_argument("--skip-svd", action="store_true", help="leave out the comparison on one 4096×4096 delta")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    results = {"468M": measure("468M", arguments.work, arguments.repeat, peers=("floor", "mergekit task_arithmetic", *FULL_SVD))}
-    for size in arguments.sizes:
+    results = {}
+    if not arguments.only_wide:
+        results["468M"] = measure("468M", arguments.work, arguments.repeat, peers=("floor", "mergekit task_arithmetic", *FULL_SVD))
+    for size in [] if arguments.only_wide else arguments.sizes:
         results[size] = measure(size, arguments.work, arguments.repeat, peers=())
-    if arguments.wide:
-        results[WIDE] = measure(WIDE, arguments.work, arguments.repeat, peers=("full SVD, whole models",))
+    if arguments.wide or arguments.only_wide:
+        results[WIDE] = measure(WIDE, arguments.work, arguments.repeat, peers=("floor", FULL_SVD[-1]))
     ratios = {size: {name: row.seconds / rows["harden"].seconds for name, row in rows.items() if name != "harden"} for size, rows in results.items()}
     limits = {}
     for size, rows in results.items():
@@ -84,9 +92,9 @@ def main() -> None:
         if found:
             print(f"{size}: harden takes 1; " + "; ".join(f"{name} {ratio:.2f}" for name, ratio in found.items()))
     for size, rows in results.items():
-        if FULL_SVD[1] in rows:
-            share = rows["harden"].peak_anonymous / rows[FULL_SVD[1]].peak_anonymous
-            print(f"{size}: peak anonymous memory is {share:.2f} of that of full SVD with whole models")
+        for name in FULL_SVD[1:]:
+            if name in rows:
+                print(f"{size}: peak anonymous memory is {rows['harden'].peak_anonymous / rows[name].peak_anonymous:.2f} of that of {name}")
     for size, limit in limits.items():
         print(
             f"{size}: peak anonymous {limit['peak_anonymous'] / 1e9:.2f} GB of {limit['allowed'] / 1e9:.2f} GB (1 GB + 3 × largest tensor in float32)"
