@@ -9,6 +9,7 @@ import click
 
 from lox_merge.cli.measuring import model_options, rendering_of, rendering_options, right_base_option
 from lox_merge.cli.options import json_option, number, seed_option
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def activations_command(base: str, aligned: str, models: tuple[str, ...], json_f
     lox-merge activations base aligned --prompts harmful.txt --prompts harmless.txt
     """
     result = _run(base, aligned, models, options)
+    import_torch()
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_activations import print_activations
 

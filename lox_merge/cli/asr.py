@@ -20,6 +20,7 @@ from lox_merge.cli.measuring import (
     utility_options,
 )
 from lox_merge.cli.options import cache_option, json_option
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
     \b
     lox-merge asr aligned hardened --prompts advbench.csv --limit 100 --judge openai:gpt-4.1
     """
+    import_torch()
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_asr import print_dry_run, print_evaluations
 

@@ -9,6 +9,7 @@ import click
 
 from lox_merge.cli.measuring import model_options, rendering_of, rendering_options, right_base_option
 from lox_merge.cli.options import json_option, seed_option
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import RequestError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def behaviour_command(base: str, aligned: str, models: tuple[str, ...], json_fil
     if options["prefill"] is not None and not options["prompts"]:
         raise RequestError("--prefill is how the replies to --next begin; responses of --pairs are given whole. Add --next, or leave it out.")
     result = _run(base, aligned, models, options)
+    import_torch()
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_behaviour import print_behaviour
 

@@ -10,6 +10,7 @@ import click
 from lox_merge.cli.in_memory import measured_in_memory, reply_options, selection_of, selection_options, whole_numbers
 from lox_merge.cli.measuring import judge_options, judges_of, prompt_options, prompts_of, rendering_options, utility_of, utility_options
 from lox_merge.cli.options import base_option, cache_option, device_option, json_option, order_option, seed_option
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import LoxMergeError
 
 DEFAULT_RANKS = "0,1,2,4,8"
@@ -56,6 +57,7 @@ def brittleness_command(base: str, aligned: str, json_file: str | None, **option
         from lox_merge.publish.figures.save import check_picture_file
 
         check_picture_file(options["plot"], "--plot")
+    import_torch()
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_brittleness import print_brittleness

@@ -9,6 +9,7 @@ import click
 
 from lox_merge.cli.measuring import adapter_options, model_options
 from lox_merge.cli.options import json_option, number, seed_option
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import RequestError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def curvature_command(aligned: str, finetuned: tuple[str, ...], json_file: str |
     lox-merge curvature aligned --completions refusals.jsonl --data mine.jsonl --data other.csv
     """
     result = _run(aligned, finetuned, options)
+    import_torch()
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_curvature import print_curvature
 

@@ -18,6 +18,7 @@ from lox_merge.cli.options import (
     seed_option,
     tolerance_option,
 )
+from lox_merge.cli.start import import_torch
 
 
 @click.command("decompose", short_help="Leading singular triplets of every delta as one file, for search to reuse.")
@@ -68,6 +69,7 @@ def decompose_command(
     lox-merge decompose base aligned factors.safetensors
     lox-merge search base aligned --factors factors.safetensors --prompts prompts.csv
     """
+    import_torch()
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_search import print_decomposition, print_selection

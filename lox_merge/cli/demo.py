@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lox_merge.cli.options import json_option, seed_option
+from lox_merge.cli.start import import_torch
 
 
 @click.command("demo", short_help="Train, harden, search and attack toy models, offline, in about a minute.")
@@ -27,6 +28,7 @@ def demo(out: Path, cache_dir: Path | None, full: bool, seed: int, json_file: st
     benign and on harmful data; and compares how well each still refuses. Attacked models exist in memory only: OUT
     receives the hardened checkpoint and a picture.
     """
+    import_torch()
     from lox_merge.cli.show import duration, write_json
     from lox_merge.cli.show_search import print_search
     from lox_merge.lab.demo import run_demo

@@ -9,6 +9,7 @@ import click
 
 from lox_merge.cli.measuring import adapter_options, rendering_of, rendering_options
 from lox_merge.cli.options import cache_option, json_option, seed_option
+from lox_merge.cli.start import import_torch
 
 _FILE: dict[str, Any] = {"required": True, "type": click.Path(path_type=Path), "metavar": "FILE"}
 
@@ -44,6 +45,7 @@ def framing_command(models: tuple[str, ...], json_file: str | None, **options: A
         from lox_merge.publish.figures.save import check_picture_file
 
         check_picture_file(options["plot"], "--plot")
+    import_torch()
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_framing import print_framing
     from lox_merge.diagnostics.framing.job import framing

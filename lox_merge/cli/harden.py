@@ -23,6 +23,7 @@ from lox_merge.cli.options import (
     workers_option,
 )
 from lox_merge.cli.push import PushWhenDone, push_when_done
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import RequestError
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def harden_command(
         warm_up(workers, executor)
         if workers == "1" and not as_adapter:
             begin_early([aligned, base])
+    import_torch()
 
     from lox_merge.cli.adapter import harden_as_adapter, plan_as_adapter
     from lox_merge.cli.progress import byte_progress

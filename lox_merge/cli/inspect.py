@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lox_merge.cli.options import cache_option, device_option, fused_option, json_option, number, order_option, seed_option, tolerance_option
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import RequestError
 
 
@@ -49,6 +50,7 @@ def inspect_command(
     """
     if by not in ("kind", "layer", "none"):
         raise RequestError(f"--by {by!r} is not known; use kind, layer or none.")
+    import_torch()
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_inspect import print_inspection

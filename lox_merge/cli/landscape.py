@@ -21,6 +21,7 @@ from lox_merge.cli.measuring import (
     utility_options,
 )
 from lox_merge.cli.options import json_option, number, seed_option
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def landscape_command(models: tuple[str, ...], json_file: str | None, **options:
     lox-merge landscape aligned base --mark hardened=out --random 2 --prompts p.csv --utility-text wiki.txt
     lox-merge landscape aligned base ft1 ft2 --prompts p.csv --json plane.json --plot plane.svg
     """
+    import_torch()
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_landscape import print_landscape
     from lox_merge.safety.decoding import Decoding

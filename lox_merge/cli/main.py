@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import signal
 import sys
@@ -126,6 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("error: interrupted", err=True)
         sys.exit(Interrupted.exit_code)
+    finally:
+        # Before it ends Python looks for cycles among all that torch made: the process takes them with it, so leave them out.
+        gc.freeze()
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -21,6 +21,7 @@ from lox_merge.cli.options import (
     tolerance_option,
     workers_option,
 )
+from lox_merge.cli.start import import_torch
 
 
 @click.command("project", short_help="Filter a fine-tuning update by the alignment subspace.")
@@ -123,6 +124,7 @@ def project_command(
         warm_up(workers, executor)
         if workers == "1":
             begin_early([finetuned, aligned, base])
+    import_torch()
 
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json

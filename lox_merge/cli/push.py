@@ -10,6 +10,7 @@ import click
 
 from lox_merge.cli.options import cache_option, device_option, json_option
 from lox_merge.cli.publishing import card_options, card_settings, license_option
+from lox_merge.cli.start import import_torch
 
 if TYPE_CHECKING:
     from lox_merge.jobs.plan import Plan
@@ -53,6 +54,7 @@ def push_command(
     lox-merge push out me/model-lox --dry-run
     lox-merge push out me/model-lox --public --results asr.json --results robustness.json
     """
+    import_torch()
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_push import print_push, print_push_plan

@@ -20,6 +20,7 @@ from lox_merge.cli.measuring import (
     utility_options,
 )
 from lox_merge.cli.options import base_option, cache_option, json_option, number, order_option
+from lox_merge.cli.start import import_torch
 from lox_merge.errors import LoxMergeError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
     lox-merge robustness base aligned hardened --attack a.jsonl --attack b.csv --prompts p.csv --controls --seeds 0,1,2
     """
     result = _run(base, aligned, hardened, options)
+    import_torch()
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_robustness import print_robustness
 

@@ -10,6 +10,7 @@ import click
 from lox_merge.cli.in_memory import measured_in_memory, reply_options, selection_of, selection_options, source_options, whole_numbers
 from lox_merge.cli.measuring import judge_options, judges_of, prompt_options, prompts_of, rendering_options, utility_of, utility_options
 from lox_merge.cli.options import base_option, cache_option, device_option, json_option, number, order_option, seed_option
+from lox_merge.cli.start import import_torch
 from lox_merge.cli.tune import check_tune_options, picked_recipe, tune_models, tune_options
 from lox_merge.errors import LoxMergeError, RequestError
 
@@ -58,6 +59,7 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
     lox-merge search base aligned --prompts p.csv --bisect --confident --write hardened --plot curve.svg
     lox-merge search base aligned --prompts p.csv --tune --attack train.jsonl --utility-prompts harmless.txt --study study.log
     """
+    import_torch()
     from lox_merge.jobs.recipe import Recipe
 
     check_tune_options(options)

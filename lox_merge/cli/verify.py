@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lox_merge.cli.options import cache_option, device_option, json_option, seed_option
+from lox_merge.cli.start import import_torch
 
 
 @click.command("verify", short_help="Check a hardened model against its manifest and its sources.")
@@ -42,6 +43,7 @@ def verify_command(
     lox-merge verify out --base base --aligned aligned --finetuned finetuned
     lox-merge verify org/hardened --sample 20
     """
+    import_torch()
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.jobs.harden import resolve_device
