@@ -78,9 +78,9 @@ def computed(
 
 def measure(shape: tuple[int, int], first: tuple[str, int], second: tuple[str, int], *, rank: int, alpha: float) -> dict[str, object]:
     """Two computations (device, threads) of one pair of this shape, in float32 and bf16."""
-    from synthetic import _matrix_pair
+    from synthetic import matrix_pair
 
-    base, aligned = _matrix_pair(shape, torch.Generator().manual_seed(0))
+    base, aligned = matrix_pair(shape, torch.Generator().manual_seed(0))
     wide = [computed(base, aligned, torch.float32, *one, rank=rank, alpha=alpha) for one in (first, second)]
     narrow = [computed(base, aligned, torch.bfloat16, *one, rank=rank, alpha=alpha)[0] for one in (first, second)]
     bound = allowed(wide[0][0], wide[0][2], alpha, rank, (wide[0][1], wide[1][1]))

@@ -24,7 +24,7 @@ import torch
 from measure import anonymous_memory
 from shapes import MODELS, Llama, Model
 from sparse import apparent_bytes, disk_bytes, make_sparse_pair
-from synthetic import _matrix_pair
+from synthetic import matrix_pair
 
 FILLED = "model.layers.1."
 # What has to stay free on the disk of a machine that others share.
@@ -95,7 +95,7 @@ def run(work: Path, layers: int, shards: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def values(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        base, aligned = _matrix_pair(shape, generator)
+        base, aligned = matrix_pair(shape, generator)
         return base.float(), aligned
 
     try:

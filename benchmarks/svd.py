@@ -1,5 +1,6 @@
 """One delta: truncated SVD against torch.linalg.svd and against randomised SVD, time and error of Proj_6.
 
+--layer: every matrix of one layer of 7B shape, from two stored matrices to the edited one, in memory: what LoX takes with either SVD.
 --panels: both products of an iteration with panels of columns that stay in the cache, against one product after the other.
 """
 
@@ -8,11 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from measure import median_seconds
+from synthetic import matrix_pair
 
+from lox_merge.jobs.work import form_delta
 from lox_merge.maths import lanczos, truncated_svd
+from lox_merge.maths.edits import lox_edit
 
 
 def delta(side: int, exponent: float, noise: float, relative: float, seed: int = 0) -> torch.Tensor:
@@ -55,18 +61,48 @@ def panels() -> list[dict[str, object]]:
     return rows
 
 
+LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+
+
+def layer(cores: int) -> list[dict[str, object]]:
+    """LoX of all matrices of a 4096-wide layer, as harden does it (a matrix to a core) and with torch.linalg.svd (all cores to a matrix)."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [matrix_pair(shape, generator) for shape in LAYER]
+    outputs = [torch.empty_like(aligned) for _, aligned in pairs]
+
+    def edit(base: torch.Tensor, aligned: torch.Tensor, out: torch.Tensor) -> None:
+        delta, _, _ = form_delta(base, aligned)
+        lox_edit(base, aligned, 6, 1.25, delta=delta, out=out)
+
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(cores) as crew:
+        ours = median_seconds(lambda: list(crew.map(edit, *zip(*pairs, strict=True), outputs)))
+    torch.set_num_threads(cores)
+    print(f"the layer's {len(LAYER)} matrices: {ours:.2f} s", flush=True)
+    seconds = []
+    for base, aligned in pairs:
+        started = time.perf_counter()
+        left, values, right = torch.linalg.svd(aligned.float() - base.float(), full_matrices=False)
+        (aligned.float() + 1.25 * (left[:, :6] * values[:6]) @ right[:6]).bfloat16()
+        seconds.append(time.perf_counter() - started)
+    print(f"with full SVD: {' + '.join(f'{one:.1f}' for one in seconds)} = {sum(seconds):.1f} s: {sum(seconds) / ours:.0f}×", flush=True)
+    return [{"shapes": LAYER, "cores": cores, "seconds": ours, "full_svd_seconds": seconds, "times_faster": sum(seconds) / ours}]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layer", action="store_true", help="only a layer of 7B shape")
     parser.add_argument("--panels", action="store_true", help="only compare ways to multiply")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.panels:
-        panels()
+    if arguments.panels or arguments.layer:
+        rows = panels() if arguments.panels else layer(arguments.threads)
+        write(arguments.json, rows)
         return
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, settings in CASES.items():
         matrix = delta(arguments.side, *settings)
         started = time.perf_counter()
@@ -106,9 +142,12 @@ def main() -> None:
             f"svd_lowrank(q=14, niter=4) {row['svd_lowrank_seconds']:.3f} s error {row['svd_lowrank_error']:.1e}",
             flush=True,
         )
-    if arguments.json:
-        with open(arguments.json, "w") as file:  # noqa: PTH123
-            json.dump(rows, file, indent=2)
+    write(arguments.json, rows)
+
+
+def write(path: str | None, rows: list[dict[str, object]]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

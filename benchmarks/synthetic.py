@@ -58,7 +58,8 @@ SIZES = {
 }
 
 
-def _matrix_pair(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def matrix_pair(shape: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stored base and aligned matrix, bf16."""
     rows, columns = shape
     values = torch.arange(1, 65).float() ** -0.8
     base = (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
@@ -88,7 +89,7 @@ def make_pair(folder: Path, size: str) -> tuple[Path, Path]:
             if len(shape) == 1:
                 tensors = torch.ones(shape).bfloat16(), (1 + 0.01 * torch.randn(shape, generator=generator)).bfloat16()
             else:
-                tensors = _matrix_pair(shape, generator)
+                tensors = matrix_pair(shape, generator)
             pair[0][name], pair[1][name] = tensors
         for path, tensors_of in zip(paths, pair, strict=True):
             save_file(tensors_of, path / file, metadata={"format": "pt"})

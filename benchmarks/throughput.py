@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from synthetic import _matrix_pair
+from synthetic import matrix_pair
 
 from lox_merge.jobs.work import form_delta
 from lox_merge.maths.edits import apply_update, lox_update
@@ -55,7 +55,7 @@ def wall_seconds(work: Callable[[], object], repeat: int, prepare: Callable[[], 
 
 def matrix(shape: tuple[int, int], rank: int, repeat: int) -> dict[str, Any]:
     """One bf16 pair of this shape: seconds of one core in each stage of its edit."""
-    base, aligned = _matrix_pair(shape, torch.Generator().manual_seed(0))
+    base, aligned = matrix_pair(shape, torch.Generator().manual_seed(0))
     delta = form_delta(base, aligned)[0].clone()
     subspace = truncated_svd(delta, rank)
     update = lox_update(subspace, 1.25)
