@@ -17,13 +17,21 @@ import threading
 from pathlib import Path
 
 _PROGRAM = """
-import json, os, sys
+import gc, json, os, sys
 import torch
 torch.set_num_threads(1)  # no thread has been started when the process forks
 import numpy, pydantic, rich.console, rich.progress, rich.table, safetensors.torch, scipy.optimize, scipy.stats, yaml
 import huggingface_hub, transformers, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+import importlib, pkgutil
 import lox_merge.cli.main
+for module in pkgutil.walk_packages(lox_merge.__path__, "lox_merge."):
+    if not any(part in module.name for part in ("mergekit", "inspect", "watch")):  # other packages, which most commands do without
+        importlib.import_module(module.name)
+
+# A child that looks for cycles among all of this would write to, and so copy, every page of it.
+gc.collect()
+gc.freeze()
 
 def work(order):
     for number, name in ((1, "stdout"), (2, "stderr")):
