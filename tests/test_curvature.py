@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,10 @@ def test_the_fused_attention_comes_back_and_half_precision_is_said(files: dict[s
     with pytest.warns(LoxMergeWarning, match=r"bfloat16|no interval"):
         found = lox_merge.curvature(loaded, files["safe"], data=[files["data"]], settings=settings)
     assert loaded.model.config._attn_implementation == kind and len(found.parameters) == 3
-    assert found.data[0]["coupling"]["interval"] is None and len(found.document["warnings"]) == 2
+    assert found.data[0]["coupling"]["interval"] is None
+    # The third is of processors without AVX-512, which take long for these types.
+    slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") and platform.machine() == "x86_64"
+    assert [any(words in text for text in found.document["warnings"]) for words in ("digits", "interval", "hundred times")] == [True, True, slow]
     assert any("eager in place of" in note for note in found.document["notes"])
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lox_merge.diagnostics.curvature.passes import Measured, Piece, kept_bytes, plan_passes
+from lox_merge.diagnostics.curvature.arena import Arena
+from lox_merge.diagnostics.curvature.passes import Measured, Piece, kept_bytes, plan_passes, planned_bytes
 from lox_merge.diagnostics.curvature.sites import Site, find_sites, selected
 from lox_merge.diagnostics.curvature.walk import Example, Reduction, check_examples, check_model, kept_rows, walk
 from lox_merge.errors import RequestError
@@ -93,9 +94,10 @@ def fisher_gram(
     grams: dict[str, Tensor] = {}
     passes = plan_passes(measured, memory)
     shapes = {parameter.name: parameter for parameter in measured}
+    arena = Arena(max(planned_bytes(pieces, shapes) for pieces in passes))
     for number, pieces in enumerate(passes, 1):
         what = "gradients" if len(passes) == 1 else f"gradients, pass {number} of {len(passes)}"
-        store = _Store(pieces, shapes)
+        store = _Store(pieces, shapes, arena)
         walk(model, sites, store.names, examples, store.emit, reduction=reduction, batch_size=batch_size, progress=progress, what=what)
         with full_precision_matmul(model.device):
             for piece in pieces:
@@ -119,8 +121,10 @@ def fisher_gram(
 class _Store:
     """What one pass keeps, by piece."""
 
-    def __init__(self, pieces: Sequence[Piece], shapes: dict[str, Measured]) -> None:
-        self._pieces, self._shapes = {piece.name: piece for piece in pieces}, shapes
+    def __init__(self, pieces: Sequence[Piece], shapes: dict[str, Measured], arena: Arena) -> None:
+        """arena: of which nothing is in use any more."""
+        self._pieces, self._shapes, self.arena = {piece.name: piece for piece in pieces}, shapes, arena
+        arena.clear()
         self.names = set(self._pieces)
         self._kept: dict[str, list[Contribution]] = defaultdict(list)
 
@@ -131,7 +135,7 @@ class _Store:
         if piece.formed and not isinstance(part, Whole):
             owners = torch.unique(part.owners)
             part = Whole(gradient_rows([part], 0, piece.last - piece.first, shape.columns, owners), owners)
-        self._kept[name].append(part)
+        self._kept[name].append(self.arena.keep(part))
 
     def take(self, piece: Piece) -> list[Contribution]:
         return self._kept.pop(piece.name, [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lox_merge.errors import RequestError
@@ -68,6 +68,19 @@ def plan_passes(parameters: Sequence[Measured], memory: int) -> list[list[Piece]
                 passes.append([])
                 free, groups = memory, set()
     return [some for some in passes if some]
+
+
+def planned_bytes(pieces: Sequence[Piece], parameters: Mapping[str, Measured]) -> int:
+    """What a pass over these pieces keeps; parameters by name."""
+    groups, total = set[int](), 0
+    for piece in pieces:
+        parameter, rows = parameters[piece.name], piece.last - piece.first
+        if piece.formed:
+            total += parameter.kept_bytes * rows
+            continue
+        total += parameter.row_bytes * rows + (0 if parameter.group in groups else parameter.shared_bytes)
+        groups.add(parameter.group)
+    return total
 
 
 def kept_bytes(columns: int, examples: int) -> int:

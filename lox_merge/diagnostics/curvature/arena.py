@@ -1,0 +1,73 @@
+"""Memory for what outlives one backward pass, apart from what comes and goes in it."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lox_merge.maths.gradients import Contribution
+
+# Of an allocation beside the first.
+_CHUNK = 64 * 2**20
+_ALIGNED = 64
+
+
+@dataclass
+class _Chunk:
+    memory: Tensor
+    used: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.memory.numel() - self.used
+
+
+class Arena:
+    """Copies tensors into one allocation (of each device), which `clear` leaves for the next ones.
+
+    Thousands of tensors of a megabyte that stay, allocated between others that go, leave holes into which the next backward pass does not
+    fit: the heap would grow to a multiple of what is in use, with every completion.
+    """
+
+    def __init__(self, expected: int) -> None:
+        """expected: bytes that the tensors are going to take together; more of them are kept, too. On a CPU memory is taken when it is used."""
+        self._expected = expected
+        self._chunks: dict[torch.device, list[_Chunk]] = {}
+        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    @property
+    def used(self) -> int:
+        """Bytes in use."""
+        return sum(chunk.used for chunks in self._chunks.values() for chunk in chunks)
+
+    def keep(self, found: Contribution) -> Contribution:
+        """The same with its tensors in here; a tensor that several contributions share is kept once."""
+        return replace(found, **{field.name: self._kept(value) for field in fields(found) if isinstance(value := getattr(found, field.name), Tensor)})
+
+    def clear(self) -> None:
+        """What was kept is overwritten from now on."""
+        self._copies.clear()
+        for chunks in self._chunks.values():
+            for chunk in chunks:
+                chunk.used = 0
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        of, copy = self._copies.get(id(tensor), (None, tensor))
+        if of is None or of() is not tensor:
+            copy = self._place(tensor)
+            self._copies[id(tensor)] = (weakref.ref(tensor), copy)
+        return copy
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        chunks = self._chunks.setdefault(tensor.device, [])
+        chunk = next((chunk for chunk in chunks if chunk.left >= tensor.nbytes), None)
+        if chunk is None:
+            size = _CHUNK if chunks else self._expected
+            chunk = _Chunk(torch.empty(max(size, tensor.nbytes), dtype=torch.uint8, device=tensor.device))
+            chunks.append(chunk)
+        place = chunk.memory[chunk.used : chunk.used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        chunk.used = min(chunk.memory.numel(), -(-(chunk.used + tensor.nbytes) // _ALIGNED) * _ALIGNED)
+        return place.copy_(tensor)
