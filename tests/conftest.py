@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from forked_cli import ForkedCli  # noqa: E402
+from forked_cli import ForkedCli, StartedCli  # noqa: E402
 
 torch.set_num_threads(1)
 # A shell starts background jobs with Ctrl-C ignored, and what a process ignores its children ignore too.
@@ -80,6 +80,13 @@ def run_cli(*arguments: object, cwd: Path | None = None, timeout: float = 240, *
     if _FORKED.fits(variables):
         return _FORKED.run(texts, cwd, variables, timeout)
     return subprocess.run([*CLI, *texts], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def start_cli(*arguments: object) -> StartedCli:
+    """The same, going on: for tests that kill it."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert _FORKED.fits(variables)
+    return _FORKED.start(list(map(str, arguments)), None, variables)
 
 
 @pytest.fixture(name="run_cli")

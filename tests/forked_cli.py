@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 _PROGRAM = """
 import gc, json, os, sys
@@ -85,29 +87,55 @@ class ForkedCli:
         return wanted == _read_early(self._environment if self._process is not None else dict(os.environ))
 
     def run(self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+        started = self.start(arguments, cwd, environment)
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            started.kill()
+
+        timer = threading.Timer(timeout, stop)
+        timer.start()
+        done = started.finish()
+        timer.cancel()
+        if late.is_set():
+            raise subprocess.TimeoutExpired(arguments, timeout, done.stdout, done.stderr)
+        return done
+
+    def start(self, arguments: list[str], cwd: Path | None, environment: dict[str, str]) -> StartedCli:
+        """One at a time: the next call waits for the one before."""
         if self._process is None or self._process.poll() is not None:
             self._environment = environment
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
             )
         assert self._process.stdin is not None and self._process.stdout is not None
-        with tempfile.TemporaryDirectory() as files:
-            order = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment, "files": files}
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            child = int(self._process.stdout.readline())
-            late = threading.Event()
+        files = tempfile.TemporaryDirectory()
+        order = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment, "files": files.name}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return StartedCli(int(self._process.stdout.readline()), arguments, files, self._process.stdout)
 
-            def stop() -> None:
-                late.set()
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
 
-            timer = threading.Timer(timeout, stop)
-            timer.start()
-            code = int(self._process.stdout.readline())
-            timer.cancel()
-            output, errors = (Path(files, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
-        if late.is_set():
-            raise subprocess.TimeoutExpired(arguments, timeout, output, errors)
-        return subprocess.CompletedProcess(arguments, code, output, errors)
+@dataclass(frozen=True)
+class StartedCli:
+    """A call that goes on."""
+
+    pid: int
+    arguments: list[str]
+    files: tempfile.TemporaryDirectory[str]
+    answers: IO[str]
+
+    def poll(self) -> int | None:
+        """As of subprocess.Popen, but for the number: None while it runs."""
+        return None if Path(f"/proc/{self.pid}").exists() else 0
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def finish(self) -> subprocess.CompletedProcess[str]:
+        code = int(self.answers.readline())
+        output, errors = (Path(self.files.name, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        self.files.cleanup()
+        return subprocess.CompletedProcess(self.arguments, code, output, errors)

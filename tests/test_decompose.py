@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLI, RunCli
+from conftest import CLI, RunCli, start_cli
 from safetensors import safe_open
 from tiny_models import make_pair, read_tensors
 
@@ -186,24 +186,24 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     arguments = ("decompose", base, aligned, path, "--rank", "16", "--device", "cpu")
     parts = tmp_path / ".f.safetensors.parts"
     for kill in range(2):
-        process = subprocess.Popen([*CLI, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = start_cli(*arguments)
         while process.poll() is None and len(list(parts.glob("*.piece"))) < 2 * (kill + 1):
             time.sleep(0.001)
         process.kill()
-        process.communicate()
+        process.finish()
         assert not path.exists(), "the run was too quick to be killed"
     kept = {piece: piece.stat().st_mtime_ns for piece in parts.glob("*.piece") if (parts / ".lox_merge" / f"{piece.name}.json").exists()}
     assert len(kept) >= 2
     with pytest.raises(OutputError, match=r"another job: recipe.exclude was \[\], is now \['lm_head'\]"):
         decompose(base, aligned, path, recipe=Recipe(rank=16, exclude=("lm_head",)), device="cpu")
 
-    process = subprocess.Popen([*CLI, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start_cli(*arguments)
     untouched = True
     while process.poll() is None:
         with contextlib.suppress(FileNotFoundError):
             untouched = untouched and all(piece.stat().st_mtime_ns == stamp for piece, stamp in kept.items())
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    done = process.finish()
+    assert done.returncode == 0, done.stderr
     assert untouched, "finished pieces were made again"
     assert path.read_bytes() == expected
 

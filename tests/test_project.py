@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import torch
 from adapters import make_adapter, merge
 from click.testing import CliRunner
-from conftest import CLI, RunCli
+from conftest import RunCli, start_cli
 from finetuned import filtered_tensor, finetune
 from reference import assert_equals_to_rounding, header, load
 from safetensors.torch import load_file, save_file
@@ -278,14 +276,13 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, run_cli: RunCli
     for attempt in range(8):
         out = tmp_path / f"out{attempt}"
         for wanted in (1, 4):
-            command = [*CLI, "project", *map(str, (*models, out)), *options]
-            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = start_cli("project", *models, out, *options)
             while process.poll() is None and (
                 len(list((out / ".lox_merge").glob("*.safetensors.json"))) < wanted or not (out / ".lox_merge" / "job.json").exists()
             ):
                 time.sleep(0.001)
             process.kill()
-            process.communicate()
+            process.finish()
             kills += not (out / "lox_merge.json").exists()
         if kills >= 2:
             break

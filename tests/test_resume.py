@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CLI, RunCli
+from conftest import CLI, RunCli, start_cli
+from forked_cli import StartedCli
 from tiny_models import make_pair
 
 from lox_merge import Recipe, harden
@@ -45,7 +46,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen([*CLI, "harden", *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_work(process: subprocess.Popen[str], out: Path) -> None:
+def wait_for_work(process: subprocess.Popen[str] | StartedCli, out: Path) -> None:
     """Returns once this process (not one that was killed before it) writes into the output."""
     began = time.time() - 0.01  # file stamps are a little coarser than the clock
     while process.poll() is None:
@@ -57,13 +58,13 @@ def wait_for_work(process: subprocess.Popen[str], out: Path) -> None:
 
 
 def work_seconds(pair: tuple[Path, Path], out: Path) -> float:
-    process = start(*pair, out)
+    process = start_cli("harden", *pair, out)
     wait_for_work(process, out)
     began = time.perf_counter()
     while not (out / "lox_merge.json").exists():
         time.sleep(0.002)
     spell = time.perf_counter() - began
-    process.communicate()
+    process.finish()
     return spell
 
 
@@ -75,11 +76,11 @@ def test_killed_at_random_moments_and_resumed(pair: tuple[Path, Path], expected:
     while kills < KILLS:
         out = tmp_path / f"out{folder}"
         while kills < KILLS:
-            process = start(*pair, out)
+            process = start_cli("harden", *pair, out)
             wait_for_work(process, out)
             time.sleep(moments.uniform(0, spell))
             process.kill()
-            process.communicate()
+            process.finish()
             if (out / "lox_merge.json").exists():
                 break  # it was through; the next one starts anew
             kills += 1

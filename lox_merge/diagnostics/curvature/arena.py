@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lox_merge.maths.gradients import Contribution
+from lox_merge.maths.gradients import Contribution, Lookup, Outer, Whole
 
 # Of an allocation beside the first.
 _CHUNK = 64 * 2**20
@@ -45,7 +45,12 @@ class Arena:
 
     def keep(self, found: Contribution) -> Contribution:
         """The same with its tensors in here; a tensor that several contributions share is kept once."""
-        return replace(found, **{field.name: self._kept(value) for field in fields(found) if isinstance(value := getattr(found, field.name), Tensor)})
+        kept = self._kept
+        if isinstance(found, Outer):
+            return replace(found, inputs=kept(found.inputs), gradients=kept(found.gradients), owners=kept(found.owners))
+        if isinstance(found, Lookup):
+            return Lookup(kept(found.tokens), kept(found.gradients), kept(found.owners))
+        return Whole(kept(found.values), kept(found.owners))
 
     def clear(self) -> None:
         """What was kept is overwritten from now on."""
