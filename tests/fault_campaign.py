@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -25,6 +26,9 @@ def _get_ready() -> None:
 
     torch.set_num_threads(1)  # no thread has been started when the process forks
     logging.disable_progress_bar()
+    # A fork that looks for cycles among all of this would copy its pages.
+    gc.collect()
+    gc.freeze()
 
 
 @click.command()

@@ -36,6 +36,8 @@ gc.collect()
 gc.freeze()
 
 def work(order):
+    # torch makes its pool of threads anew after a fork, and does not bear two threads that ask for it at once.
+    torch.set_num_threads(1)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(order["files"], name), os.O_WRONLY | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -159,6 +159,8 @@ def test_records_of_a_working_state() -> None:
         {"sources": {"other": {}}},
         {"tensors": [None]},
         {"output": output | {"file": "/x"}},
+        {"of no interest": [{"deep": float("inf")}]},
+        {"of no interest": float("nan")},
     ):
         assert record_damage(sound | changes)
     assert record_damage({"output": output, "sources": {}, "skipped": []})

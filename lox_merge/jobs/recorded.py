@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -288,4 +289,8 @@ def _damage(shape: type[_Part], value: Any) -> str | None:
     except ValidationError as error:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {'missing' if first['type'] == 'missing' else first['msg']}"
+    try:  # what is kept of it, its shape not looked at, is written again
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return "a number that is not finite"
     return None

@@ -52,8 +52,12 @@ class Running:
             for number in (1, 2):
                 os.dup2(descriptor, number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            import torch
+
             from lox_merge.cli.main import main
 
+            # torch makes its pool of threads anew after a fork, and does not bear two threads that ask for it at once.
+            torch.set_num_threads(1)
             if fault:
                 fault()
             main(arguments)
