@@ -157,3 +157,13 @@ def test_python_names_are_reachable() -> None:
         assert getattr(lox_merge, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lox_merge.nothing
+
+
+def test_torch_is_imported_without_collections_and_collected_as_before_afterwards() -> None:
+    code = (
+        "import gc, sys\nfrom lox_merge.cli.start import import_torch\nassert 'torch' not in sys.modules\nbefore = gc.get_stats()[2]['collections']\n"
+        "import_torch()\nassert 'torch' in sys.modules and gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "assert gc.get_stats()[2]['collections'] == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

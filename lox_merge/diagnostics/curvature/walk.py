@@ -143,7 +143,9 @@ def kept_rows(model: Any, examples: Sequence[Example], batch_size: int | None = 
 
 
 def _tokens_at_once(model: Any) -> int:
-    return _TOKENS if sum(parameter.numel() for parameter in model.parameters()) < _LARGE else _TOKENS_OF_LARGE
+    if sum(parameter.numel() for parameter in model.parameters()) < _LARGE:
+        return _TOKENS
+    return _TOKENS_OF_LARGE * 2 // max(2, model.dtype.itemsize)  # the same memory for a graph in float32
 
 
 def batches(examples: Sequence[Example], batch_size: int | None = None, tokens: int = _TOKENS) -> Iterator[list[int]]:
