@@ -62,6 +62,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    _FORKED.stop()
+
+
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 CLI = [sys.executable, "-m", "lox_merge.cli.main"]
 

@@ -79,13 +79,18 @@ class ForkedCli:
         self._process: subprocess.Popen[str] | None = None
         self._environment: dict[str, str] = {}
 
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
     def fits(self, environment: dict[str, str]) -> bool:
         """Whether a forked process would see these variables: some are read when a library is imported."""
         wanted = _read_early(environment)
         if self._process is not None and wanted != _read_early(self._environment) and wanted == _read_early(dict(os.environ)):
             # Not this call is special: a library that a test imported has set a variable for good (lm_eval sets one of the Hub's).
-            self._process.kill()
-            self._process = None
+            self.stop()
         return wanted == _read_early(self._environment if self._process is not None else dict(os.environ))
 
     def run(self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
