@@ -145,7 +145,8 @@ def kept_rows(model: Any, examples: Sequence[Example], batch_size: int | None = 
 def _tokens_at_once(model: Any) -> int:
     if sum(parameter.numel() for parameter in model.parameters()) < _LARGE:
         return _TOKENS
-    return _TOKENS_OF_LARGE * 2 // max(2, model.dtype.itemsize)  # the same memory for a graph in float32
+    width: int = model.dtype.itemsize
+    return _TOKENS_OF_LARGE * 2 // max(2, width)  # the same memory for a graph in float32
 
 
 def batches(examples: Sequence[Example], batch_size: int | None = None, tokens: int = _TOKENS) -> Iterator[list[int]]:
