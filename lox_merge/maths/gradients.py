@@ -67,13 +67,13 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def narrowed(found: Contribution, first: int, last: int) -> Contribution:
-    """What is needed of it for the parameter's rows first, …, last − 1 (rows are outputs, or tokens)."""
+    """What is needed of it for the parameter's rows first, …, last − 1 (rows are outputs, or tokens); may share memory with it."""
     if isinstance(found, Outer):
-        return replace(found, gradients=found.gradients[:, first:last].clone())
+        return replace(found, gradients=found.gradients[:, first:last])
     if isinstance(found, Lookup):
         kept = (found.tokens >= first) & (found.tokens < last)
         return Lookup(found.tokens[kept] - first, found.gradients[kept], found.owners[kept])
-    return Whole(found.values[:, first:last].clone(), found.owners)
+    return Whole(found.values[:, first:last], found.owners)
 
 
 def inner_products(found: Contribution, direction: Tensor, examples: int) -> Float[Tensor, " n"]:
