@@ -77,8 +77,7 @@ def main() -> None:
     results = {}
     if not arguments.only_wide:
         results["468M"] = measure("468M", arguments.work, arguments.repeat, peers=("floor", "mergekit task_arithmetic", *FULL_SVD))
-    for size in [] if arguments.only_wide else arguments.sizes:
-        results[size] = measure(size, arguments.work, arguments.repeat, peers=())
+        results |= {size: measure(size, arguments.work, arguments.repeat, peers=()) for size in arguments.sizes}
     if arguments.wide or arguments.only_wide:
         results[WIDE] = measure(WIDE, arguments.work, arguments.repeat, peers=("floor", FULL_SVD[-1]))
     ratios = {size: {name: row.seconds / rows["harden"].seconds for name, row in rows.items() if name != "harden"} for size, rows in results.items()}
