@@ -13,7 +13,7 @@ from lox_merge.errors import RequestError
 # Tokens by their public prefixes: Hugging Face, OpenAI and alike, GitHub, AWS.
 _TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b")
 _TEXT = (".json", ".md", ".py", ".txt", ".yaml", ".yml", ".jinja", ".toml", ".cfg", ".svg")
-# A vocabulary holds any string whatever, "/root/" included; nobody's settings are in it.
+# A vocabulary holds any string whatever, those of paths included; nobody's settings are in it.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "model.safetensors.index.json")
 _LARGEST = 10 * 2**20
 # An absolute path of two parts or more; whether it is one of this machine is then looked up.
