@@ -165,13 +165,13 @@ def test_the_fused_attention_comes_back_and_half_precision_is_said(files: dict[s
     loaded = load_model(files["aligned"], device="cpu", dtype="bfloat16")
     kind = loaded.model.config._attn_implementation
     settings = CurvatureSettings(layers=(1,), only=("mlp",), batches=1)
-    with pytest.warns(LoxMergeWarning, match=r"bfloat16|no interval"):
+    with pytest.warns(LoxMergeWarning, match=r"bfloat16|no interval") as said:
         found = lox_merge.curvature(loaded, files["safe"], data=[files["data"]], settings=settings)
     assert loaded.model.config._attn_implementation == kind and len(found.parameters) == 3
-    assert found.data[0]["coupling"]["interval"] is None
-    # The third is of processors without AVX-512, which take long for these types.
+    assert found.data[0]["coupling"]["interval"] is None and len(found.document["warnings"]) == 2
+    # Of processors without AVX-512, which take long for these types: nothing that the result has to say.
     slow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") and platform.machine() == "x86_64"
-    assert [any(words in text for text in found.document["warnings"]) for words in ("digits", "interval", "hundred times")] == [True, True, slow]
+    assert any("hundred times" in str(warning.message) for warning in said) == slow
     assert any("eager in place of" in note for note in found.document["notes"])
 
 

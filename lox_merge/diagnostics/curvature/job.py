@@ -106,6 +106,7 @@ def curvature(
     examples = _sample(tokenised(safe, loaded.tokenizer, rendering, chosen.max_length), chosen.limit, chosen.seed)
     check_examples(examples)
     batches = [_batches(tokenised(some, loaded.tokenizer, rendering, chosen.max_length), chosen) for some in sets]
+    _warn_where_slow(model)
     warned = _warnings(model, sets, batches)
     deltas = [delta_of(one, model, [name for name, _ in model.named_parameters() if chosen.wants(name)]) for one in opened]
     projection = None
@@ -195,20 +196,22 @@ def _rank(conditions: list[dict[str, Any]]) -> None:
         record["rank"] = next((place for place, one in enumerate(known, 1) if one is record), None)
 
 
-def _multiplies_in_float32_only() -> bool:
+def _warn_where_slow(model: Any) -> None:
     """Without AVX-512, torch multiplies 16-bit matrices on an x86 processor entry by entry where one of them is transposed."""
-    return platform.machine().lower() in ("x86_64", "amd64") and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    float32_only = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    if model.device.type == "cpu" and model.dtype.itemsize < 4 and float32_only:
+        warnings.warn(
+            f"this processor has no instructions for {str(model.dtype).removeprefix('torch.')}: a backward pass takes up to a hundred times as "
+            "long as with --dtype float32",
+            LoxMergeWarning,
+            stacklevel=3,
+        )
 
 
 def _warnings(model: Any, sets: Sequence[Conversations], batches: Sequence[Sequence[Any]]) -> list[str]:
     found = []
     if sets and model.dtype.itemsize < 4:
         found.append(f"second derivatives in {str(model.dtype).removeprefix('torch.')} keep two or three digits; --dtype float32 is exact")
-    if model.device.type == "cpu" and model.dtype.itemsize < 4 and _multiplies_in_float32_only():
-        found.append(
-            f"this processor has no instructions for {str(model.dtype).removeprefix('torch.')}: a backward pass takes up to a hundred times as "
-            "long as with --dtype float32"
-        )
     found += [f"{some.name} gives one batch, so its figures have no interval" for some, parts in zip(sets, batches, strict=True) if len(parts) == 1]
     for text in found:
         warnings.warn(text, LoxMergeWarning, stacklevel=3)
