@@ -38,7 +38,9 @@ def write_report(runs: Sequence[Path], page: Path | None, figures: Sequence[Path
         for file in figures:
             click.echo(f"Written: {file}")
         if html is not None:
-            click.echo(f"Written: {page} ({len(report.sections)} sections, {len(report.pictures)} pictures, {len(html) / 1000:.0f} kB)")
+            sections, pictures = len(report.sections), len(report.pictures)
+            counted = f"{sections} section{'s' * (sections != 1)}, {pictures} picture{'s' * (pictures != 1)}"
+            click.echo(f"Written: {page} ({counted}, {len(html) / 1000:.0f} kB)")
 
 
 def _check_no_source(runs: Sequence[Path], outputs: Sequence[Path]) -> None:
