@@ -7,8 +7,8 @@
 
 A processor without instructions for bfloat16 takes a hundred times as long with it: --dtype float32.
 
-Both ways multiply about as much; what the hooks save is memory. Each runs in a process of its own; memory is what it takes beyond
-the model once that is loaded.
+Both ways multiply about as much; what the hooks save is memory. Each runs in processes of its own, in turn: the seconds are medians of
+--rounds, memory (what it takes beyond the model once that is loaded) is watched in one more, which watching makes slower.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
 import torch
 from measure import anonymous_memory
 from synthetic import SIZES, Shapes
+from torch.func import functional_call, grad, vmap
+
+from lox_merge.diagnostics.curvature.gram import fisher_gram
 
 SMALL = Shapes(256, 1024, 4, 1000, 256, 1)
 
@@ -54,16 +58,12 @@ def examples_of(count: int, tokens: int, vocabulary: int) -> list[dict[str, list
 
 
 def by_hooks(model: Any, examples: list[dict[str, list[int]]], memory: int, only: str) -> tuple[dict[str, torch.Tensor], int]:
-    from lox_merge.diagnostics.curvature.gram import fisher_gram
-
     found = fisher_gram(model, examples, memory=memory, wanted=lambda name: re.search(only, name) is not None)
     return found.grams, found.passes
 
 
 def by_func(model: Any, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """All gradients of all examples at once, as vmap gives them; masks are built outside, which vmap asks for."""
-    from torch.func import functional_call, grad, vmap
-
     model.set_attn_implementation("eager")
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     tokens = torch.tensor([example["input_ids"] for example in examples], device=model.device)
@@ -98,7 +98,8 @@ def run_one(arguments: argparse.Namespace) -> None:
             time.sleep(0.02)
 
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    if arguments.watch:
+        watcher.start()
     began, spent = time.perf_counter(), time.process_time()
     passes = 1
     if arguments.way == "hooks":
@@ -108,7 +109,8 @@ def run_one(arguments: argparse.Namespace) -> None:
     # Of the processor, too: other programs on the machine do not count in it.
     seconds, spent = time.perf_counter() - began, time.process_time() - spent
     done.set()
-    watcher.join()
+    if arguments.watch:
+        watcher.join()
     most = torch.cuda.max_memory_allocated() if cuda else peak[0]
     torch.save(grams, arguments.out)
     print(json.dumps({"seconds": seconds, "processor": spent, "memory": most - start, "passes": passes}))
@@ -126,28 +128,41 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--way", choices=["hooks", "func"])
     parser.add_argument("--out")
+    parser.add_argument("--watch", action="store_true", help="memory, with --way")
+    parser.add_argument("--rounds", type=int, help="of seconds; 0 takes those of the run whose memory is watched")
     arguments = parser.parse_args()
     arguments.completions = arguments.completions or (100 if arguments.shape else 48)
     arguments.tokens = arguments.tokens or (256 if arguments.shape else 64)
+    arguments.rounds = (0 if arguments.shape else 5) if arguments.rounds is None else arguments.rounds
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.shape else "float32")
     if arguments.way:
         run_one(arguments)
         return
+    ways = ("hooks",) if arguments.shape else ("hooks", "func")
     with tempfile.TemporaryDirectory() as folder:
+        records: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+        for _ in range(arguments.rounds):
+            for way in ways:
+                records[way].append(run_apart(way, Path(folder), watch=False))
         found = {}
-        for way in ("hooks",) if arguments.shape else ("hooks", "func"):
-            out = Path(folder) / f"{way}.pt"
-            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--out", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            record = json.loads(done.stdout.splitlines()[-1])
-            found[way] = torch.load(out)
-            spent = f"{record['seconds']:8.1f} s ({record['processor']:.1f} s of the processor)"
-            print(f"{way:6s} {spent}  {record['memory'] / 1e9:6.2f} GB beside the model  {record['passes']} pass(es)", flush=True)
+        for way in ways:
+            watched = run_apart(way, Path(folder), watch=True)
+            found[way] = torch.load(Path(folder) / f"{way}.pt")
+            seconds, processor = (median([record[key] for record in records[way] or [watched]]) for key in ("seconds", "processor"))
+            spent = f"{seconds:8.2f} s ({processor:.2f} s of the processor)"
+            print(f"{way:6s} {spent}  {watched['memory'] / 1e9:6.2f} GB beside the model  {watched['passes']} pass(es)", flush=True)
         if len(found) == 2:
             worst = max(float((one - found["func"][name]).norm() / found["func"][name].norm()) for name, one in found["hooks"].items())
             print(f"largest relative difference of a Gram matrix: {worst:.1e}")
+
+
+def run_apart(way: str, folder: Path, watch: bool) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--out", str(folder / f"{way}.pt"), *(["--watch"] if watch else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
 
 
 if __name__ == "__main__":

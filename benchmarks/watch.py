@@ -2,8 +2,9 @@
 
     python benchmarks/watch.py [--hidden 512] [--layers 8] [--steps 60] [--repeat 3] [--lora] [--device cpu]
 
-A random Llama is trained on random tokens, in one process, each setting `--repeat` times in turn; medians of the seconds a step
-takes, and of the ratios within a round (the callback's setup before the first step is reported apart). Nothing is kept.
+A random Llama is trained on random tokens, each setting `--repeat` times in turn and in a process of its own, since what one training
+leaves of the heap changes the next one's times by a quarter; medians of the seconds a step takes, and of the ratios within a round
+(the callback's setup before the first step is reported apart). Nothing is kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from lox_merge import AlignmentWatch
 
 VOCABULARY = 4096
+SETTINGS = ("without", "default", "every step")
 
 
 class Clock(TrainerCallback):
@@ -72,6 +76,52 @@ def run(arguments: argparse.Namespace, watch: AlignmentWatch | None, folder: Pat
     return clock.seconds / arguments.steps
 
 
+def run_one(arguments: argparse.Namespace) -> None:
+    """In a process of its own: prints JSON."""
+    texts = rows(arguments.completions, arguments.completion_length)
+    half = arguments.completion_length // 2
+    completions = [{"input_ids": text, "labels": [-100] * half + text[half:]} for text in texts]
+    options: dict[str, Any] = {} if arguments.setting == "default" else {"interval": 1, "overhead": 1e9}
+    watch = None if arguments.setting == "without" else AlignmentWatch(completions=completions, base=arguments.folder / "base", **options)
+    record: dict[str, Any] = {"step_seconds": run(arguments, watch, arguments.folder)}
+    if watch is not None:
+        measured = [entry["seconds"] for entry in watch.history[1:]]
+        record |= {"own_account": watch.pace.overhead, "measurements": len(measured), "seconds": statistics.median(measured)}
+        record |= {"setup_seconds": watch.setup["seconds"], "kept_bytes": watch.setup["bytes"]}
+    print(json.dumps(record))
+
+
+def run_apart(setting: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--setting", setting, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
+
+
+def make_models(arguments: argparse.Namespace, folder: Path) -> int:
+    """Base and aligned in the folder; how many parameters each has."""
+    torch.manual_seed(0)
+    size = arguments.hidden
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size,
+        intermediate_size=3 * size,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=size // 64,
+        num_key_value_heads=size // 64,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * parameter.std() * torch.randn_like(parameter)
+    model.save_pretrained(folder / "aligned")
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
@@ -84,52 +134,29 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--setting", choices=SETTINGS)
+    parser.add_argument("--folder", type=Path, help="of the models, with --setting")
     arguments = parser.parse_args()
-    size = arguments.hidden
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=size,
-        intermediate_size=3 * size,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=size // 64,
-        num_key_value_heads=size // 64,
-        max_position_embeddings=512,
-    )
-    texts = rows(arguments.completions, arguments.completion_length)
-    half = arguments.completion_length // 2
-    completions = [{"input_ids": text, "labels": [-100] * half + text[half:]} for text in texts]
+    if arguments.setting:
+        run_one(arguments)
+        return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = LlamaForCausalLM(config)
-        model.save_pretrained(folder / "base")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.01 * parameter.std() * torch.randn_like(parameter)
-        model.save_pretrained(folder / "aligned")
-        seconds: dict[str, list[float]] = {"without": [], "default": [], "every step": []}
-        made: dict[str, AlignmentWatch] = {}
-        run(arguments, None, folder)  # warms up
+        parameters = make_models(arguments, Path(name))
+        records: dict[str, list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
         for _ in range(arguments.repeat):
-            for setting, times in seconds.items():
-                options: dict[str, Any] = {} if setting == "default" else {"interval": 1, "overhead": 1e9}
-                watch = None if setting == "without" else AlignmentWatch(completions=completions, base=folder / "base", **options)
-                times.append(run(arguments, watch, folder))
-                if watch is not None:
-                    made[setting] = watch
-    plain = statistics.median(seconds["without"])
-    result: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "lora": arguments.lora, "step_seconds": plain}
-    for setting, watch in made.items():
-        ratio = statistics.median(one / other for one, other in zip(seconds[setting], seconds["without"], strict=True))
-        measured = [entry["seconds"] for entry in watch.history[1:]]
-        own = {"overhead": ratio - 1, "own_account": watch.pace.overhead, "measurements": len(measured), "seconds": statistics.median(measured)}
-        result[setting] = own | {"setup_seconds": watch.setup["seconds"], "kept_bytes": watch.setup["bytes"]}
+            for setting, some in records.items():
+                some.append(run_apart(setting, Path(name)))
+    middle = {setting: {key: statistics.median(record[key] for record in some) for key in some[0]} for setting, some in records.items()}
+    for setting in SETTINGS[1:]:
+        found = middle[setting]
+        pairs = zip(records[setting], records["without"], strict=True)
+        found["overhead"] = statistics.median(one["step_seconds"] / other["step_seconds"] for one, other in pairs) - 1
         print(
-            f"{setting}: {ratio - 1:+.1%} of a step ({watch.pace.overhead:.1%} by its own account), {len(measured)} measurements of "
-            f"{statistics.median(measured):.2f} s; a step {plain:.3f} s; setup {watch.setup['seconds']:.1f} s",
+            f"{setting}: {found['overhead']:+.1%} of a step ({found['own_account']:.1%} by its own account), {found['measurements']} measurements of "
+            f"{found['seconds']:.2f} s; a step {middle['without']['step_seconds']:.3f} s; setup {found['setup_seconds']:.1f} s",
             flush=True,
         )
-    print(json.dumps(result))
+    print(json.dumps({"parameters": parameters, "lora": arguments.lora, "repeat": arguments.repeat} | middle))
 
 
 if __name__ == "__main__":

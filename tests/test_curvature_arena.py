@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lox_merge.diagnostics.curvature.arena import Arena
-from lox_merge.maths.gradients import Lookup, Outer, Whole
+from lox_merge.diagnostics.curvature.arena import Arena, Scratch
+from lox_merge.maths.gradients import Contribution, Lookup, Outer, Whole, gradient_rows
 
 
 def test_copies_are_whole_and_their_own() -> None:
@@ -49,3 +49,35 @@ def test_memory_is_used_again_and_more_than_expected_fits() -> None:
         arena.clear()
     empty = arena.keep(Lookup(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)))
     assert isinstance(empty, Lookup) and empty.gradients.shape == (0, 4)
+
+
+def test_blocks_take_one_memory_in_turn_whatever_it_holds() -> None:
+    """Owners without rows are zero, and one owner's rows may come in several contributions of any kind."""
+    scratch, generator = Scratch(4 * 5 * 6 * 3), torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    outer = [Outer(random(4, 3), random(4, 6), torch.tensor([0, 0, 2, 2])), Outer(random(3, 3), random(3, 6), torch.tensor([2, 4, 4]))]
+    lookup = Lookup(torch.tensor([5, 0, 5]), random(3, 3), torch.tensor([1, 2, 2]))
+    whole = Whole(random(2, 6, 3), torch.tensor([0, 4]))
+    mixtures: list[list[Contribution]] = [outer, [outer[0], lookup, outer[1]], [whole, *outer], [lookup], [whole]]
+    addresses = set()
+    for mixture in mixtures:
+        dirty = scratch.place((5, 6, 3), torch.float32, torch.device("cpu"))
+        dirty.fill_(float("nan"))
+        block = gradient_rows(mixture, 0, 6, 3, torch.arange(5), scratch.place)
+        expected = torch.zeros(5, 6, 3)
+        for some in mixture:
+            for row, owner in enumerate(some.owners.tolist()):
+                if isinstance(some, Outer):
+                    expected[owner] += some.gradients[row, :, None] * some.inputs[row]
+                elif isinstance(some, Lookup):
+                    expected[owner, some.tokens[row]] += some.gradients[row]
+                else:
+                    expected[owner] += some.values[row]
+        torch.testing.assert_close(block, expected, rtol=1e-5, atol=1e-6)
+        addresses |= {dirty.data_ptr(), block.data_ptr()}
+    assert len(addresses) == 1
+    larger = scratch.place((5, 6, 4), torch.float32, torch.device("cpu"))
+    assert larger.shape == (5, 6, 4) and larger.data_ptr() not in addresses

@@ -129,6 +129,22 @@ def test_long_texts_are_formed_row_by_row_and_many_need_not_fit() -> None:
         fisher_gram(model, examples, memory=100)
 
 
+def test_padding_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of one length are taken as they lie; beside a longer one they are picked out of the padding. Blocks share one memory."""
+    from lox_merge.diagnostics.curvature import gram as module
+
+    model = tiny("qwen3")
+    alike = [{"input_ids": row, "labels": [-100, -100, *row[2:]]} for row in torch.randint(1, 60, (6, 9)).tolist()]
+    row = torch.randint(1, 60, (17,)).tolist()
+    together, apart = fisher_gram(model, alike, batch_size=6), fisher_gram(model, [*alike, {"input_ids": row, "labels": row}], batch_size=7)
+    monkeypatch.setattr(module, "_BLOCK", 1)
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 3)
+    blocks = fisher_gram(model, alike, batch_size=6)
+    for name in together.names:
+        torch.testing.assert_close(apart.grams[name][:6, :6], together.grams[name], rtol=1e-8, atol=1e-14)
+        torch.testing.assert_close(blocks.grams[name], together.grams[name], rtol=1e-8, atol=1e-14)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_half_precision_is_near_and_nothing_of_the_model_changes(architecture: str) -> None:
     model, examples = tiny(architecture, torch.bfloat16), completions()

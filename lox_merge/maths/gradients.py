@@ -7,7 +7,7 @@ than a block of its rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,6 +59,8 @@ class Whole:
 
 
 Contribution = Outer | Lookup | Whole
+# Memory for a tensor of this shape and dtype on this device.
+Place = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -108,22 +110,35 @@ def add_weighted_sums(out: Tensor, found: Contribution, weights: Float[Tensor, "
             target += (found.values.to(out.dtype) * share[:, :, None]).sum(0).view(target.shape)
 
 
-def gradient_rows(found: Sequence[Contribution], first: int, last: int, columns: int, owners: Int[Tensor, " b"]) -> Float[Tensor, "b rows columns"]:
+def gradient_rows(
+    found: Sequence[Contribution], first: int, last: int, columns: int, owners: Int[Tensor, " b"], place: Place | None = None
+) -> Float[Tensor, "b rows columns"]:
     """(b, last − first, columns), float32 or wider: these rows of G_i for the examples `owners` (ascending), zero where it has none.
 
-    Row numbers count from the first row that `found` was narrowed to.
+    Row numbers count from the first row that `found` was narrowed to. place: gives memory of this shape, whatever it holds.
     """
     values = [some.values if isinstance(some, Whole) else some.gradients for some in found]
     dtype = functools.reduce(torch.promote_types, (value.dtype for value in values), torch.float32)
-    out = torch.zeros(len(owners), last - first, columns, dtype=dtype, device=values[0].device)
+    shape, device = (len(owners), last - first, columns), values[0].device
+    out = torch.empty(shape, dtype=dtype, device=device) if place is None else place(shape, dtype, device)
+    empty = set(range(len(owners)))
     for some in found:
-        _add_rows(out, some, first, last, owners)
+        _add_rows(out, some, first, last, owners, empty)
+    for number in empty:
+        out[number].zero_()
     return out
 
 
-def _add_rows(out: Tensor, found: Contribution, first: int, last: int, owners: Tensor) -> None:
-    """In place: one batch of many owns few of the rows, and a block of its own for each would cost more than the products."""
+def _add_rows(out: Tensor, found: Contribution, first: int, last: int, owners: Tensor, empty: set[int]) -> None:
+    """In place: one batch of many owns few of the rows, and a block of its own for each would cost more than the products.
+
+    empty: places in `out` to which nothing was written so far; products begin there, which spares zeros one trip through memory.
+    """
     places = torch.searchsorted(owners, found.owners)
+    if not isinstance(found, Outer):
+        for place in empty:
+            out[place].zero_()
+        empty.clear()
     if isinstance(found, Whole):
         out.index_add_(0, places, found.values[:, first:last].to(out.dtype))
     elif isinstance(found, Lookup):
@@ -134,7 +149,8 @@ def _add_rows(out: Tensor, found: Contribution, first: int, last: int, owners: T
         own, counts = torch.unique_consecutive(places, return_counts=True)
         parts = counts.tolist()
         for place, some, others in zip(own.tolist(), torch.split(gradients, parts), torch.split(inputs, parts), strict=True):
-            out[place].addmm_(some.T, others)
+            out[place].addmm_(some.T, others, beta=0 if place in empty else 1)
+            empty.discard(place)
 
 
 def pair_gram(gradients: Outer, examples: int, most_rows: int = 1024) -> Float[Tensor, "n n"]:

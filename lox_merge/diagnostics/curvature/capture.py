@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,13 @@ class Batch:
     owners: Tensor
     mask: Tensor
     _shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _owners: dict[int, Tensor] = field(default_factory=dict)
     _elsewhere: dict[torch.device, Batch] = field(default_factory=dict)
+
+    @functools.cached_property
+    def full(self) -> bool:
+        """Whether no completion is padded."""
+        return bool(self.mask.all())
 
     def on(self, device: torch.device) -> Batch:
         """The same for layers on this device: a model may be spread over several."""
@@ -64,12 +71,16 @@ class Batch:
         parted = self.by_example(values)
         if parted is None or parted.ndim < 3 or parted.shape[1] > self.mask.shape[1]:
             return None
+        if self.full:  # nothing to copy
+            return parted.detach().flatten(2).flatten(0, 1)
         return parted.flatten(2)[self.mask[:, self.mask.shape[1] - parted.shape[1] :]].detach()
 
     def row_owners(self, tokens: int) -> Tensor:
         """(r,) whose row each is, of tensors with this many tokens."""
-        kept = self.mask[:, self.mask.shape[1] - tokens :]
-        return self.owners[:, None].expand(-1, tokens)[kept]
+        if tokens not in self._owners:
+            kept = self.mask[:, self.mask.shape[1] - tokens :]
+            self._owners[tokens] = self.owners[:, None].expand(-1, tokens)[kept]
+        return self._owners[tokens]
 
     def tokens_of(self, values: Tensor) -> int:
         parted = self.by_example(values)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lox_merge.diagnostics.curvature.arena import Arena
+from lox_merge.diagnostics.curvature.arena import Arena, Scratch
 from lox_merge.diagnostics.curvature.passes import Measured, Piece, kept_bytes, plan_passes, planned_bytes
 from lox_merge.diagnostics.curvature.sites import Site, find_sites, selected
 from lox_merge.diagnostics.curvature.walk import Example, Reduction, check_examples, check_model, kept_rows, walk
@@ -24,6 +24,9 @@ MEMORY = 2 * 2**30
 """Bytes that inputs and gradients may take beside the model, unless told otherwise."""
 # Of the memory, for gradients that are formed at the end of a pass.
 _SCRATCH = 8
+# Bytes of gradients formed at once: what a processor's cache may still hold when their products are taken. Fewer rows than these cost
+# more in calls than the cache saves.
+_BLOCK, _BLOCK_ROWS = 32_000_000, 128
 _WIDE = 4  # bytes of a float32
 
 # Told the rows (n, rows, columns) of all gradients of a parameter, once for each block: name, first row, gradients.
@@ -94,6 +97,7 @@ def fisher_gram(
     grams: dict[str, Tensor] = {}
     passes = plan_passes(measured, memory)
     shapes = {parameter.name: parameter for parameter in measured}
+    scratch = Scratch(memory // _SCRATCH)
     arena = Arena(max(planned_bytes(pieces, shapes) for pieces in passes))
     for number, pieces in enumerate(passes, 1):
         what = "gradients" if len(passes) == 1 else f"gradients, pass {number} of {len(passes)}"
@@ -101,7 +105,7 @@ def fisher_gram(
         walk(model, sites, store.names, examples, store.emit, reduction=reduction, batch_size=batch_size, progress=progress, what=what)
         with full_precision_matmul(model.device):
             for piece in pieces:
-                gram = _gram_of(store.take(piece), piece, shapes[piece.name], len(examples), memory // _SCRATCH, rows_seen)
+                gram = _gram_of(store.take(piece), piece, shapes[piece.name], len(examples), scratch, rows_seen)
                 grams[piece.name] = grams.get(piece.name, 0) + gram.cpu()
     order = [name for name in names if name in grams]
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -187,7 +191,7 @@ def _measured(name: str, shape: torch.Size, found: Sequence[Contribution], examp
     return Measured(name, rows, columns, id(first), 0, 0, kept_bytes(columns, examples))
 
 
-def _gram_of(found: Sequence[Contribution], piece: Piece, shape: Measured, examples: int, scratch: int, rows_seen: RowsSeen | None) -> Tensor:
+def _gram_of(found: Sequence[Contribution], piece: Piece, shape: Measured, examples: int, scratch: Scratch, rows_seen: RowsSeen | None) -> Tensor:
     """(n, n) float64 of the inner products over the piece's rows."""
     outer = [some for some in found if isinstance(some, Outer)]
     slots = sorted({some.slot for some in outer if some.slot is not None})
@@ -206,21 +210,24 @@ def _gram_of(found: Sequence[Contribution], piece: Piece, shape: Measured, examp
     return gram
 
 
-def _add_gram(gram: Tensor, found: Sequence[Contribution], first: int, rows: int, shape: Measured, scratch: int, rows_seen: RowsSeen | None) -> None:
+def _add_gram(
+    gram: Tensor, found: Sequence[Contribution], first: int, rows: int, shape: Measured, scratch: Scratch, rows_seen: RowsSeen | None
+) -> None:
     """Adds one matrix's inner products. first: the number of its first row, for `rows_seen`."""
     owners = torch.unique(torch.cat([some.owners for some in found]))
     outer = [some for some in found if isinstance(some, Outer)]
     only_outer = len(outer) == len(found) and rows_seen is None
     pairs = sum(len(some.owners) for some in outer)
     # They are joined and widened first, which has to fit beside what is kept.
-    fit = _WIDE * pairs * (shape.columns + rows) <= scratch
+    fit = _WIDE * pairs * (shape.columns + rows) <= scratch.size
     if only_outer and fit and pairs_are_cheaper(pairs, len(owners), shape.columns, rows):
         gram += pair_gram(_joined(outer), len(gram))
         return
-    step = max(1, scratch // max(1, kept_bytes(shape.columns, len(owners))))
+    a_row = max(1, kept_bytes(shape.columns, len(owners)))
+    step = max(1, min(scratch.size // a_row, max(_BLOCK_ROWS, _BLOCK // a_row)))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        block = gradient_rows(found, start, stop, shape.columns, owners)
+        block = gradient_rows(found, start, stop, shape.columns, owners, scratch.place)
         flat = block.flatten(1)
         gram[owners[:, None], owners] += (flat @ flat.T).double()
         if rows_seen is not None:

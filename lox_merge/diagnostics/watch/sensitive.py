@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lox_merge.diagnostics.curvature.arena import Arena
 from lox_merge.diagnostics.curvature.gram import fisher_gram
 from lox_merge.diagnostics.curvature.sites import find_sites
 from lox_merge.diagnostics.curvature.subspace import SafeSubspace, safe_subspace
 from lox_merge.diagnostics.curvature.walk import Example, Reduction, check_examples, walk
 from lox_merge.errors import RequestError
 from lox_merge.maths.fisher import expected_overlap_score, overlap_scores, projection_norm
-from lox_merge.maths.gradients import Contribution, Lookup, Outer, Whole
+from lox_merge.maths.gradients import Contribution
 from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.weight_changes import Change
 
@@ -93,29 +93,22 @@ class SensitiveSubspace:
 
 
 class _Keeper:
-    """Copies contributions to the CPU; layers that read one input share its copy. Raises RequestError above `memory` bytes."""
+    """Copies contributions to the CPU. Raises RequestError above `memory` bytes."""
 
     def __init__(self, memory: int) -> None:
-        self.bytes, self._memory = 0, memory
-        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._memory = memory
+        # Apart from the memory that the training takes and returns at every step.
+        self._arena = Arena(device=torch.device("cpu"))
+
+    @property
+    def bytes(self) -> int:
+        return self._arena.used
 
     def __call__(self, found: Contribution) -> Contribution:
-        if isinstance(found, Outer):
-            return replace(found, inputs=self._kept(found.inputs), gradients=self._kept(found.gradients), owners=self._kept(found.owners))
-        if isinstance(found, Lookup):
-            return Lookup(self._kept(found.tokens), self._kept(found.gradients), self._kept(found.owners))
-        return Whole(self._kept(found.values), self._kept(found.owners))
-
-    def _kept(self, tensor: Tensor) -> Tensor:
-        known = self._copies.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            return known[1]
-        copy = tensor.detach().to("cpu")
-        self.bytes += copy.nbytes
+        kept = self._arena.keep(found)
         if self.bytes > self._memory:
             raise RequestError(
                 f"what the completions leave at the watched layers takes more than {self._memory / 2**30:.3g} GB. Give fewer or shorter completions "
                 "(limit, max_length), watch fewer layers (only), or raise memory."
             )
-        self._copies[id(tensor)] = weakref.ref(tensor), copy
-        return copy
+        return kept
