@@ -145,3 +145,19 @@ def rewrite(folder: Path, out: Path, store: Any, settings: dict[str, Any], ignor
     if (out / INDEX).exists():
         (out / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2))
     return out
+
+
+def as_scales_apart(folder: Path, out: Path) -> Path:
+    """A copy of a checkpoint in block-scaled fp8 with all scales in a file of their own."""
+    shutil.copytree(folder, out)
+    moved: Tensors = {}
+    places: dict[str, str] = {}
+    for file in sorted(out.glob("*.safetensors")):
+        tensors = load_file(file)
+        moved |= {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+        save_file(tensors, file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file.name)
+    save_file(moved, out / "scales.safetensors", metadata={"format": "pt"})
+    places |= dict.fromkeys(moved, "scales.safetensors")
+    (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return out

@@ -13,7 +13,7 @@ import pytest
 import torch
 from adapters import make_adapter
 from conftest import RunCli
-from quantised_models import as_block_fp8, as_float8, as_int8, as_packed, block_fp8
+from quantised_models import as_block_fp8, as_float8, as_int8, as_packed, as_scales_apart, block_fp8
 from reference import header, lox_matrix, stored_bytes
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair, read_tensors
@@ -275,29 +275,22 @@ def test_all_problems_of_both_models_in_one_message(models: Models, run_cli: Run
         assert text in done.stderr
 
 
-@pytest.mark.parametrize("command", ["decompose", "inspect"])
-def test_other_commands_say_what_to_give(models: Models, run_cli: RunCli, tmp_path: Path, command: str) -> None:
-    extra = [tmp_path / "factors.safetensors"] if command == "decompose" else []
-    done = run_cli(command, models["base-fp8"], models["aligned-int4"], *extra)
+def test_other_commands_say_what_to_give(models: Models, run_cli: RunCli, tmp_path: Path) -> None:
+    done = run_cli("project", models["base-fp8"], models["aligned-int4"], models["aligned"], tmp_path / "out", "--rank", 2)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    for text in ("base-fp8 is quantised, which is not supported here (fp8, 16×16 blocks)", "Only `lox-merge harden`", "dequantize=True"):
-        assert text in done.stderr
-    assert "aligned: aligned-int4 is quantised" in done.stderr and not any(tmp_path.iterdir())
+    text = done.stderr.replace("\n", " ")
+    for said in (
+        "base-fp8 is quantised, which is not supported here (fp8, 16×16 blocks)",
+        "`harden`, `verify`, `decompose` and `inspect`",
+        "dequantize=True",
+    ):
+        assert said in text
+    assert "aligned: aligned-int4 is quantised" in text and not any(tmp_path.iterdir())
 
 
 def test_scales_keep_their_file(models: Models, run_cli: RunCli, tmp_path: Path) -> None:
     """A shard of nothing but scales is copied where the form is kept, and is gone from a plain model."""
-    aligned = Path(shutil.copytree(models["aligned-fp8"], tmp_path / "aligned"))
-    moved: dict[str, torch.Tensor] = {}
-    places: dict[str, str] = {}
-    for file in sorted(aligned.glob("*.safetensors")):
-        tensors = load_file(file)
-        moved |= {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
-        save_file(tensors, file, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file.name)
-    save_file(moved, aligned / "scales.safetensors", metadata={"format": "pt"})
-    places |= dict.fromkeys(moved, "scales.safetensors")
-    (aligned / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    aligned = as_scales_apart(models["aligned-fp8"], tmp_path / "aligned")
     for out, options in ((tmp_path / "kept", ["--requantise"]), (tmp_path / "plain", ["--dtype", "float32"])):
         assert run_cli("harden", models["base-fp8"], aligned, out, *options).returncode == 0
         hashed = manifest(out)["sources"]["aligned"]["files"]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lox_merge.diagnostics.settings import InspectSettings
+from lox_merge.jobs.noise import PLAIN, RoundingNoise
 from lox_merge.jobs.work import form_delta
 from lox_merge.maths.geometry import Products, inner_products, leading_count, mode_subspace_overlap, squared_overlaps
 from lox_merge.maths.pieces import rows_at_once
-from lox_merge.maths.precision import frobenius_norm, full_precision_matmul, rounding_noise_edge
+from lox_merge.maths.precision import frobenius_norm, full_precision_matmul
 from lox_merge.maths.random_subspace import haar_basis
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import truncated_svd
@@ -25,8 +26,8 @@ from lox_merge.maths.subspace import Certificate, Subspace
 class Spectrum:
     """squares: (j,) float64 squared singular values, descending. total: ‖Δ‖². following: the next singular value if known.
 
-    complete: no direction above working precision is missing. of: the short side. noise_edge: what rounding of the later model's weights
-    alone would give.
+    complete: no direction above working precision is missing. of: the short side. noise_edge: what rounding of the models'
+    weights alone would give.
     """
 
     squares: Tensor
@@ -100,27 +101,32 @@ def measure(
     label: str,
     transposed: bool,
     device: torch.device,
+    noises: Sequence[RoundingNoise] | None = None,
     known: tuple[Subspace, bool] | None = None,
 ) -> Measures:
-    """Measures one matrix. base, aligned, finetuned: (rows, columns) as stored, any float dtype.
+    """Measures one matrix. base, aligned, finetuned: (rows, columns) as they are read, any float dtype.
 
-    label: name of the matrix, which its random draws depend on. transposed: stored (d_in, d_out). known: leading triplets of Δ_align
+    label: name of the matrix, which its random draws depend on. transposed: stored (d_in, d_out). noises: of Δ_align, then of every
+    fine-tuned model's update; None for plain dtypes. known: leading triplets of Δ_align
     computed before, and whether they are all there are. Raises NumericalError.
     """
-    aligned = aligned.to(device)
-    delta, norm, bad = form_delta(base.to(device), aligned)
+    base, aligned = base.to(device), aligned.to(device)
+    noises = [PLAIN] * (1 + len(finetuned)) if noises is None else noises
+    delta, norm, bad = form_delta(base, aligned)
+    edge = 0.0 if bad else noises[0].edge(base, aligned, norm)
+    del base
     flip = (settings.side == "right") != transposed
     counts, updates = [bad], list[Update]()
     spans: list[tuple[Tensor, Spectrum]] = []
     with full_precision_matmul(device):
-        frame = None if bad else _Frame.of(delta, aligned, norm, settings, label, flip, known)
-        for stored in finetuned:
+        frame = None if bad else _Frame.of(delta, edge, norm, settings, label, flip, known)
+        for stored, noise in zip(finetuned, noises[1:], strict=True):
             other = stored.to(device)
             change, size, bad = form_delta(aligned, other, slot=1)
             counts.append(bad)
             if frame is None or any(counts):
                 continue
-            subspace, spectrum = _decompose(change, other, size, settings)
+            subspace, spectrum = _decompose(change, noise.edge(aligned, other, size), size, settings)
             span = subspace.right if flip else subspace.left
             updates.append(frame.update(change, size, spectrum, _overlaps((frame.basis, frame.spectrum), (span, spectrum), settings.etas)))
             if len(finetuned) > 1:
@@ -161,9 +167,9 @@ class _Frame:
 
     @classmethod
     def of(
-        cls, delta: Tensor, aligned: Tensor, norm: float, settings: InspectSettings, label: str, flip: bool, known: tuple[Subspace, bool] | None
+        cls, delta: Tensor, edge: float, norm: float, settings: InspectSettings, label: str, flip: bool, known: tuple[Subspace, bool] | None
     ) -> _Frame:
-        subspace, spectrum = _decompose(delta, aligned, norm, settings, known)
+        subspace, spectrum = _decompose(delta, edge, norm, settings, known)
         basis, other = (subspace.right, subspace.left) if flip else (subspace.left, subspace.right)
         scaled = (other * subspace.singular_values.to(other)).T
         rank = min(settings.rank_of(min(delta.shape)), subspace.rank)
@@ -195,9 +201,9 @@ class _Frame:
 
 
 def _decompose(
-    delta: Tensor, later: Tensor, norm: float, settings: InspectSettings, known: tuple[Subspace, bool] | None = None
+    delta: Tensor, edge: float, norm: float, settings: InspectSettings, known: tuple[Subspace, bool] | None = None
 ) -> tuple[Subspace, Spectrum]:
-    """The leading triplets of a delta and its spectrum. later: the model whose rounding made noise of it."""
+    """The leading triplets of a delta and its spectrum. edge: singular values below it may be rounding alone."""
     if known is not None:
         found, complete = known
         subspace = replace(found, left=found.left.to(delta.device), right=found.right.to(delta.device))
@@ -209,7 +215,7 @@ def _decompose(
         complete = subspace.rank < count or subspace.rank == short
     following = 0.0 if complete else subspace.certificate.next_singular_value
     squares = subspace.singular_values.square()
-    return subspace, Spectrum(squares, norm**2, following, complete, min(delta.shape), rounding_noise_edge(later), subspace.certificate)
+    return subspace, Spectrum(squares, norm**2, following, complete, min(delta.shape), edge, subspace.certificate)
 
 
 def _coefficients(basis: Tensor, matrix: Tensor, flip: bool) -> Tensor:

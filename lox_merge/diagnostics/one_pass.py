@@ -18,6 +18,7 @@ from lox_merge.errors import LoxMergeWarning, NumericalError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
+from lox_merge.jobs.noise import RoundingNoise, noise_between
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, CrewSize, form_delta, working_memory
 from lox_merge.maths.geometry import Products, inner_products
 from lox_merge.maths.precision import frobenius_norm
@@ -103,12 +104,12 @@ def _in_order(sources: Sources, settings: InspectSettings, crew: Crew, factors: 
     """Results in the order of the files; matrices are measured ahead while the memory budget allows."""
     waiting = deque((tensor, view) for tensor in sources.tensors for view in tensor.views or (None,))
     started: deque[tuple[Compared, MatrixView | None, Future[Measures] | Future[Vector], int]] = deque()
-    costs = [_bytes(view, settings) for tensor in sources.tensors for view in tensor.views]
+    costs = [_bytes(view, settings) + sources.made_bytes(tensor) for tensor in sources.tensors for view in tensor.views]
     in_flight, budget = 0, IN_FLIGHT_BYTES + max(costs, default=0)
     while waiting or started:
         while waiting:
             tensor, view = waiting[0]
-            cost = 0 if view is None else _bytes(view, settings)
+            cost = 0 if view is None else _bytes(view, settings) + sources.made_bytes(tensor)
             if started and (in_flight + cost > budget or len(started) > 4 * crew.workers + 8):
                 break
             waiting.popleft()
@@ -116,7 +117,8 @@ def _in_order(sources: Sources, settings: InspectSettings, crew: Crew, factors: 
             if view is None:
                 started.append((tensor, None, crew.submit(_measure_vector, tensor, stored), 0))
             else:
-                started.append((tensor, view, crew.submit(_measure_matrix, tensor, view, stored, settings, crew.device, factors), cost))
+                noises = _noises(tensor, view, sources)
+                started.append((tensor, view, crew.submit(_measure_matrix, tensor, view, stored, noises, settings, crew.device, factors), cost))
             in_flight += cost
         tensor, view, future, cost = started.popleft()
         result = future.result()
@@ -129,20 +131,30 @@ def _in_order(sources: Sources, settings: InspectSettings, crew: Crew, factors: 
 
 
 def _measure_matrix(
-    tensor: Compared, view: MatrixView, stored: list[Tensor], settings: InspectSettings, device: torch.device, factors: Factors | None
+    tensor: Compared,
+    view: MatrixView,
+    stored: list[Tensor],
+    noises: list[RoundingNoise],
+    settings: InspectSettings,
+    device: torch.device,
+    factors: Factors | None,
 ) -> Measures:
     base, aligned, *others = (view.select(values) for values in stored)
     label = tensor.name + view.label
     known = None
     if factors is not None and (tensor.name, view.label) in factors:
         known = factors.subspace(tensor.name, view.label), factors.matrices[tensor.name, view.label].complete
+
+    def measured(device: torch.device) -> Measures:
+        transposed = tensor.transposed
+        return measure(base, aligned, others, settings, label=label, transposed=transposed, device=device, noises=noises, known=known)
+
     try:
         try:
-            return measure(base, aligned, others, settings, label=label, transposed=tensor.transposed, device=device, known=known)
+            return measured(device)
         except torch.cuda.OutOfMemoryError:
             warnings.warn(f"{label} ({list(view.shape)}) did not fit on {device}; it was measured on the CPU", LoxMergeWarning, stacklevel=2)
-            cpu = torch.device("cpu")
-            return measure(base, aligned, others, settings, label=label, transposed=tensor.transposed, device=cpu, known=known)
+            return measured(torch.device("cpu"))
     except NumericalError as error:
         raise NumericalError(f"tensor {label}: {error}.") from error
 
@@ -166,6 +178,13 @@ def _stored(tensor: Compared, sources: Sources) -> Iterator[Tensor]:
         yield model.tensor(name)
 
 
+def _noises(tensor: Compared, view: MatrixView, sources: Sources) -> list[RoundingNoise]:
+    """Of aligned − base, then of every fine-tuned model − aligned."""
+    aligned = (sources.aligned, tensor.name)
+    later = zip((model for _, model in sources.finetuned), tensor.names, strict=True)
+    return [noise_between((sources.base, tensor.base_name), aligned, view), *(noise_between(aligned, model, view) for model in later)]
+
+
 def _bytes(view: MatrixView, settings: InspectSettings) -> int:
     """Upper estimate of the memory that measuring one matrix takes beside mapped files: two deltas, and two subspaces at a time."""
     short, long = sorted(view.shape)
@@ -178,7 +197,7 @@ def _bytes(view: MatrixView, settings: InspectSettings) -> int:
 
 def _typical_bytes(sources: Sources, settings: InspectSettings) -> int:
     """Memory of the matrix in the middle of the work: what the crew's size is chosen for."""
-    costs = sorted(_bytes(view, settings) for tensor in sources.tensors for view in tensor.views)
+    costs = sorted(_bytes(view, settings) + sources.made_bytes(tensor) for tensor in sources.tensors for view in tensor.views)
     total, half = 0, sum(costs) / 2
     for cost in costs:
         total += cost

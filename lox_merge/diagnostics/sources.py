@@ -9,7 +9,7 @@ from pathlib import Path
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.adapter import is_adapter, open_model
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from lox_merge.checkpoint.quantised.view import quantisation_problems
+from lox_merge.checkpoint.quantised.view import as_quantised, quantisation_problems
 from lox_merge.checkpoint.safetensors_format import TensorInfo
 from lox_merge.diagnostics.places import layer_of, module_kinds
 from lox_merge.diagnostics.settings import InspectSettings
@@ -19,6 +19,7 @@ from lox_merge.jobs.harden import open_checkpoints
 from lox_merge.jobs.layout import MatrixView, is_expert_stack, is_transposed
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import pair_problems
+from lox_merge.jobs.quantised import form_warnings
 from lox_merge.jobs.select import counterpart, is_embedding, is_legacy_buffer, is_vocabulary, select_tensors
 from lox_merge.maths.spectral import LARGEST_GRAM_SIDE
 
@@ -61,17 +62,24 @@ class Sources:
         return sum(self.bytes_of(tensor) for tensor in self.tensors)
 
     def bytes_of(self, tensor: Compared) -> int:
-        others = (weights.info(name).bytes for (_, weights), name in zip(self.finetuned, tensor.names, strict=True))
-        return tensor.info.bytes + self.base.info(tensor.base_name).bytes + sum(others)
+        return sum(model.stored_bytes(name) for model, name in self._read(tensor))
+
+    def made_bytes(self, tensor: Compared) -> int:
+        """Bytes of memory that its weights take beside mapped files."""
+        return sum(model.made_bytes(name) for model, name in self._read(tensor))
+
+    def _read(self, tensor: Compared) -> list[tuple[Checkpoint, str]]:
+        others = zip((model for _, model in self.finetuned), tensor.names, strict=True)
+        return [(self.base, tensor.base_name), (self.aligned, tensor.name), *others]
 
     def fetch(self) -> None:
         """Makes every weight file that is read available on disk."""
-        self.base.fetch(list(dict.fromkeys(self.base.home[tensor.base_name] for tensor in self.tensors)))
-        self.aligned.fetch(list(dict.fromkeys(self.aligned.home[tensor.name] for tensor in self.tensors)))
-        for place, (_, model) in enumerate(self.finetuned):
-            model.fetch(list(dict.fromkeys(model.home[tensor.names[place]] for tensor in self.tensors)))
-        for model in (self.aligned, *(model for _, model in self.finetuned)):
-            model.fetch([file for file in model.weight_headers if file not in model.headers])  # an adapter's own
+        models = [self.base, self.aligned, *(model for _, model in self.finetuned)]
+        homes = [dict.fromkeys(model.home[name] for model, name in found) for found in zip(*map(self._read, self.tensors), strict=True)]
+        for model, home in zip(models, homes, strict=True):
+            # Scales may lie in a file of their own; an adapter's base may be a model that is fetched as such.
+            files = dict.fromkeys(file for each in home for role, file in model.weight_sources(each) if role == model.role)
+            model.fetch(list(files))
 
     def close(self) -> None:
         for model in (self.base, self.aligned, *(model for _, model in self.finetuned)):
@@ -93,14 +101,14 @@ def open_sources(
     others: list[Checkpoint] = []
     problems: list[str] = []
     try:
-        pair = open_checkpoints({"base": base, "aligned": aligned}, cache_dir)
+        pair = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, decode=True)
     except PlanError as error:
         problems += error.problems
     for place, source in enumerate(finetuned, 1):
         role = f"finetuned {place}" if len(finetuned) > 1 else "finetuned"
         try:
             if pair:
-                others.append(open_model(source, role, pair["aligned"], cache_dir))
+                others.append(as_quantised(open_model(source, role, pair["aligned"], cache_dir)))
             elif not is_adapter(source, role, cache_dir):
                 open_checkpoint(source, role, cache_dir).close()  # for what is wrong with it, too
         except PlanError as error:
@@ -122,6 +130,7 @@ def open_sources(
 def _compared(base: Checkpoint, aligned: Checkpoint, finetuned: list[Checkpoint], settings: InspectSettings) -> Sources:
     selection = select_tensors({"base": base, "aligned": aligned}, settings.recipe, LoxEdit(settings.recipe))
     problems, warnings = list(selection.problems), [text.replace("copied, not edited", "left out") for text in selection.warnings]
+    warnings += form_warnings([base, aligned, *finetuned])
     left_out: dict[str, str] = {}
     chosen: list[Compared] = []
     for name in (info.name for header in aligned.headers.values() for info in header.by_offset()):

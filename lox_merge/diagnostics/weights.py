@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from lox_merge._version import __version__
+from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.diagnostics.groups import all_groups
 from lox_merge.diagnostics.notes import notes, reversals
 from lox_merge.diagnostics.one_pass import Measured, measure_all
@@ -25,6 +26,7 @@ from lox_merge.errors import LoxMergeWarning, RequestError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.harden import Silent, resolve_device
+from lox_merge.jobs.quantised import form_of
 from lox_merge.maths.geometry import REVERTING_COSINE
 
 if TYPE_CHECKING:
@@ -159,6 +161,10 @@ def execute_inspection(
     return Inspection.of(document | {"seconds": time.perf_counter() - started})
 
 
+def _described(model: Checkpoint) -> dict[str, Any]:
+    return model.source.identity() | form_of(model)
+
+
 def _document(sources: Sources, measured: Measured, settings: InspectSettings, factors: Factors | None, device: torch.device) -> dict[str, Any]:
     labels = [label for label, _ in sources.finetuned]
     groups = all_groups(measured, len(labels), settings)
@@ -172,9 +178,9 @@ def _document(sources: Sources, measured: Measured, settings: InspectSettings, f
         "device": device.type,
         "settings": settings.to_json() | {"factors": None if factors is None else factors.path.name},
         "sources": {
-            "base": sources.base.source.identity(),
-            "aligned": sources.aligned.source.identity(),
-            "finetuned": [{"label": label, **model.source.identity()} for label, model in sources.finetuned],
+            "base": _described(sources.base),
+            "aligned": _described(sources.aligned),
+            "finetuned": [{"label": label, **_described(model)} for label, model in sources.finetuned],
         },
         "labels": labels,
         "warnings": sources.warnings,

@@ -108,7 +108,7 @@ def left_out_text(manifest: dict[str, Any]) -> str:
 
 def _nearest_rounding(plan: Plan, aligned: Tensor, tensor: TensorPlan, view: MatrixView, subspace: Subspace) -> dict[str, Any]:
     """Gain of the same edit written into the stored form by rounding to nearest: what an adapter saves; null for float32."""
-    grid = grid_of(plan.aligned, tensor, view)
+    grid = grid_of(plan.aligned, tensor.name, view)
     if subspace.rank == 0 or (grid is None and aligned.dtype in (torch.float32, torch.float64)):
         return {"nearest_gain": None}
     _, kept = apply_update(aligned, lox_update(subspace, tensor.alpha), grid=None if grid is None else grid.to(aligned.device))

@@ -62,7 +62,7 @@ def plan_decomposition(
     if parse_rank(str(chosen.rank)).kind != "fixed" or chosen.rank_pattern:
         raise RequestError(f"rank {chosen.rank} depends on the matrix; factors need one number, such as --rank {DEFAULT_FACTORS_RANK}.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
-    plan = plan_hardening(base, aligned, _work_folder(path), recipe=chosen, **sources)
+    plan = plan_hardening(base, aligned, _work_folder(path), recipe=chosen, form="adapter", **sources)
     # What is not decomposed is not copied either; only a vocabulary that differs is news here.
     return replace(plan, warnings=[text.replace("is copied, not edited", "is not decomposed") for text in plan.warnings])
 
@@ -159,7 +159,7 @@ def selection_report(plan: Plan) -> dict[str, Any]:
         "tensors": len(plan.edited),
         "matrices": sum(len(tensor.views) for tensor in plan.edited),
         "left_out": dict(Counter(tensor.reason for tensor in plan.tensors if tensor.action == "copy")),
-        "bytes_read": sum(tensor.info.bytes + plan.base.info(tensor.base_name).bytes for tensor in plan.edited),
+        "bytes_read": sum(plan.aligned.stored_bytes(tensor.name) + plan.base.stored_bytes(tensor.base_name) for tensor in plan.edited),
         "bytes_written": factors_bytes(plan),
         "recipe": plan.recipe.to_json(),
         "warnings": plan.warnings,

@@ -9,9 +9,8 @@ import torch
 
 from lox_merge._version import __version__
 from lox_merge.checkpoint.checkpoint import Checkpoint
-from lox_merge.checkpoint.quantised.view import quantised_form
 from lox_merge.jobs.plan import MANIFEST, Plan
-from lox_merge.jobs.quantised import form_record
+from lox_merge.jobs.quantised import form_of, form_record
 
 FORMAT = 1
 
@@ -30,10 +29,8 @@ def job_description(plan: Plan, device: torch.device) -> dict[str, Any]:
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
-    view = quantised_form(checkpoint)
     # config.json decides what the codes stand for.
-    form = {} if view is None else {"quantised": view.description}
-    return checkpoint.source.identity() | form | {"headers": header_hashes(checkpoint)}
+    return checkpoint.source.identity() | form_of(checkpoint) | {"headers": header_hashes(checkpoint)}
 
 
 def tool() -> dict[str, str]:

@@ -29,11 +29,11 @@ from lox_merge.jobs.factors import METADATA_KEY
 from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.layout import MatrixView
+from lox_merge.jobs.noise import RoundingNoise, noise_between
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import TripletSource
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, CrewSize, certificate_record, form_delta
-from lox_merge.maths.precision import rounding_noise_edge
 from lox_merge.maths.subspace import Subspace
 
 
@@ -149,7 +149,8 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew, examine: Examine) -> Ite
                 break
             waiting.popleft()
             base, aligned = view.select(plan.base.tensor(tensor.base_name)), view.select(plan.aligned.tensor(tensor.name))
-            started.append((tensor, view, crew.submit(_decompose, base, aligned, tensor, view, plan.triplets, examine, crew.device), cost))
+            noise = noise_between((plan.base, tensor.base_name), (plan.aligned, tensor.name), view)
+            started.append((tensor, view, crew.submit(_decompose, base, aligned, noise, tensor, view, plan.triplets, examine, crew.device), cost))
             in_flight += cost
         tensor, view, future, cost = started.popleft()
         result = future.result()
@@ -158,25 +159,34 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew, examine: Examine) -> Ite
 
 
 def _decompose(
-    base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, examine: Examine, device: torch.device
+    base: Tensor,
+    aligned: Tensor,
+    noise: RoundingNoise,
+    tensor: TensorPlan,
+    view: MatrixView,
+    triplets: TripletSource,
+    examine: Examine,
+    device: torch.device,
 ) -> _Decomposed:
     try:
-        return _triplets(base.to(device), aligned.to(device), tensor, view, triplets, examine)
+        return _triplets(base.to(device), aligned.to(device), noise, tensor, view, triplets, examine)
     except torch.cuda.OutOfMemoryError:
         warnings.warn(
             f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was decomposed on the CPU", LoxMergeWarning, stacklevel=2
         )
-        return _triplets(base, aligned, tensor, view, triplets, examine)
+        return _triplets(base, aligned, noise, tensor, view, triplets, examine)
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 
 
-def _triplets(base: Tensor, aligned: Tensor, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, examine: Examine) -> _Decomposed:
-    delta, _, bad = form_delta(base, aligned)
+def _triplets(
+    base: Tensor, aligned: Tensor, noise: RoundingNoise, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, examine: Examine
+) -> _Decomposed:
+    delta, norm, bad = form_delta(base, aligned)
     if bad:
         return _Decomposed(None, bad=bad)
     subspace = triplets.subspace(tensor, view, delta, aligned)
-    return _Decomposed(subspace, rounding_noise_edge(aligned), examined=examine(aligned, tensor, view, subspace))
+    return _Decomposed(subspace, noise.edge(base, aligned, norm), examined=examine(aligned, tensor, view, subspace))
 
 
 def assemble(path: Path, records: list[dict[str, Any]], document: dict[str, Any], journal: Journal) -> None:

@@ -109,7 +109,7 @@ class Plan:
 
     def grid(self, tensor: TensorPlan, view: MatrixView) -> Grid | None:
         """The values that one matrix of the output can hold; None where it is not quantised."""
-        return grid_of(self.requantised, tensor, view) if self.requantised and tensor.stored else None
+        return grid_of(self.requantised, tensor.name, view) if tensor.stored else None
 
     def working_memory(self, tensor: TensorPlan, view: MatrixView) -> int:
         """Upper estimate of the bytes that one matrix takes beside mapped files and its place in the output, decoded sources among them."""

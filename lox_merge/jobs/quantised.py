@@ -37,6 +37,12 @@ def usual_form_warnings(mirrored: Checkpoint) -> list[str]:
     ]
 
 
+def form_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """The form of a quantised source, for its entry in a manifest or result; {} for a plain one."""
+    view = quantised_form(checkpoint)
+    return {} if view is None else {"quantised": view.description}
+
+
 def form_problems(mirrored: Checkpoint, recipe: Settings, edit: Edit, form: Form) -> list[str]:
     """Why the output cannot be written in the form that was asked for."""
     view = quantised_form(mirrored)
@@ -83,9 +89,9 @@ def _named(checkpoints: list[Checkpoint]) -> str:
     return " and ".join(f"{checkpoint.role} ({checkpoint.title})" for checkpoint in checkpoints)
 
 
-def grid_of(checkpoint: Checkpoint, tensor: TensorPlan, view: MatrixView) -> Grid | None:
+def grid_of(checkpoint: Checkpoint | None, name: str, view: MatrixView) -> Grid | None:
     """The values that one matrix of a quantised checkpoint can hold with the scales that it has; None where it is not quantised."""
-    found = checkpoint.grid(tensor.name, view.expert) if isinstance(checkpoint, QuantisedCheckpoint) else None
+    found = checkpoint.grid(name, view.expert) if isinstance(checkpoint, QuantisedCheckpoint) else None
     if found is None or view.part is None:
         return found
     piece, every = slice(*view.part), slice(None)

@@ -162,7 +162,7 @@ def quantisation_problems(checkpoint: Checkpoint) -> list[str]:
         return [f"{where}: {'; '.join(found)}. Give the unquantised checkpoint (bfloat16, float16 or float32), harden it, and quantise the result."]
     form, settings = known
     return [
-        f"{where} here ({form.describe(settings)}): {'; '.join(found)}. Only `lox-merge harden` and `lox-merge verify` read this form. Give the "
+        f"{where} here ({form.describe(settings)}): {'; '.join(found)}. `harden`, `verify`, `decompose` and `inspect` read this form. Give the "
         "unquantised checkpoint (bfloat16, float16 or float32); transformers makes one: from_pretrained with dequantize=True in its "
         "quantization_config, then save_pretrained."
     ]
