@@ -44,6 +44,7 @@ def refused(base: Path, aligned: Path, out: Path, **settings: Any) -> str:
         (b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', "it holds 'x' twice"),
         (b'{"__metadata__":{"format":2}}', "not a table of texts"),
         (b'{"__metadata__":["format"]}', "not a table of texts"),
+        *((b'{"__metadata__":' + value + b"}", "not a table of texts") for value in (b"0.0", b'""', b"[]", b"false")),
         (b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', "half a surrogate pair"),
         (b'{"a\\u001b[2J":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', "control characters"),
         (b'{"x":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', "is not understood"),

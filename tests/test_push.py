@@ -604,6 +604,18 @@ def test_harden_publishes_at_the_end(hub: LoopbackHub, publisher: Publisher, mad
     assert again.returncode == 0 and "Nothing to upload" in again.stdout
     checked = publisher.run("verify", "owner/hardened")
     assert checked.returncode == 0 and "equal" in checked.stdout, checked.stderr
+    # Beside aligned itself, whose main branch stays what it is; and as a pull request to somebody else.
+    before = stored(hub, "stranger/aligned")
+    hub.put("owner/own", aligned)
+    order = ("harden", "stranger/base", "owner/own", tmp_path / "beside")
+    branch = publisher.run(*order, "--push", "owner/own", "--revision", "hardened", "--public")
+    assert branch.returncode == 0, branch.stderr
+    assert_published(hub, "owner/own", tmp_path / "beside", "hardened")
+    assert stored(hub, "owner/own") == before
+    request = publisher.run(*order, "--push", "stranger/aligned", "--pull-request", "--json", "-")
+    assert request.returncode == 0 and request.json["push"]["branch"] == "refs/pr/1", request.stderr
+    assert_published(hub, "stranger/aligned", tmp_path / "beside", "refs/pr/1")
+    assert stored(hub, "stranger/aligned") == before
 
 
 def test_an_adapter_is_published_and_loads_on_aligned(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -635,6 +647,8 @@ HARDEN_REFUSALS: dict[str, tuple[str | None, list[str], str]] = {
     "unknown licence": ("owner-token", [], "licence of the output is unknown"),
     "a licence that the Hub does not know": ("owner-token", ["--license", "my-own"], '"license" must be one of'),
     "a name that is taken": ("owner-token", ["--license", "mit", "--push", "owner/base"], "holds another model"),
+    "a branch that cannot be": ("owner-token", ["--license", "mit", "--revision", "a..b"], "the name of a branch"),
+    "a pull request to nobody": ("owner-token", ["--license", "mit", "--pull-request"], "nothing to open a pull request for"),
 }
 
 
@@ -670,5 +684,6 @@ def test_a_gated_source_is_refused_before_anything_is_computed(
 
 
 def test_publishing_options_need_a_place(publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    refused(publisher.run("harden", made[0], made[1], tmp_path / "out", "--public"), "--push REPO")
+    for options in (["--public"], ["--revision", "x"], ["--pull-request"]):
+        refused(publisher.run("harden", made[0], made[1], tmp_path / "out", *options), "--push REPO")
     assert os.listdir(tmp_path) == []  # noqa: PTH208

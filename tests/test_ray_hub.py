@@ -54,8 +54,8 @@ def job(out: Path, repo: str, *arguments: object, rank: int = 4) -> list[object]
 AWAY = ("--weights-on-hub", "--executor", "ray", "--json", "-")
 
 
-def published(hub: LoopbackHub, repo: str) -> dict[str, str]:
-    return {name: file.sha256 for name, file in hub.repositories[repo].files("main").items()}
+def published(hub: LoopbackHub, repo: str, branch: str = "main") -> dict[str, str]:
+    return {name: file.sha256 for name, file in hub.repositories[repo].files(branch).items()}
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -117,10 +117,11 @@ def test_a_job_that_is_stopped_and_loses_its_workers_publishes_what_a_serial_one
     hub: LoopbackHub, machines: Machines, publisher: Publisher, tmp_path: Path
 ) -> None:
     out, repo, start = tmp_path / "away" / "out", "owner/hardened", len(hub.requests)
-    order = job(out, repo, *AWAY)
+    beside = ("--revision", "hardened")  # a branch that is made for it
+    order = job(out, repo, *AWAY, *beside)
     stopped = stopped_after_the_first(hub, publisher, out, order, machines.address)
     assert stopped.returncode == 1 and "sent are kept out of sight on the Hub; run the same command again" in stopped.stderr, stopped.stderr
-    assert set(published(hub, repo)) == {".gitattributes"} and hub.repositories[repo].private, "nothing shows before the commit"
+    assert set(published(hub, repo, "hardened")) == {".gitattributes"} and hub.repositories[repo].private, "nothing shows before the commit"
     before = sent_shards(out)
     until(lambda: not machines.workers())
 
@@ -133,7 +134,8 @@ def test_a_job_that_is_stopped_and_loses_its_workers_publishes_what_a_serial_one
     until(lambda: not machines.workers())
     assert not machines.left_behind(), "not of those that were killed either"
 
-    found, repository = published(hub, repo), hub.repositories[repo]
+    found, repository = published(hub, repo, "hardened"), hub.repositories[repo]
+    assert set(published(hub, repo)) == {".gitattributes"}, "the main branch stays what it is"
     commit = done.json["push"]["commit"]
     assert repository.private and len(repository.commits) == 2, "the Hub's own commit and ours"
     here = files_under(out)
@@ -152,9 +154,9 @@ def test_a_job_that_is_stopped_and_loses_its_workers_publishes_what_a_serial_one
     assert other.returncode == 2 and f"are in {repo} on the Hub, and are to be in this folder" in other.stderr
 
     del hub.repositories[repo]
-    serial = publisher.run(*job(tmp_path / "serial" / "out", repo))
+    serial = publisher.run(*job(tmp_path / "serial" / "out", repo, *beside))
     assert serial.returncode == 0, serial.stderr
-    assert published(hub, repo) == found, "the card too"
+    assert published(hub, repo, "hardened") == found, "the card too"
     other = publisher.run(*job(tmp_path / "serial" / "out", repo, *AWAY))
     assert other.returncode == 2 and f"are in this folder, and are to be in {repo} on the Hub" in other.stderr
 
@@ -261,6 +263,7 @@ def test_what_is_refused_before_anything_is_made(hub: LoopbackHub, publisher: Pu
         "goes with --push REPO": ["harden", "owner/base", "owner/aligned", out, *AWAY],
         "does not go with --low-disk": job(out, repo, *AWAY, "--low-disk"),
         "does not go with --as-adapter": job(out, repo, *AWAY, "--as-adapter"),
+        "does not go with --pull-request": job(out, repo, *AWAY, "--pull-request"),
         "stranger is somebody else": job(out, "stranger/model", *AWAY),
     }
     for words, order in cases.items():

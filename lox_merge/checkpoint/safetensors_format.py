@@ -110,7 +110,8 @@ def _parse(raw: bytes, file_size: int, where: str) -> Header:
         raise damaged(f"its header is not sound JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise damaged("its header is not a JSON object")
-    metadata = parsed.pop("__metadata__", None) or {}
+    metadata = parsed.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged("its metadata is not a table of texts")
     tensors: dict[str, TensorInfo] = {}

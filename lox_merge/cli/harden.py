@@ -107,6 +107,8 @@ def harden_command(
     push_to: str | None,
     weights_on_hub: bool,
     public: bool,
+    revision: str | None,
+    pull_request: bool,
     license: str | None,
     json_file: str | None,
 ) -> None:
@@ -165,14 +167,14 @@ def harden_command(
         raise RequestError(f"--low-disk does not go with {'--rank search, which loads whole models' if searched else '--as-adapter'}. Leave one out.")
     count = parse_workers(workers)
     if weights_on_hub:
-        others = {"--factors": factors, "--low-disk": low_disk, "--as-adapter": as_adapter, "--rank search": searched}
+        others = {"--factors": factors, "--low-disk": low_disk, "--as-adapter": as_adapter, "--rank search": searched, "--pull-request": pull_request}
         if push_to is None or any(others.values()):
             wrong = next((f"does not go with {name}" for name, given in others.items() if given), "goes with --push REPO")
             raise RequestError(f"--weights-on-hub {wrong}: workers send their shards to the Hub, and this machine has neither those nor the models.")
     check_executor(executor, low_disk=low_disk, as_adapter=as_adapter, weights_on_hub=weights_on_hub)
     check_workers(count, low_disk=low_disk, as_adapter=as_adapter)
-    if push_to is None and (public or license is not None):
-        raise RequestError("--public and --license are about publishing: they go with --push REPO.")
+    if push_to is None and (public or pull_request or revision is not None or license is not None):
+        raise RequestError("--public, --revision, --pull-request and --license are about publishing: they go with --push REPO.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     form: AskedForm = "adapter" if as_adapter else "usual"
     with open_factors(factors) as held:
@@ -187,7 +189,8 @@ def harden_command(
             check_workers(count, as_adapter=True)
         pushing = None
         if push_to is not None:
-            pushing = PushWhenDone(plan, push_to, public=public, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
+            place: dict[str, Any] = {"public": public, "revision": revision, "pull_request": pull_request}
+            pushing = PushWhenDone(plan, push_to, **place, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
             if weights_on_hub:
                 pushing.store_weights(plan)
         if searched:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_merge.cli.options import cache_option, device_option, json_option
-from lox_merge.cli.publishing import card_options, card_settings, license_option
+from lox_merge.cli.publishing import Decorator, card_options, card_settings, license_option
 from lox_merge.cli.start import import_torch
 
 if TYPE_CHECKING:
@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 public_option = click.option("--public", is_flag=True, help="Make a new repository public (default: private). Existing ones are never changed.")
 
 
+def branch_options(when: str = "") -> Decorator:
+    """--revision and --pull-request. when: begins their help."""
+    into = f"{when}branch to publish to; made if it is not there."
+    request = f"{when}open a pull request instead of writing to the branch."
+    revision = click.option("--revision", metavar="BRANCH", help=into[0].upper() + into[1:])
+    pull_request = click.option("--pull-request", is_flag=True, help=request[0].upper() + request[1:])
+    return lambda command: revision(pull_request(command))
+
+
 @click.command("push", short_help="Publish a hardened model on the Hugging Face Hub.")
 @click.argument("out")
 @click.argument("repo")
 @public_option
-@click.option("--revision", metavar="BRANCH", help="Branch to publish to; made if it is not there.")
-@click.option("--pull-request", is_flag=True, help="Open a pull request instead of writing to the branch.")
+@branch_options()
 @card_options
 @click.option("--recompute", is_flag=True, help="Make the weights again from the sources and compare, before publishing.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="With --recompute: N tensors drawn at random instead of all.")
@@ -82,14 +90,14 @@ def push_command(
 
 
 def push_when_done(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--push REPO, --weights-on-hub, --public and --license for commands that end in a finished output."""
+    """--push REPO, --weights-on-hub, --public, --revision, --pull-request and --license for commands that end in a finished output."""
     option = click.option("--push", "push_to", metavar="REPO", help="Publish OUT as this repository of the Hub at the end (see lox-merge push).")
     elsewhere = click.option(
         "--weights-on-hub",
         is_flag=True,
         help="With --push and --executor ray: each worker downloads what its shard needs and uploads its shard. OUT gets all but weights.",
     )
-    return option(elsewhere(public_option(license_option(command))))
+    return option(elsewhere(public_option(branch_options("with --push, ")(license_option(command)))))
 
 
 class PushWhenDone:
@@ -98,12 +106,25 @@ class PushWhenDone:
     Raises RequestError for what publishing would refuse.
     """
 
-    def __init__(self, plan: Plan, repo: str, *, public: bool, license: str | None, base: str, aligned: str, cache_dir: Path | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        repo: str,
+        *,
+        public: bool,
+        revision: str | None,
+        pull_request: bool,
+        license: str | None,
+        base: str,
+        aligned: str,
+        cache_dir: Path | None,
+    ) -> None:
         from lox_merge.publish.ahead import check_ahead
 
-        self.out, self.repo, self.public = plan.out, repo, public
+        self.out, self.repo = plan.out, repo
+        self.place: dict[str, Any] = {"public": public, "revision": revision, "pull_request": pull_request}
         self.settings = card_settings({"license": license, "base": base, "aligned": aligned, "cache_dir": cache_dir})
-        self._target = check_ahead(plan, repo, public=public, settings=self.settings)
+        self._target = check_ahead(plan, repo, **self.place, settings=self.settings)
         self._store: HubStore | None = None
 
     def store_weights(self, plan: Plan) -> None:
@@ -122,9 +143,9 @@ class PushWhenDone:
         if self._store:
             from lox_merge.publish.sent import publish_sent
 
-            plan, result = publish_sent(self.out, self._store, public=self.public, settings=self.settings)
+            plan, result = publish_sent(self.out, self._store, public=self.place["public"], revision=self.place["revision"], settings=self.settings)
         else:
-            plan = plan_push(self.out, self.repo, public=self.public, settings=self.settings)
+            plan = plan_push(self.out, self.repo, **self.place, settings=self.settings)
             result = push(plan)
         if show:
             print_push(result, plan.card_from)

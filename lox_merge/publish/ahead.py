@@ -12,12 +12,14 @@ from lox_merge.publish.push import validate_card
 from lox_merge.publish.sources import read_source_cards
 
 
-def check_ahead(plan: Plan, repo: str, *, public: bool, settings: CardSettings) -> Target:
+def check_ahead(
+    plan: Plan, repo: str, *, public: bool = False, revision: str | None = None, pull_request: bool = False, settings: CardSettings
+) -> Target:
     """Token, repository, licence, and the files that will be copied from a local aligned model. Changes nothing. Where it will go.
 
     Raises RequestError for what `push` would refuse, PublishError where the Hub does not answer.
     """
-    target = check_can_push(repo, public=public)
+    target = check_can_push(repo, public=public, revision=revision, pull_request=pull_request)
     identities = {"base": plan.base.source.identity(), "aligned": plan.aligned.source.identity()}
     _, licence = read_source_cards(identities, settings.sources, licence=settings.licence, cache_dir=settings.cache_dir)
     metadata = card_data(licence=licence.metadata(), base_model=None, relation="merge", library="transformers", tags=())

@@ -18,14 +18,14 @@ from lox_merge.publish.readme import existing_card, write_card
 from lox_merge.publish.upload import Item, UploadsGoneError
 
 
-def publish_sent(folder: Path, store: HubStore, *, public: bool, settings: CardSettings) -> tuple[PushPlan, PushResult]:
+def publish_sent(folder: Path, store: HubStore, *, public: bool, revision: str | None = None, settings: CardSettings) -> tuple[PushPlan, PushResult]:
     """Commits what workers sent, as `push` commits what is in a folder, and notes beside the manifest where the weights are.
 
     Called again it goes on, and changes nothing where all is there. Raises what `plan_push` and `push` raise; for shards that the Hub
     lost since, PublishError: the same job makes those again.
     """
     output = open_output(folder, weights_on_hub=True)
-    target = check_can_push(store.repo, public=public)
+    target = check_can_push(store.repo, public=public, revision=revision)
     held = [Item(entry["file"], entry["size"], entry["sha256"], None) for entry in output.manifest["output"]["shards"]]
     plan = assemble(target, output, settings, held)
     if existing_card(output) is None:

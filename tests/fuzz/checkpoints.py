@@ -25,11 +25,12 @@ class NotSafetensors(AssertionError):
     """A file was accepted, or written, that the safetensors library refuses."""
 
 
-def harden_case(base: Path, aligned: Path, out: Path, **settings: Any) -> None:
+def harden_case(base: Path, aligned: Path, out: Path, *, requantise: bool = False, dtype: str | None = None, **settings: Any) -> None:
     """Hardens; a failure must leave no model behind, and what is written must load."""
     remove([out])
+    recipe = Recipe(rank=2, skip_non_finite=True, requantise=requantise, dtype=dtype)
     try:
-        harden(base, aligned, out, recipe=Recipe(rank=2, skip_non_finite=True), order_is_right=True, device="cpu", **settings)
+        harden(base, aligned, out, recipe=recipe, order_is_right=True, device="cpu", **settings)
     except LoxMergeError:
         if looks_like_a_model(out):
             raise LoadsAfterFailure(out) from None
@@ -48,7 +49,7 @@ def headers(materials: Materials) -> Target:
     lengths = st.one_of(st.none(), st.none(), st.none(), st.sampled_from((0, 1, 2**63, 2**64 - 1, 100_000_001, len(data))))
     bodies = st.sampled_from((data, data, data, data[:-1], data + b"\0", b"", data * 2))
     plain = st.builds(with_header, json_bytes(header), bodies, lengths)
-    offsets = st.builds(lambda changed: with_header(written(changed), data), _offsets(header, len(data)))
+    offsets = st.builds(lambda changed: with_header(written(changed), data), moved_offsets(header, len(data)))
 
     def feed(case: bytes) -> None:
         (folder / WEIGHTS).write_bytes(case)
@@ -58,7 +59,7 @@ def headers(materials: Materials) -> Target:
 
 
 @st.composite
-def _offsets(draw: Any, header: dict[str, Any], size: int) -> dict[str, Any]:
+def moved_offsets(draw: Any, header: dict[str, Any], size: int) -> dict[str, Any]:
     """Byte ranges and shapes moved against each other: overlaps, holes, sizes that only fit together."""
     names = [name for name in header if name != "__metadata__"]
     changed = json.loads(json.dumps(header))
@@ -132,7 +133,7 @@ def adapters(materials: Materials) -> Target:
     more = config | {"alpha_pattern": {"(a+)+$": 2}, "target_parameters": ["experts.down_proj"], "layer_replication": None}
     weights = st.builds(
         lambda changed: with_header(changed, data),
-        st.one_of(json_bytes(header), spoilt(header).map(written), _offsets(header, len(data)).map(written)),
+        st.one_of(json_bytes(header), spoilt(header).map(written), moved_offsets(header, len(data)).map(written)),
     )
     cases = st.one_of(*(st.tuples(st.just(0), json_bytes(found)) for found in (config, more)), st.tuples(st.just(1), weights.flatmap(tampered)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fuzz import checkpoints, models, outputs, reports, texts
+from fuzz import checkpoints, models, outputs, quantised, reports, texts
 from fuzz.cases import Target
 from fuzz.materials import Materials
 
@@ -12,6 +12,7 @@ TARGETS: dict[str, Callable[[Materials], Target]] = {
     "headers": checkpoints.headers,
     "indexes": checkpoints.indexes,
     "configs": checkpoints.configs,
+    "quantised": quantised.quantised,
     "adapters": checkpoints.adapters,
     "factors": outputs.factors,
     "manifests": outputs.manifests,
