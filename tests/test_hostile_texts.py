@@ -6,8 +6,10 @@ import json
 import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from openai_server import OpenAIServer
 from tiny_judges import sequence_classifier
 
@@ -15,7 +17,7 @@ from lox_merge.errors import LoxMergeError, RequestError, SourceError
 from lox_merge.mergekit.config import read_configuration
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.conversations import load_conversations
-from lox_merge.safety.decoding import end_tokens
+from lox_merge.safety.decoding import end_tokens, padding_token
 from lox_merge.safety.endpoint import EndpointModel
 from lox_merge.safety.judges.classifier import classifier_judge
 from lox_merge.safety.judges.openai_judge import OpenAIJudge
@@ -117,11 +119,20 @@ def test_halves_of_surrogate_pairs_go_no_further(tmp_path: Path, monkeypatch: py
         assert reply == again and reply.text == "score: 5 ?"
 
 
-@pytest.mark.parametrize("value", [{}, "", ["x"], float("inf")])
+@pytest.mark.parametrize("value", [{}, "", ["x"], float("inf"), -2.95e212, [1, 2**63]])
 def test_end_tokens_that_are_no_tokens(value: object) -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=value), config=SimpleNamespace())
     with pytest.raises(RequestError, match="which is no number"):
         end_tokens(model, SimpleNamespace(eos_token_id=None))
+
+
+@pytest.mark.parametrize(("said", "taken"), [((None, -1, None), 0), ((64, -1, 5), 5), ((63, 2, 5), 63), ((None, 64, [70, 7]), 7), ((0, 2, 5), 0)])
+def test_batches_are_filled_with_a_token_that_the_model_has(said: tuple[Any, Any, Any], taken: int) -> None:
+    """Some configurations say -1, or a token that was added to the tokenizer alone."""
+    pad, other_pad, end = said
+    config = SimpleNamespace(eos_token_id=end, pad_token_id=other_pad)
+    model = SimpleNamespace(generation_config=config, config=SimpleNamespace(), get_input_embeddings=lambda: torch.nn.Embedding(64, 2))
+    assert padding_token(model, SimpleNamespace(eos_token_id=None, pad_token_id=pad)) == taken
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"architectures": 5}', '{"architectures": [5]}', "[" * 100_000])

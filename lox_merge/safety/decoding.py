@@ -40,6 +40,10 @@ class Decoding:
         return {"max_new_tokens": self.max_new_tokens, "temperature": 0.0} if self.greedy else asdict(self)
 
 
+# A number that no tensor of token numbers can hold.
+_LARGEST = 2**63
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a reply: of the generation config, else of the model's config, else of the tokenizer. May be empty."""
     config = getattr(model, "generation_config", None)
@@ -51,18 +55,24 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def _token(value: Any) -> int:
     try:
-        return int(value)
+        number = int(value)
     except (TypeError, ValueError, OverflowError):
+        number = _LARGEST
+    if not -_LARGEST < number < _LARGEST:
         raise RequestError(
-            f"the model's end or padding token is {value!r}, which is no number. Mend its config.json and generation_config.json."
-        ) from None
+            f"the model's end or padding token is {value!r}, which is no number of a token. Mend its config.json and generation_config.json."
+        )
+    return number
 
 
 def padding_token(model: Any, tokenizer: Any) -> int:
-    """A token to fill batches with. Padding is masked, so any will do where neither tokenizer nor model names one."""
+    """A token to fill batches with. Padding is masked, so any will do where neither tokenizer nor model names one that the model has (some
+    say -1, or a number behind the vocabulary).
+    """
+    there = range(model.get_input_embeddings().num_embeddings)
     for value in (tokenizer.pad_token_id, getattr(getattr(model, "generation_config", None), "pad_token_id", None), *end_tokens(model, tokenizer)):
-        if value is not None:
-            return _token(value)
+        if value is not None and (token := _token(value)) in there:
+            return token
     return 0
 
 
