@@ -133,13 +133,13 @@ def test_a_benign_attack_disperses_the_alignment_of_aligned_more(toy_pair_seed0:
 
 
 def test_over_seeds_the_medians_point_the_same_way(toy_pair_seed0: ToyPair, files: Path) -> None:
-    """Seeds 0 to 4 of the order of the data; other pairs of models are for `lox-merge demo --full`."""
-    result = attacked(toy_pair_seed0, files, "benign", (100,), seeds=range(5))
-    medians = {model: statistics.median(rate(result, model, 100, seed) for seed in range(5)) for model in result.models}
+    """Seeds 0 to 2 of the order of the data; other pairs of models are for `lox-merge demo --full`."""
+    result = attacked(toy_pair_seed0, files, "benign", (100,), seeds=range(3))
+    medians = {model: statistics.median(rate(result, model, 100, seed) for seed in range(3)) for model in result.models}
     assert medians["aligned"] >= 0.8 and medians["LoX"] <= 0.4
-    kept = {model: statistics.median(result.curve("benign", model, seed).dispersion(100) or 0.0 for seed in range(5)) for model in result.models}
+    kept = {model: statistics.median(result.curve("benign", model, seed).dispersion(100) or 0.0 for seed in range(3)) for model in result.models}
     assert kept["aligned"] < kept["LoX"] < 1
-    assert len({curve.batches for curve in result.curves}) == 5, "each seed has its own order, the same for both models"
+    assert len({curve.batches for curve in result.curves}) == 3, "each seed has its own order, the same for both models"
 
 
 def test_starting_points_are_those_of_the_written_model_and_have_one_norm(toy_pair_seed0: ToyPair, tmp_path: Path) -> None:
