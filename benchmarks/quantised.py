@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lox_merge.jobs.noise import RoundingNoise
 from lox_merge.maths.edits import Realised, Update, apply_update, lox_update
 from lox_merge.maths.grid import Codes, FloatCodes, Grid, WholeCodes, fresh_scales
 from lox_merge.maths.spectral import truncated_svd
@@ -73,6 +74,40 @@ def fresh(aligned: Tensor, update: Update, form: Form) -> Realised:
     return apply_update(aligned, update, grid=form.grid(edited))[1]
 
 
+def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def over_edge(base: Tensor, aligned: Tensor, form: Form) -> tuple[float, float]:
+    """Largest singular value of what quantising both adds to their delta, as a share of the noise edge of that delta; and of the delta itself."""
+    grids = form.grid(base), form.grid(aligned)
+    low_base, low_aligned = (grid.round(values, slice(None)) for grid, values in zip(grids, (base, aligned), strict=True))
+    delta = low_aligned - low_base
+    edge = RoundingNoise(*grids).edge(low_base, low_aligned, delta)
+    return largest_value(delta - (aligned - base)) / edge, largest_value(delta) / edge
+
+
+def largest_value(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix, 2))
+
+
+def edges(seeds: range) -> None:
+    """Prints how noise and delta stand to the edge, for deltas of each size and for two models that have nothing in common."""
+    print("\nlargest singular value over the noise edge: of what quantising adds / of the delta, means of the seeds (largest of the former)\n")
+    print("| stored as | " + " | ".join([*(f"{relative:.1%}" for relative in SIZES), "unrelated"]) + " |")
+    print("|---|" + "---|" * (len(SIZES) + 1))
+    for form in FORMS:
+        cells = []
+        for relative in (*SIZES, None):
+            found = []
+            for seed in seeds:
+                base, aligned = pair(relative or SIZES[0], seed)
+                found.append(over_edge(base, aligned if relative else pair(SIZES[0], 100 + seed)[0], form))
+            noise, delta = zip(*found, strict=True)
+            cells.append(f"{mean(noise):.2f} / {mean(delta):.2f} ({max(noise):.2f})")
+        print(f"| {form.name} | " + " | ".join(cells) + " |", flush=True)
+
+
 WAYS: dict[str, Callable[[Tensor, Update, Form, Grid], Realised]] = {
     "kept, nearest": lambda aligned, update, form, grid: apply_update(aligned, update, grid=grid)[1],
     "kept, stochastic": lambda aligned, update, form, grid: apply_update(aligned, update, grid=grid, rounding="stochastic")[1],
@@ -81,14 +116,19 @@ WAYS: dict[str, Callable[[Tensor, Update, Form, Grid], Realised]] = {
 }
 
 
-def mean(values: list[float]) -> float:
-    return statistics.fmean(values)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = range(parser.parse_args().seeds)
+    parser.add_argument("--only-edges", action="store_true", help="only where noise ends")
+    arguments = parser.parse_args()
+    seeds = range(arguments.seeds)
+    if not arguments.only_edges:
+        survival(seeds)
+    edges(seeds)
+
+
+def survival(seeds: range) -> None:
+    """Prints what is left of edits, and what deltas of quantised checkpoints are worth."""
     print(f"{SIDE}×{SIDE}, rank {RANK}, alpha {ALPHA}, means of {len(seeds)} seeds. Requantised: gain / cos / ‖R‖/‖T‖. Adapter: 1 / 1 / 1.\n")
     print("| stored as | ‖Δ‖/‖W‖ | ‖T‖/‖W‖ |" + "".join(f" {way} |" for way in WAYS))
     print("|---|---|---|" + "---|" * len(WAYS))

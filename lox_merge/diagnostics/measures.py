@@ -113,7 +113,7 @@ def measure(
     base, aligned = base.to(device), aligned.to(device)
     noises = [PLAIN] * (1 + len(finetuned)) if noises is None else noises
     delta, norm, bad = form_delta(base, aligned)
-    edge = 0.0 if bad else noises[0].edge(base, aligned, norm)
+    edge = 0.0 if bad else noises[0].edge(base, aligned, delta)
     del base
     flip = (settings.side == "right") != transposed
     counts, updates = [bad], list[Update]()
@@ -126,7 +126,7 @@ def measure(
             counts.append(bad)
             if frame is None or any(counts):
                 continue
-            subspace, spectrum = _decompose(change, noise.edge(aligned, other, size), size, settings)
+            subspace, spectrum = _decompose(change, noise.edge(aligned, other, change), size, settings)
             span = subspace.right if flip else subspace.left
             updates.append(frame.update(change, size, spectrum, _overlaps((frame.basis, frame.spectrum), (span, spectrum), settings.etas)))
             if len(finetuned) > 1:

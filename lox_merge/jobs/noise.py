@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
@@ -11,7 +13,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.quantised import grid_of
 from lox_merge.maths.grid import Grid
-from lox_merge.maths.precision import noise_edge, rounding_noise_edge, rounding_variance
+from lox_merge.maths.precision import rounding_noise_edge, rounding_variance
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,32 @@ class RoundingNoise:
     earlier: Grid | None = None
     later: Grid | None = None
 
-    def edge(self, earlier: Tensor, later: Tensor, norm: float) -> float:
-        """earlier, later: (rows, columns) as they are read; norm: of their difference, which noise cannot exceed. See `noise_edge`."""
+    def edge(self, earlier: Tensor, later: Tensor, delta: Tensor) -> float:
+        """Singular value below which a direction of `delta` may be rounding alone.
+
+        earlier, later: (rows, columns) as they are read; delta: their difference, float32. Rounding to a plain dtype is about as large
+        everywhere: see `rounding_noise_edge`. Codes and scales are not, and steps wider than the change leave few entries that differ by
+        much each, so that the longest row and the longest column decide: noise of independent entries has a norm of about the sum of their
+        lengths (Bandeira & van Handel 2016, Annals of Probability 44(4), Theorem 1.1). Neither is longer than in the difference itself.
+        """
         if self.earlier is None and self.later is None:
             return rounding_noise_edge(later)
-        variance = rounding_variance(later) if self.later is None else self.later.to(later.device).rounding_variance(later)
-        if self.earlier is not None:
-            variance += self.earlier.to(earlier.device).rounding_variance(earlier)
-        # Steps wider than the change cross few borders: what is left of their noise is in the difference.
-        return noise_edge(min(variance, norm**2 / max(1, later.numel())), later.shape)
+        if later.numel() == 0:
+            return 0.0
+        rows, columns = later.shape
+        by_row, by_column = (torch.zeros(side, dtype=torch.float64, device=later.device) for side in (rows, columns))
+        if self.later is None:
+            by_row += columns * rounding_variance(later)
+            by_column += rows * rounding_variance(later)
+        for grid, values in ((self.earlier, earlier), (self.later, later)):
+            if grid is not None:
+                for total, part in zip((by_row, by_column), grid.to(values.device).rounding_variance(values), strict=True):
+                    total += part
+        lengths = 0.0
+        for variances, axis in ((by_row, 1), (by_column, 0)):
+            there = torch.linalg.vector_norm(delta, dim=axis).double().square()
+            lengths += math.sqrt(float(torch.minimum(variances, there).max()))
+        return lengths
 
 
 PLAIN = RoundingNoise()

@@ -182,11 +182,11 @@ def _decompose(
 def _triplets(
     base: Tensor, aligned: Tensor, noise: RoundingNoise, tensor: TensorPlan, view: MatrixView, triplets: TripletSource, examine: Examine
 ) -> _Decomposed:
-    delta, norm, bad = form_delta(base, aligned)
+    delta, _, bad = form_delta(base, aligned)
     if bad:
         return _Decomposed(None, bad=bad)
     subspace = triplets.subspace(tensor, view, delta, aligned)
-    return _Decomposed(subspace, noise.edge(base, aligned, norm), examined=examine(aligned, tensor, view, subspace))
+    return _Decomposed(subspace, noise.edge(base, aligned, delta), examined=examine(aligned, tensor, view, subspace))
 
 
 def assemble(path: Path, records: list[dict[str, Any]], document: dict[str, Any], journal: Journal) -> None:

@@ -132,13 +132,15 @@ class Grid:
         assert generator is not None
         return self._value(self.codes.stochastic(self._position(values, rows), generator), rows)
 
-    def rounding_variance(self, values: Float[Tensor, "rows columns"]) -> float:
-        """Mean over a matrix on the grid of the variance per entry of what rounding to nearest has changed."""
-        total = torch.zeros((), dtype=torch.float64, device=values.device)
+    def rounding_variance(self, values: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]]:
+        """Sums over the rows and over the columns of a matrix on the grid, float64, of the variance of what rounding to nearest changed."""
+        by_row = torch.empty(values.shape[0], dtype=torch.float64, device=values.device)
+        by_column = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
         for rows in row_pieces(values):
             found = self.codes.variance(self.encode(values[rows], rows)) * self._expand(self.scales, rows).square()
-            total += found.sum(-1).double().sum()
-        return float(total) / max(1, values.numel())
+            by_row[rows] = found.sum(1).double()
+            by_column += found.sum(0).double()
+        return by_row, by_column
 
     def _position(self, values: Tensor, rows: slice) -> Tensor:
         """Where values are between codes."""

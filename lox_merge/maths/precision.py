@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -92,7 +92,13 @@ def rounding_noise_edge(stored: Tensor) -> float:
     99 % quantile is taken (Johnstone 2001, Annals of Statistics 29(2), Theorem 1.1). Deltas below one unit in the last
     place are rounded less evenly than that; then a few directions of noise may pass.
     """
-    return noise_edge(rounding_variance(stored), stored.shape)
+    rows, columns = stored.shape
+    if min(rows, columns) == 0:
+        return 0.0
+    root_rows, root_columns = math.sqrt(rows - 0.5), math.sqrt(columns - 0.5)
+    centre = (root_rows + root_columns) ** 2
+    spread = (root_rows + root_columns) * (1 / root_rows + 1 / root_columns) ** (1 / 3)
+    return math.sqrt(rounding_variance(stored)) * math.sqrt(centre + _TRACY_WIDOM_99 * spread)
 
 
 def rounding_variance(stored: Tensor) -> float:
@@ -106,14 +112,3 @@ def rounding_variance(stored: Tensor) -> float:
         power = powers_of_two(stored[start : start + step]).clamp_min_(information.tiny)
         total += torch.linalg.vector_norm(power, dim=-1).double().square().sum()
     return float(total) * information.eps**2 / max(1, stored.numel()) / 12
-
-
-def noise_edge(variance: float, shape: Sequence[int]) -> float:
-    """Singular value that independent noise of this variance per entry exceeds in one matrix of `shape` in a hundred."""
-    rows, columns = shape
-    if min(rows, columns) == 0:
-        return 0.0
-    root_rows, root_columns = math.sqrt(rows - 0.5), math.sqrt(columns - 0.5)
-    centre = (root_rows + root_columns) ** 2
-    spread = (root_rows + root_columns) * (1 / root_rows + 1 / root_columns) ** (1 / 3)
-    return math.sqrt(variance) * math.sqrt(centre + _TRACY_WIDOM_99 * spread)
