@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,7 +25,7 @@ from typing import Any
 
 import psutil
 import torch
-from measure import anonymous_memory
+from measure import anonymous_memory, run_apart
 from synthetic import SIZES, Shapes
 from torch.func import functional_call, grad, vmap
 
@@ -143,10 +141,10 @@ def main() -> None:
         records: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         for _ in range(arguments.rounds):
             for way in ways:
-                records[way].append(run_apart(way, Path(folder), watch=False))
+                records[way].append(run_apart(__file__, "--way", way, "--out", f"{folder}/{way}.pt"))
         found = {}
         for way in ways:
-            watched = run_apart(way, Path(folder), watch=True)
+            watched = run_apart(__file__, "--way", way, "--out", f"{folder}/{way}.pt", "--watch")
             found[way] = torch.load(Path(folder) / f"{way}.pt")
             seconds, processor = (median([record[key] for record in records[way] or [watched]]) for key in ("seconds", "processor"))
             spent = f"{seconds:8.2f} s ({processor:.2f} s of the processor)"
@@ -154,15 +152,6 @@ def main() -> None:
         if len(found) == 2:
             worst = max(float((one - found["func"][name]).norm() / found["func"][name].norm()) for name, one in found["hooks"].items())
             print(f"largest relative difference of a Gram matrix: {worst:.1e}")
-
-
-def run_apart(way: str, folder: Path, watch: bool) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--out", str(folder / f"{way}.pt"), *(["--watch"] if watch else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
 
 
 if __name__ == "__main__":

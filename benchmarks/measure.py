@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -37,6 +39,15 @@ def anonymous_memory(process: psutil.Process, children: Sequence[psutil.Process]
             continue
         total += next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
     return total
+
+
+def run_apart(script: str, *arguments: str) -> dict[str, Any]:
+    """What `script` prints last, JSON, when it is called as this process was and with more arguments; exits with its error."""
+    done = subprocess.run([sys.executable, script, *sys.argv[1:], *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
 
 
 def run_command(command: Sequence[str], *, prepare: Callable[[], None] = lambda: None, repeat: int = 3, threads: int | None = None) -> Measured:

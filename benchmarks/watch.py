@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from measure import run_apart
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lox_merge import AlignmentWatch
@@ -91,15 +90,6 @@ def run_one(arguments: argparse.Namespace) -> None:
     print(json.dumps(record))
 
 
-def run_apart(setting: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--setting", setting, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
-
-
 def make_models(arguments: argparse.Namespace, folder: Path) -> int:
     """Base and aligned in the folder; how many parameters each has."""
     torch.manual_seed(0)
@@ -145,7 +135,7 @@ def main() -> None:
         records: dict[str, list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
         for _ in range(arguments.repeat):
             for setting, some in records.items():
-                some.append(run_apart(setting, Path(name)))
+                some.append(run_apart(__file__, "--setting", setting, "--folder", name))
     middle = {setting: {key: statistics.median(record[key] for record in some) for key in some[0]} for setting, some in records.items()}
     for setting in SETTINGS[1:]:
         found = middle[setting]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import make_pair
 
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]
@@ -161,3 +163,13 @@ def as_scales_apart(folder: Path, out: Path) -> Path:
     places |= dict.fromkeys(moved, "scales.safetensors")
     (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return out
+
+
+FORMS: dict[str, Callable[[Path, Path], Path]] = {"fp8": as_block_fp8, "int4": as_packed, "int8": as_int8, "float8": as_float8}
+
+
+def pair_in_forms(folder: Path, forms: Iterable[str] = tuple(FORMS)) -> dict[str, Path]:
+    """A pair of tiny models in `folder`, 'base' and 'aligned' (two shards), and both once more in every form: 'base-fp8', …"""
+    base, aligned = make_pair(folder, "llama", aligned_shards=2)
+    made = {"base": base, "aligned": aligned}
+    return made | {f"{role}-{form}": FORMS[form](plain, folder / f"{role}-{form}") for form in forms for role, plain in made.items()}

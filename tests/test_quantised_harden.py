@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from adapters import make_adapter
 from conftest import RunCli
-from quantised_models import as_block_fp8, as_float8, as_int8, as_packed, as_scales_apart, block_fp8
+from quantised_models import FORMS, as_scales_apart, block_fp8, pair_in_forms
 from reference import header, lox_matrix, stored_bytes
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair, read_tensors
@@ -24,19 +23,13 @@ from lox_merge.checkpoint.quantised.view import as_quantised
 from lox_merge.errors import PlanError
 
 UP = "model.layers.0.mlp.up_proj.weight"
-FORMS: dict[str, Callable[[Path, Path], Path]] = {"fp8": as_block_fp8, "int4": as_packed, "int8": as_int8, "float8": as_float8}
 Models = dict[str, Path]
 
 
 @pytest.fixture(name="models", scope="module")
 def models_fixture(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """base and aligned, plain and in every form."""
-    folder = tmp_path_factory.mktemp("quantised")
-    base, aligned = make_pair(folder, "llama", aligned_shards=2)
-    made = {"base": base, "aligned": aligned}
-    for form, store in FORMS.items():
-        made |= {f"base-{form}": store(base, folder / f"base-{form}"), f"aligned-{form}": store(aligned, folder / f"aligned-{form}")}
-    return made
+    return pair_in_forms(tmp_path_factory.mktemp("quantised"))
 
 
 def values(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import pytest
 import torch
 from adapters import make_adapter
 from conftest import RunCli
-from quantised_models import as_block_fp8, as_int8, as_packed, as_scales_apart
+from quantised_models import FORMS, as_scales_apart, pair_in_forms
 from safetensors.torch import load_file, save_file
-from tiny_models import make_pair, read_tensors
+from tiny_models import read_tensors
 
 from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.checkpoint.quantised.view import as_quantised
@@ -31,15 +30,9 @@ Models = dict[str, Path]
 
 @pytest.fixture(name="models", scope="module")
 def models_fixture(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """base and aligned in fp8 and int4, beside float32 copies of what those stand for."""
-    folder = tmp_path_factory.mktemp("quantised")
-    base, aligned = make_pair(folder, "llama", aligned_shards=2)
-    made = {"base": base, "aligned": aligned}
-    for form, store in (("fp8", as_block_fp8), ("int4", as_packed), ("int8", as_int8)):
-        for role in ("base", "aligned"):
-            made[f"{role}-{form}"] = store(made[role], folder / f"{role}-{form}")
-            made[f"{role}-{form}-decoded"] = decoded(made[f"{role}-{form}"], folder / f"{role}-{form}-decoded")
-    return made
+    """base and aligned in three forms, beside float32 copies of what those stand for."""
+    made = pair_in_forms(tmp_path_factory.mktemp("quantised"), ("fp8", "int4", "int8"))
+    return made | {f"{name}-decoded": decoded(folder, folder.with_name(f"{name}-decoded")) for name, folder in made.items() if "-" in name}
 
 
 def decoded(quantised: Path, out: Path) -> Path:
@@ -181,8 +174,7 @@ def test_an_inspection_measures_what_the_codes_stand_for(models: Models, run_cli
         generator = torch.Generator().manual_seed(3)
         tensors = {name: value + 0.01 * torch.randn(value.shape, generator=generator).to(value) for name, value in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
-    store: Callable[[Path, Path], Path] = as_block_fp8 if form == "fp8" else as_int8
-    quantised = store(tuned, tmp_path / "tuned-low")
+    quantised = FORMS[form](tuned, tmp_path / "tuned-low")
     adapter = make_adapter(models["aligned"], tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(models[f"aligned-{form}"])}))

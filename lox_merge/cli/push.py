@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_merge.cli.options import cache_option, device_option, json_option
-from lox_merge.cli.publishing import Decorator, card_options, card_settings, license_option
+from lox_merge.cli.publishing import card_options, card_settings, license_option
 from lox_merge.cli.start import import_torch
 
 if TYPE_CHECKING:
@@ -19,20 +19,17 @@ if TYPE_CHECKING:
 public_option = click.option("--public", is_flag=True, help="Make a new repository public (default: private). Existing ones are never changed.")
 
 
-def branch_options(when: str = "") -> Decorator:
-    """--revision and --pull-request. when: begins their help."""
-    into = f"{when}branch to publish to; made if it is not there."
-    request = f"{when}open a pull request instead of writing to the branch."
-    revision = click.option("--revision", metavar="BRANCH", help=into[0].upper() + into[1:])
-    pull_request = click.option("--pull-request", is_flag=True, help=request[0].upper() + request[1:])
-    return lambda command: revision(pull_request(command))
+def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--public, --revision and --pull-request."""
+    revision = click.option("--revision", metavar="BRANCH", help="Branch to publish to; made if it is not there.")
+    pull_request = click.option("--pull-request", is_flag=True, help="Open a pull request instead of writing to the branch.")
+    return public_option(revision(pull_request(command)))
 
 
 @click.command("push", short_help="Publish a hardened model on the Hugging Face Hub.")
 @click.argument("out")
 @click.argument("repo")
-@public_option
-@branch_options()
+@place_options
 @card_options
 @click.option("--recompute", is_flag=True, help="Make the weights again from the sources and compare, before publishing.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="With --recompute: N tensors drawn at random instead of all.")
@@ -97,7 +94,7 @@ def push_when_done(command: Callable[..., Any]) -> Callable[..., Any]:
         is_flag=True,
         help="With --push and --executor ray: each worker downloads what its shard needs and uploads its shard. OUT gets all but weights.",
     )
-    return option(elsewhere(public_option(branch_options("with --push, ")(license_option(command)))))
+    return option(elsewhere(place_options(license_option(command))))
 
 
 class PushWhenDone:

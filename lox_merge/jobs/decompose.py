@@ -62,6 +62,7 @@ def plan_decomposition(
     if parse_rank(str(chosen.rank)).kind != "fixed" or chosen.rank_pattern:
         raise RequestError(f"rank {chosen.rank} depends on the matrix; factors need one number, such as --rank {DEFAULT_FACTORS_RANK}.")
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
+    # Factors leave the weights as they are stored, like an adapter: quantised ones will do.
     plan = plan_hardening(base, aligned, _work_folder(path), recipe=chosen, form="adapter", **sources)
     # What is not decomposed is not copied either; only a vocabulary that differs is news here.
     return replace(plan, warnings=[text.replace("is copied, not edited", "is not decomposed") for text in plan.warnings])

@@ -33,7 +33,7 @@ class RoundingNoise:
         earlier, later: (rows, columns) as they are read; delta: their difference, float32. Rounding to a plain dtype is about as large
         everywhere: see `rounding_noise_edge`. Codes and scales are not, and steps wider than the change leave few entries that differ by
         much each, so that the longest row and the longest column decide: noise of independent entries has a norm of about the sum of their
-        lengths (Bandeira & van Handel 2016, Annals of Probability 44(4), Theorem 1.1). Neither is longer than in the difference itself.
+        lengths (Bandeira & van Handel 2016, Annals of Probability 44(4)). Neither is longer than in the difference itself.
         """
         if self.earlier is None and self.later is None:
             return rounding_noise_edge(later)
