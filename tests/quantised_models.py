@@ -1,4 +1,4 @@
-"""Plain checkpoints stored in quantised forms, written out in numpy and float64: nothing of the package decodes or encodes here."""
+"""Plain checkpoints stored in quantised forms, written out in numpy and float64: nothing of the package encodes here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
+
+from lox_merge.checkpoint.checkpoint import open_checkpoint
+from lox_merge.checkpoint.quantised.view import as_quantised
 
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]
@@ -173,3 +176,14 @@ def pair_in_forms(folder: Path, forms: Iterable[str] = tuple(FORMS)) -> dict[str
     base, aligned = make_pair(folder, "llama", aligned_shards=2)
     made = {"base": base, "aligned": aligned}
     return made | {f"{role}-{form}": FORMS[form](plain, folder / f"{role}-{form}") for form in forms for role, plain in made.items()}
+
+
+def decoded_copy(quantised: Path, out: Path) -> Path:
+    """A plain float32 checkpoint of what the codes and scales of a quantised one stand for."""
+    shutil.copytree(quantised, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    found = as_quantised(open_checkpoint(quantised, "model"))
+    save_file({name: found.tensor(name).clone() for name in found.names}, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    return out

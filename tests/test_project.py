@@ -460,7 +460,7 @@ def test_quantised_and_broken_weights(three: Three, refused: Callable[..., str],
     fp8 = finetune(three[2], tmp_path / "fp8")
     config = json.loads((fp8 / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (fp8 / "config.json").write_text(json.dumps(config))
-    assert "finetuned: fp8 is quantised, which is not supported" in refused(base, aligned, fp8)
+    assert "finetuned (fp8) is quantised (fp8, one scale a tensor), and project writes plain weights only" in refused(base, aligned, fp8)
     broken = finetune(three[2], tmp_path / "nan", lambda name, tensor: torch.full_like(tensor, math.nan) if name == UP else tensor)
     assert f"{UP}: 2,048 of them" in refused(base, aligned, broken, code=1)
     with pytest.raises(NonFiniteDeltaError):

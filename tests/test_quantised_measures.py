@@ -13,12 +13,10 @@ import pytest
 import torch
 from adapters import make_adapter
 from conftest import RunCli
-from quantised_models import FORMS, as_scales_apart, pair_in_forms
+from quantised_models import FORMS, as_scales_apart, decoded_copy, pair_in_forms
 from safetensors.torch import load_file, save_file
 from tiny_models import read_tensors
 
-from lox_merge.checkpoint.checkpoint import open_checkpoint
-from lox_merge.checkpoint.quantised.view import as_quantised
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.noise import PLAIN, RoundingNoise
 from lox_merge.maths.grid import Codes, FloatCodes, Grid, WholeCodes, fresh_scales
@@ -32,17 +30,7 @@ Models = dict[str, Path]
 def models_fixture(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """base and aligned in three forms, beside float32 copies of what those stand for."""
     made = pair_in_forms(tmp_path_factory.mktemp("quantised"), ("fp8", "int4", "int8"))
-    return made | {f"{name}-decoded": decoded(folder, folder.with_name(f"{name}-decoded")) for name, folder in made.items() if "-" in name}
-
-
-def decoded(quantised: Path, out: Path) -> Path:
-    shutil.copytree(quantised, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    found = as_quantised(open_checkpoint(quantised, "model"))
-    save_file({name: found.tensor(name).clone() for name in found.names}, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
-    del config["quantization_config"]
-    (out / "config.json").write_text(json.dumps(config))
-    return out
+    return made | {f"{name}-decoded": decoded_copy(folder, folder.with_name(f"{name}-decoded")) for name, folder in made.items() if "-" in name}
 
 
 def grid_for(values: torch.Tensor, codes: Codes, largest: float, block: tuple[int, int]) -> Grid:
@@ -182,7 +170,12 @@ def test_an_inspection_measures_what_the_codes_stand_for(models: Models, run_cli
     (over / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(models[f"aligned-{form}-decoded"])}))
     low, warning = figures(run_cli, tmp_path, models[f"base-{form}"], models[f"aligned-{form}"], quantised, adapter)
     high, silence = figures(
-        run_cli, tmp_path, models[f"base-{form}-decoded"], models[f"aligned-{form}-decoded"], decoded(quantised, tmp_path / "tuned-decoded"), over
+        run_cli,
+        tmp_path,
+        models[f"base-{form}-decoded"],
+        models[f"aligned-{form}-decoded"],
+        decoded_copy(quantised, tmp_path / "tuned-decoded"),
+        over,
     )
     forms = [source.get("quantised") for source in (low["sources"]["base"], low["sources"]["aligned"], *low["sources"]["finetuned"])]
     assert all(forms) and not any("quantised" in source for source in (high["sources"]["base"], high["sources"]["aligned"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,10 +39,15 @@ class Checkpoint:
     index: dict[str, Any] | None
     pickled: bool = False
     _open: dict[str, WeightFile] = field(default_factory=dict, repr=False)
+    # Threads that edit matrices ask for scales while the one that reads ahead opens and closes files.
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: it opens the files itself; tensors do not travel."""
-        return self.__dict__ | {"_open": {}}
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {"_open": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def title(self) -> str:
@@ -128,26 +134,30 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored, mapped from disk; do not write to it."""
-        return self.weight_file(self.home[name]).tensor(name)
+        with self._lock:
+            return self.weight_file(self.home[name]).tensor(name)
 
     def weight_file(self, file: str) -> WeightFile:
-        if file not in self._open:
-            path = self.source.path(file)
-            if self.pickled:
-                self._open[file] = TorchFile(path, f"{self.title}/{file}")
-            else:
-                self._open[file] = SafetensorsFile(path, self.headers[file])
-        return self._open[file]
+        with self._lock:
+            if file not in self._open:
+                path = self.source.path(file)
+                if self.pickled:
+                    self._open[file] = TorchFile(path, f"{self.title}/{file}")
+                else:
+                    self._open[file] = SafetensorsFile(path, self.headers[file])
+            return self._open[file]
 
     def release(self, file: str) -> None:
         """Closes one weight file; it is opened again when a tensor of it is asked for."""
-        if file in self._open:
-            self._open.pop(file).close()
+        with self._lock:
+            if file in self._open:
+                self._open.pop(file).close()
 
     def close(self) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+        with self._lock:
+            for file in self._open.values():
+                file.close()
+            self._open.clear()
 
 
 def open_checkpoint(text: str | Path | FileSource, role: str, cache_dir: Path | None = None) -> Checkpoint:

@@ -181,9 +181,9 @@ def harden_command(
         plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, form=form, **sources)
         if plan.form == "adapter" and not as_adapter:
             as_adapter = True
-            if low_disk or searched or weights_on_hub:
+            if low_disk or weights_on_hub:
                 raise RequestError(
-                    f"{plan.warnings[0]} An adapter does not go with --low-disk, --rank search and --weights-on-hub: leave them out, or pass --dtype."
+                    f"{plan.warnings[0]} An adapter does not go with --low-disk and --weights-on-hub: leave them out, or pass --dtype."
                 )
             check_executor(executor, as_adapter=True)
             check_workers(count, as_adapter=True)

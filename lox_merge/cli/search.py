@@ -69,7 +69,7 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
         from lox_merge.jobs.harden import plan_hardening
         from lox_merge.jobs.plan import check_output
 
-        plan_hardening(base, aligned, options["write"], recipe=recipe, **source_options(options))  # before an hour of replies
+        plan_hardening(base, aligned, options["write"], recipe=recipe, form="usual", **source_options(options))  # before an hour of replies
         check_output(options["write"], overwrite=options["overwrite"])
     if options["pick"] is not None:
         recipe = picked_recipe(base, aligned, options)
@@ -207,16 +207,22 @@ def _check_found(result: RankSearch, *, write: bool) -> None:
 
 
 def _write(base: str, aligned: str, recipe: Recipe, options: dict[str, Any], json_file: str | None, *, quiet: bool = False) -> None:
+    from lox_merge.cli.adapter import harden_as_adapter
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_result, write_json
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import execute, plan_hardening
 
     with open_factors(options["factors"]) as held:
-        plan = plan_hardening(base, aligned, options["write"], recipe=recipe, factors=held, **source_options(options))
-        with byte_progress(plan.bytes_written, "hardening") as progress:
-            hardened = execute(plan, device=options["device"], overwrite=options["overwrite"], progress=progress)
+        plan = plan_hardening(base, aligned, options["write"], recipe=recipe, factors=held, form="usual", **source_options(options))
+        settings, show = {"device": options["device"], "overwrite": options["overwrite"]}, not quiet and json_file != "-"
+        if plan.form == "adapter":
+            report = harden_as_adapter(plan, show=show, **settings)
+        else:
+            with byte_progress(plan.bytes_written, "hardening") as progress:
+                hardened = execute(plan, progress=progress, **settings)
+            report = hardened.to_json()
+            if show:
+                print_result(hardened)
     if json_file:
-        write_json(json_file, hardened.to_json())
-    if not quiet and json_file != "-":
-        print_result(hardened)
+        write_json(json_file, report)

@@ -101,7 +101,7 @@ def open_sources(
     others: list[Checkpoint] = []
     problems: list[str] = []
     try:
-        pair = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, decode=True)
+        pair = open_checkpoints({"base": base, "aligned": aligned}, cache_dir)
     except PlanError as error:
         problems += error.problems
     for place, source in enumerate(finetuned, 1):

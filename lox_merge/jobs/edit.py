@@ -41,7 +41,8 @@ class Edit(Protocol):
 
     method: its name in the manifest. roles: the checkpoints it reads, in the order of training; the output mirrors the
     last. edits_vectors: whether tensors of one dimension are edited too, as (n, 1) matrices. unchanged: why a tensor is
-    copied all the same, for the manifest. requantises: whether a quantised checkpoint's output keeps its form.
+    copied all the same, for the manifest. requantises: whether a quantised checkpoint's output keeps its form. has_low_rank: whether
+    the change of a matrix has a low rank, so that an adapter can hold it.
     """
 
     @property
@@ -58,6 +59,9 @@ class Edit(Protocol):
 
     @property
     def requantises(self) -> bool: ...
+
+    @property
+    def has_low_rank(self) -> bool: ...
 
     def choose(self, tensor: TensorPlan, problems: list[str]) -> TensorPlan:
         """`tensor`, selected for editing, with its settings; or as a copy with the reason. What cannot be done goes to `problems`."""

@@ -93,7 +93,7 @@ def find_least_similar(plan: Plan, edit: FilterEdit, device: torch.device) -> fr
             return None
         if change_norm == 0:
             return None
-        _, projection = edit.project(delta, change, aligned, view, tensor, plan.triplets)
+        _, projection = edit.project(delta, change, base, aligned, view, tensor, plan.triplets)
         return 0.0 if projection.cosine is None else projection.cosine
 
     try:

@@ -40,6 +40,7 @@ class FilterEdit:
     roles = ("base", "aligned", "finetuned")
     unchanged = "the fine-tuning delta is zero"
     requantises = False
+    has_low_rank = False  # the fine-tuned update is of any rank
 
     @property
     def edits_vectors(self) -> bool:
@@ -70,7 +71,7 @@ class FilterEdit:
         triplets: TripletSource,
         grid: Grid | None = None,
     ) -> FilterOutcome:
-        assert grid is None, "the filter does not read quantised checkpoints"
+        assert grid is None, "the filter writes plain weights only"
         try:
             return self._matrix(sources, out, view, tensor, device, triplets)
         except torch.cuda.OutOfMemoryError:
@@ -109,7 +110,7 @@ class FilterEdit:
         if bad or bad_change or change_norm == 0:
             out.copy_(finetuned)
             return FilterOutcome(view.label, view.shape, bad=bad + bad_change)
-        directions, projection = self.project(delta, change, aligned, view, tensor, triplets)
+        directions, projection = self.project(delta, change, base, aligned, view, tensor, triplets)
         decision = self._decide(name, projection)
         realised = None
         target = out if device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, device=device)
@@ -129,7 +130,7 @@ class FilterEdit:
         return FilterOutcome(view.label, view.shape, changed=True, record=figures, realised=realised)
 
     def project(
-        self, delta: Tensor, change: Tensor, aligned: Tensor, view: MatrixView, tensor: TensorPlan, triplets: TripletSource
+        self, delta: Tensor, change: Tensor, base: Tensor, aligned: Tensor, view: MatrixView, tensor: TensorPlan, triplets: TripletSource
     ) -> tuple[Directions | None, Projection]:
         """P(Δ_ft) of one matrix and the directions of P (None for the authors' Safe LoRA projector). delta, change: float32."""
         side = stored_side(self.recipe.side, view, tensor)
@@ -142,7 +143,7 @@ class FilterEdit:
         elif is_vector(tensor) or (isinstance(triplets, TakenNow) and needs_dense(*view.shape, rank)):
             directions = find_directions(delta, rank, "top", side, tolerance=self.recipe.tolerance, seed=seed)
         else:
-            directions = of_subspace(triplets.subspace(tensor, view, delta, aligned), side)
+            directions = of_subspace(triplets.subspace(tensor, view, delta, base, aligned), side)
         return directions, project_on(directions, change, side)
 
     def _decide(self, name: str, projection: Projection) -> Decision:

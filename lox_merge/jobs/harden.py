@@ -57,12 +57,9 @@ class HardenResult(JobResult):
         return self.report("harden")
 
 
-def open_checkpoints(
-    sources: Mapping[str, str | Path], cache_dir: Path | None = None, *, base_is_right: bool = False, decode: bool = False
-) -> dict[str, Checkpoint]:
+def open_checkpoints(sources: Mapping[str, str | Path], cache_dir: Path | None = None, *, base_is_right: bool = False) -> dict[str, Checkpoint]:
     """Checkpoints by role, headers read; each but the first may be a PEFT adapter over the one before. Raises PlanError with the
-    problems of all of them. base_is_right: take an adapter although it names another base. decode: show quantised ones as float32."""
-    read = as_quantised if decode else lambda checkpoint: checkpoint
+    problems of all of them. base_is_right: take an adapter although it names another base. Quantised ones are shown as float32."""
     opened: dict[str, Checkpoint] = {}
     problems: list[str] = []
     roles = list(sources)
@@ -70,14 +67,14 @@ def open_checkpoints(
         before = opened.get(roles[position - 1]) if position else None
         try:
             if position == 0:
-                opened[role] = read(open_checkpoint(source, role, cache_dir))
+                opened[role] = as_quantised(open_checkpoint(source, role, cache_dir))
             elif before is None:
                 if not is_adapter(found := find_source(source, role, cache_dir)):
                     open_checkpoint(found, role).close()  # for what is wrong with it, too
             elif isinstance(before, AdaptedCheckpoint) and is_adapter(find_source(source, role, cache_dir)):
                 problems.append(f"{role} ({source}) and {before.role} ({before.title}) are both adapters. Merge {before.role} with peft first.")
             else:
-                opened[role] = read(open_model(source, role, before, cache_dir, base_is_right=base_is_right))
+                opened[role] = as_quantised(open_model(source, role, before, cache_dir, base_is_right=base_is_right))
         except PlanError as error:
             problems += error.problems
         except SourceError as error:
@@ -98,18 +95,18 @@ def plan_hardening(
     base_is_right: bool = False,
     cache_dir: Path | None = None,
     low_disk: bool = False,
-    form: AskedForm | None = None,
+    form: AskedForm = "model",
 ) -> Plan:
     """Preflight alone: opens both checkpoints (headers only) and checks the whole job. Raises PlanError or SourceError.
 
-    form: what will be written, which quantised checkpoints have to be fit for; None refuses them, as whoever edits loaded models does.
+    form: what will be written, which quantised checkpoints have to be fit for.
     base_is_right: take an adapter although it names another base. factors: of this pair, to spend no SVD (stays open as long as the plan
     is used); the weight files of local folders are read to see that they are of this pair. low_disk: as in `harden`. Raises RequestError
     where they are not, or hold too few triplets, or low_disk has nothing to do.
     """
     chosen = recipe or Recipe()
-    opened = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, base_is_right=base_is_right, decode=form is not None)
-    plan = make_plan(opened, Path(out), chosen, LoxEdit(chosen), order_confirmed=order_is_right, form=form or "model")
+    opened = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, base_is_right=base_is_right)
+    plan = make_plan(opened, Path(out), chosen, LoxEdit(chosen), order_confirmed=order_is_right, form=form)
     if factors is not None:
         held = FromFactors(factors)
         held.check(plan.edited)

@@ -67,6 +67,7 @@ class LoxEdit:
     method = "lox"
     roles = ("base", "aligned")
     edits_vectors = False
+    has_low_rank = True
     unchanged = "the delta is zero"
 
     @property
@@ -163,7 +164,7 @@ def _edit(
     target = out if device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, device=device)
     matrices = base, aligned, delta, norm, bad, target
     moved = None if grid is None else grid.to(device)
-    result = _write(*matrices, view, tensor, recipe, lambda: triplets.subspace(tensor, view, delta, aligned), moved)
+    result = _write(*matrices, view, tensor, recipe, lambda: triplets.subspace(tensor, view, delta, base, aligned), moved)
     if target is not out:
         out.copy_(target)
     return result
@@ -227,7 +228,7 @@ def edit_batch(
     for place, (tensor, view) in enumerate(members):
 
         def subspace(place: int = place, tensor: TensorPlan = tensor, view: MatrixView = view) -> Subspace:
-            return triplets.subspace(tensor, view, delta[place], aligned[place]) if subspaces is None else subspaces[place]
+            return triplets.subspace(tensor, view, delta[place], base[place], aligned[place]) if subspaces is None else subspaces[place]
 
         matrices = base[place], aligned[place], delta[place], norms[place], bad[place], out[place]
         try:

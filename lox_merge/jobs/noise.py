@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.checkpoint.checkpoint import Checkpoint
+from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, quantised_among
 from lox_merge.jobs.layout import MatrixView
-from lox_merge.jobs.quantised import grid_of
+from lox_merge.jobs.select import TensorPlan
 from lox_merge.maths.grid import Grid
 from lox_merge.maths.precision import rounding_noise_edge, rounding_variance
 
@@ -58,8 +59,34 @@ class RoundingNoise:
 PLAIN = RoundingNoise()
 
 
+def grid_of(checkpoint: Checkpoint | None, name: str, view: MatrixView) -> Grid | None:
+    """The values that one matrix of a quantised checkpoint can hold with the scales that it has; None where it is not quantised."""
+    found = checkpoint.grid(name, view.expert) if isinstance(checkpoint, QuantisedCheckpoint) else None
+    if found is None or view.part is None:
+        return found
+    piece, every = slice(*view.part), slice(None)
+    return found.part(piece, every) if view.axis == 0 else found.part(every, piece)
+
+
 def noise_between(earlier: tuple[Checkpoint, str], later: tuple[Checkpoint, str], view: MatrixView) -> RoundingNoise:
     """Of one matrix of two models. earlier, later: the model and the tensor's name in it. Reads scales."""
     if isinstance(later[0], AdaptedCheckpoint):
         return PLAIN  # what an adapter adds is not rounded to its base's form
     return RoundingNoise(grid_of(*earlier, view), grid_of(*later, view))
+
+
+@dataclass(frozen=True)
+class PairNoise:
+    """Of the matrices of a pair, one of them quantised at least."""
+
+    base: Checkpoint
+    aligned: Checkpoint
+
+    def of(self, tensor: TensorPlan, view: MatrixView) -> RoundingNoise:
+        """Reads scales."""
+        return noise_between((self.base, tensor.name_in("base")), (self.aligned, tensor.name_in("aligned")), view)
+
+
+def pair_noise(base: Checkpoint, aligned: Checkpoint) -> PairNoise | None:
+    """None where rounding to the aligned weights' dtype is all there is."""
+    return PairNoise(base, aligned) if quantised_among([base, aligned]) else None

@@ -185,7 +185,7 @@ def _triplets(
     delta, _, bad = form_delta(base, aligned)
     if bad:
         return _Decomposed(None, bad=bad)
-    subspace = triplets.subspace(tensor, view, delta, aligned)
+    subspace = triplets.subspace(tensor, view, delta, base, aligned)
     return _Decomposed(subspace, noise.edge(base, aligned, delta), examined=examine(aligned, tensor, view, subspace))
 
 

@@ -25,7 +25,8 @@ from lox_merge.errors import OutputError, PlanError
 from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.low_disk import DOWNLOADS, Passing
-from lox_merge.jobs.quantised import AskedForm, Form, form_problems, form_warnings, grid_of, rank_problems, settled_form, usual_form_warnings
+from lox_merge.jobs.noise import grid_of
+from lox_merge.jobs.quantised import AskedForm, Form, form_problems, form_warnings, settled_form, usual_form_warnings
 from lox_merge.jobs.select import TensorPlan, select_tensors
 from lox_merge.jobs.settings import Settings
 from lox_merge.jobs.shards import ShardPlan, plan_shards
@@ -169,13 +170,13 @@ def make_plan(
     problems = [problem for one, other in itertools.combinations(ordered.values(), 2) for problem in _same_source(one, other)]
     problems += [problem for checkpoint in ordered.values() for problem in quantisation_problems(checkpoint)]
     settled = settled_form(mirrored, recipe, edit, form)
-    problems += form_problems(mirrored, recipe, edit, settled)
+    problems += [] if form == "memory" else form_problems(mirrored, recipe, edit, settled)
     warnings: list[str] = []
     if not order_confirmed:
         problems += [problem for one, other in itertools.pairwise(ordered.values()) for problem in _swapped(one, other)]
     if not problems:
         selection = select_tensors(ordered, recipe, edit)
-        problems = selection.problems + rank_problems(ordered.values(), selection.tensors.values())
+        problems = selection.problems
         warnings = selection.warnings + form_warnings(ordered.values())
         if settled == "adapter" and form == "usual":
             warnings = usual_form_warnings(mirrored) + warnings
@@ -184,7 +185,7 @@ def make_plan(
         raise PlanError(problems)
     warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
     shards = plan_shards(mirrored, selection.tensors, recipe, keep_form=edit.requantises)
-    triplets = usual_triplets(ordered["aligned"], recipe)
+    triplets = usual_triplets(ordered["base"], ordered["aligned"], recipe)
     return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), triplets, form=settled, warnings=warnings)
 
 

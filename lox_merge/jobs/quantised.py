@@ -9,19 +9,19 @@ from typing import Any, Literal
 from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, quantised_among, quantised_form
 from lox_merge.jobs.edit import Edit
-from lox_merge.jobs.layout import MatrixView
-from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.settings import Settings
-from lox_merge.maths.grid import Grid
 
 # What is written: a whole model, or an adapter beside the aligned one.
 Form = Literal["model", "adapter"]
-# What may be asked for: 'usual' is an adapter where the aligned model is quantised and its form has to stay, else a model.
-AskedForm = Literal["model", "adapter", "usual"]
+# What may be asked for: 'usual' is an adapter where the aligned model is quantised and its form has to stay, else a model. 'memory' is
+# for whoever edits loaded models and writes nothing.
+AskedForm = Literal["model", "adapter", "usual", "memory"]
 
 
 def settled_form(mirrored: Checkpoint, recipe: Settings, edit: Edit, asked: AskedForm) -> Form:
     """What will be written. Rounded back to a quantised form an edit is lost or drowns in noise; an adapter keeps it exactly."""
+    if asked == "memory":
+        return "model"
     if asked != "usual":
         return asked
     return "adapter" if quantised_form(mirrored) is not None and recipe.dtype is None and not edit.requantises else "model"
@@ -56,21 +56,15 @@ def form_problems(mirrored: Checkpoint, recipe: Settings, edit: Edit, form: Form
         return []
     if view is None or form == "adapter" or recipe.dtype is not None:
         return []
+    if not edit.has_low_rank:
+        return [
+            f"{mirrored.role} ({mirrored.title}) is quantised ({view.description}), and {edit.method} writes plain weights only. "
+            "Pass --dtype bfloat16, or give the weights that it was quantised from."
+        ]
     return [
         f"{mirrored.role} ({mirrored.title}) is quantised ({view.description}): rounded back to that form an edit is lost, or drowns in noise "
         "(docs/quantised.md). Pass --as-adapter, which keeps it exactly beside these weights; --dtype bfloat16, which writes a plain model; or "
         "--requantise, which keeps the form and reports what is left of the edit."
-    ]
-
-
-def rank_problems(checkpoints: Iterable[Checkpoint], tensors: Iterable[TensorPlan]) -> list[str]:
-    """Why a rank rule has no meaning for quantised checkpoints."""
-    quantised = quantised_among(checkpoints)
-    if not quantised or not any(tensor.rank is not None and tensor.rank.kind == "noise-floor" for tensor in tensors):
-        return []
-    return [
-        f"rank noise-floor is judged by the rounding of bfloat16 or float16 weights; rounding to a quantised form, as of {_named(quantised)}, "
-        "follows the scales of blocks. Give a number, or energy:0.9."
     ]
 
 
@@ -87,15 +81,6 @@ def form_warnings(checkpoints: Iterable[Checkpoint]) -> list[str]:
 
 def _named(checkpoints: list[Checkpoint]) -> str:
     return " and ".join(f"{checkpoint.role} ({checkpoint.title})" for checkpoint in checkpoints)
-
-
-def grid_of(checkpoint: Checkpoint | None, name: str, view: MatrixView) -> Grid | None:
-    """The values that one matrix of a quantised checkpoint can hold with the scales that it has; None where it is not quantised."""
-    found = checkpoint.grid(name, view.expert) if isinstance(checkpoint, QuantisedCheckpoint) else None
-    if found is None or view.part is None:
-        return found
-    piece, every = slice(*view.part), slice(None)
-    return found.part(piece, every) if view.axis == 0 else found.part(every, piece)
 
 
 def form_record(checkpoints: Mapping[str, Checkpoint], requantised: QuantisedCheckpoint | None, tensors: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.errors import RequestError
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
+from lox_merge.jobs.noise import PLAIN, PairNoise, pair_noise
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.settings import Settings
 from lox_merge.maths.factored import factored_svd
-from lox_merge.maths.precision import rounding_noise_edge
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
@@ -25,8 +25,8 @@ from lox_merge.maths.subspace import Subspace
 class TripletSource(Protocol):
     """Gives the triplets that a tensor's rank rule keeps of one delta."""
 
-    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, aligned: Tensor) -> Subspace:
-        """delta: (d_out, d_in) float32; aligned: the stored matrix, whose dtype says where rounding noise begins."""
+    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> Subspace:
+        """delta: (d_out, d_in) float32; base, aligned: the matrices as they are read, whose rounding says where noise begins."""
         ...
 
     def record(self) -> dict[str, Any] | None:
@@ -36,14 +36,15 @@ class TripletSource(Protocol):
 
 @dataclass(frozen=True)
 class TakenNow:
-    """A truncated SVD with a recipe's tolerance and seed."""
+    """A truncated SVD with a recipe's tolerance and seed. noise: of the pair; None where both models are of plain dtypes."""
 
     tolerance: float
     seed: int
+    noise: PairNoise | None = None
 
-    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, aligned: Tensor) -> Subspace:
+    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> Subspace:
         rule = _rule(tensor)
-        edge = rounding_noise_edge(aligned) if rule.kind == "noise-floor" else 0.0
+        edge = _noise_edge(self.noise, tensor, view, delta, base, aligned) if rule.kind == "noise-floor" else 0.0
         return truncated_svd(delta, rule, noise_edge=edge, tolerance=self.tolerance, seed=self.seed)
 
     def record(self) -> None:
@@ -57,10 +58,10 @@ class FromAdapter:
     adapted: AdaptedCheckpoint
     otherwise: TakenNow
 
-    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, aligned: Tensor) -> Subspace:
+    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> Subspace:
         factors = self.adapted.factors(tensor.name_in(self.adapted.role), view.expert)
         if factors is None:  # a tensor that the adapter holds whole (modules_to_save)
-            return self.otherwise.subspace(tensor, view, delta, aligned)
+            return self.otherwise.subspace(tensor, view, delta, base, aligned)
         left, right = factors
         if view.part is not None:
             piece = slice(*view.part)
@@ -71,9 +72,9 @@ class FromAdapter:
         return None
 
 
-def usual_triplets(aligned: Checkpoint, recipe: Settings) -> TripletSource:
+def usual_triplets(base: Checkpoint, aligned: Checkpoint, recipe: Settings) -> TripletSource:
     """Where triplets come from unless a file of factors is given."""
-    taken = TakenNow(recipe.tolerance, recipe.seed)
+    taken = TakenNow(recipe.tolerance, recipe.seed, pair_noise(base, aligned))
     return FromAdapter(aligned, taken) if isinstance(aligned, AdaptedCheckpoint) else taken
 
 
@@ -83,7 +84,7 @@ class FromFactors:
 
     factors: Factors
 
-    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, aligned: Tensor) -> Subspace:
+    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> Subspace:
         found = self.factors.subspace(tensor.name, view.label)
         return _truncated(found, _rule(tensor), view, self.factors.matrices[tensor.name, view.label].noise_edge, delta.device)
 
@@ -117,20 +118,25 @@ class DecomposedAgain:
     rank: int
     tolerance: float
     seed: int
+    noise: PairNoise | None = None
 
-    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, aligned: Tensor) -> Subspace:
+    def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> Subspace:
         found = truncated_svd(delta, self.rank, tolerance=self.tolerance, seed=self.seed)
-        return _truncated(found, _rule(tensor), view, rounding_noise_edge(aligned), delta.device)
+        return _truncated(found, _rule(tensor), view, _noise_edge(self.noise, tensor, view, delta, base, aligned), delta.device)
 
     def record(self) -> dict[str, Any]:
         return {"rank": str(self.rank), "tolerance": self.tolerance, "seed": self.seed}
 
 
-def recorded_triplets(record: dict[str, Any] | None, aligned: Checkpoint, recipe: Settings) -> TripletSource:
+def recorded_triplets(record: dict[str, Any] | None, base: Checkpoint, aligned: Checkpoint, recipe: Settings) -> TripletSource:
     """The source that makes the triplets of a manifest again, from the `record` in it."""
     if record is None or isinstance(aligned, AdaptedCheckpoint):  # an adapter's triplets are exact, from a file or not
-        return usual_triplets(aligned, recipe)
-    return DecomposedAgain(int(record["rank"]), float(record["tolerance"]), int(record["seed"]))
+        return usual_triplets(base, aligned, recipe)
+    return DecomposedAgain(int(record["rank"]), float(record["tolerance"]), int(record["seed"]), pair_noise(base, aligned))
+
+
+def _noise_edge(noise: PairNoise | None, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> float:
+    return (PLAIN if noise is None else noise.of(tensor, view)).edge(base, aligned, delta)
 
 
 def _truncated(found: Subspace, rule: RankRule, view: MatrixView, noise_edge: float, device: torch.device) -> Subspace:

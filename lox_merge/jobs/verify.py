@@ -103,7 +103,7 @@ def verify(
         # A place that is never written: the plan wants one.
         place = Path(tempfile.gettempdir()) / "lox-merge-verify"
         plan = make_plan(sources, place, recipe, edit, order_confirmed=True, form="adapter" if adapter else "model")
-        plan.triplets = recorded_triplets(manifest["job"].get("factors"), plan.aligned, recipe)
+        plan.triplets = recorded_triplets(manifest["job"].get("factors"), plan.base, plan.aligned, recipe)
         if adapter:
             result.tensors_recomputed, found = recompute(output, plan, manifest, sample, seed, device or torch.device("cpu"), progress)
             result.problems += found

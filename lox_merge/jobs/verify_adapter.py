@@ -91,7 +91,7 @@ def _compare(
             rows, columns = source.view.shape
             found[source.key] = torch.zeros(rows, 0), torch.zeros(0, dtype=torch.float64), torch.zeros(columns, 0)
             continue
-        subspace = plan.triplets.subspace(source.tensor, source.view, delta, aligned)
+        subspace = plan.triplets.subspace(source.tensor, source.view, delta, base, aligned)
         found[source.key] = subspace.left.cpu(), subspace.singular_values, subspace.right.cpu()
     now = {key: int(values.numel()) for key, (_, values, _) in found.items()}
     name = ", ".join(pair.names)

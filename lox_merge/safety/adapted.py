@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_adapter
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import find_source
+from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantised
 from lox_merge.errors import RequestError
 from lox_merge.safety.loading import LoadedModel, load_model
 from lox_merge.safety.placement import place
@@ -42,12 +43,19 @@ def open_any(
 
 
 def load_any(
-    reference: str | Path, *, adapter_base: str | Path | None = None, base_is_right: bool = False, cache_dir: Path | None = None, **settings: Any
+    reference: str | Path,
+    *,
+    adapter_base: str | Path | Checkpoint | None = None,
+    base_is_right: bool = False,
+    cache_dir: Path | None = None,
+    **settings: Any,
 ) -> LoadedModel:
     """`load_model`, or an adapter merged into `adapter_base` in memory. settings: those of `load_model`. Raises what `open_any` and that raise."""
     source = find_source(reference, "model", cache_dir)
     if not is_adapter(source):
         return load_model(reference, cache_dir=cache_dir, **settings)
+    if isinstance(adapter_base, (str, Path)):
+        adapter_base = as_quantised(open_checkpoint(adapter_base, "model, adapter base", cache_dir))
     opened = open_any(reference, "model", cache_dir, adapter_base=adapter_base, base_is_right=base_is_right)
     assert isinstance(opened, AdaptedCheckpoint)
     try:
@@ -58,13 +66,13 @@ def load_any(
 
 @torch.no_grad()
 def load_adapted(adapted: AdaptedCheckpoint, **settings: Any) -> LoadedModel:
-    """base + adapter, each changed tensor rounded once to the model's dtype. settings: those of `load_model`.
+    """base + adapter, each changed tensor rounded once to the model's dtype; a quantised base as plain weights. settings: those of `load_model`.
 
     The tokenizer is the adapter's where it brings one. Raises RequestError for a changed tensor that the model has no use for.
     """
     base, source = adapted.base, adapted.source
-    base.fetch([*base.headers, *base.side_files()])
-    loaded = load_model(base.source.path("config.json").parent, **settings)
+    base.fetch([*base.weight_headers, *base.side_files()])
+    loaded = load_model(base.source.path("config.json").parent, decode=isinstance(base, QuantisedCheckpoint), **settings)
     groups, unused = place(loaded.model, adapted.names)
     lost = [name for name in unused if name in adapted.changes]
     if lost:

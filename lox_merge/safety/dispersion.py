@@ -55,9 +55,10 @@ class Dispersion:
                 continue
             for view in tensor.views:
                 aligned = view.select(plan.aligned.tensor(tensor.name).contiguous())
-                delta = aligned.float() - self._base(tensor.base_name, view, torch.device("cpu"))
+                base = view.select(plan.base.tensor(tensor.base_name).contiguous())
+                delta = aligned.float() - base.float()
                 if bool(torch.isfinite(delta).all()) and bool(delta.any()):
-                    subspace = plan.triplets.subspace(tensor, view, delta.to(model.device), aligned)
+                    subspace = plan.triplets.subspace(tensor, view, delta.to(model.device), base, aligned)
                     basis = (subspace.right if kind == "Conv1D" else subspace.left).cpu()
                     self._matrices.append(_Matrix(group.target, tensor.base_name, view, basis, kind == "Conv1D"))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
+from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint
 from lox_merge.errors import RequestError
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.engine import Progress
@@ -17,9 +18,11 @@ from lox_merge.jobs.factors import SELECTION, Factors
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.quantised import form_of
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.adapted import load_adapted
 from lox_merge.safety.generation import LocalModel
+from lox_merge.safety.loading import load_model
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Factored:
     def identity(self) -> dict[str, dict[str, Any]]:
         """What a result records of base and aligned: titles and where they came from, with no path of this machine."""
         pair = (self.plan.base, self.plan.aligned)
-        return {one.role: {"title": one.title, **one.source.identity(), **output_identity(one)} for one in pair}
+        return {one.role: {"title": one.title, **one.source.identity(), **output_identity(one), **form_of(one)} for one in pair}
 
 
 @contextmanager
@@ -89,16 +92,16 @@ def open_factored(
 
 def _plan(base: str | Path, aligned: str | Path, scratch: str, recipe: Recipe, **sources: Any) -> Plan:
     """Which tensors are decomposed. Nothing is ever written to the plan's output."""
-    return plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, **sources)
+    return plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, form="memory", **sources)
 
 
 def load_aligned(plan: Plan, aligned: str | Path, settings: Mapping[str, Any], **where: Any) -> LocalModel:
     """The aligned model of a plan, a whole one or an adapter on its base. settings: of LocalModel.load."""
-    if not isinstance(plan.aligned, AdaptedCheckpoint):
-        return LocalModel.load(aligned, **where, **settings)
     loading = {key: settings[key] for key in ("dtype", "device_map", "trust_remote_code") if key in settings}
     rest = {key: value for key, value in settings.items() if key not in loading}
-    return LocalModel.of(load_adapted(plan.aligned, **where, **loading), **rest)
+    if isinstance(plan.aligned, AdaptedCheckpoint):
+        return LocalModel.of(load_adapted(plan.aligned, **where, **loading), **rest)
+    return LocalModel.of(load_model(aligned, decode=isinstance(plan.aligned, QuantisedCheckpoint), **where, **loading), **rest)
 
 
 def _chosen(recipe: Recipe | None, factors: Factors) -> Recipe:

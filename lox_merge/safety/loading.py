@@ -16,9 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.checkpoint.config_checks import check_depth
-from lox_merge.errors import RequestError, SourceError
+from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantised, quantisation_problems
+from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
 from lox_merge.jobs.manifest import output_identity
+from lox_merge.safety.decoded import load_decoded
 from lox_merge.safety.load_report import check_report, report_withheld
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -44,11 +46,13 @@ def load_model(
     device_map: str | None = None,
     cache_dir: Path | None = None,
     trust_remote_code: bool = False,
+    decode: bool = False,
 ) -> LoadedModel:
     """Loads a local folder or the Hub id `org/name[@revision]`.
 
     device: 'auto' takes a GPU when there is one. dtype: 'auto' as stored, or bfloat16, float16, float32. device_map='auto'
-    spreads a model over all GPUs (and the memory beside them) instead; it needs the package accelerate.
+    spreads a model over all GPUs (and the memory beside them) instead; it needs the package accelerate. decode: of a quantised checkpoint
+    the plain weights that `harden` reads, see `load_decoded`; else it is left to transformers, which may need a package or a GPU for it.
     Raises SourceError where it cannot be read or lacks weights that its config asks for, RequestError for settings that cannot be met.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -59,7 +63,11 @@ def load_model(
         raise RequestError("spreading a model over several devices needs the package accelerate: pip install accelerate.")
     target = resolve_device(device)
     checkpoint = open_checkpoint(reference, "model", cache_dir)
-    checkpoint.fetch([*checkpoint.headers, *checkpoint.side_files()])
+    if decode:
+        checkpoint = as_quantised(checkpoint)
+        if problems := quantisation_problems(checkpoint):
+            raise PlanError(problems)
+    checkpoint.fetch([*checkpoint.weight_headers, *checkpoint.side_files()])
     if "config.json" not in checkpoint.source.names():
         raise SourceError(f"{checkpoint.title} has no config.json, so it cannot be run. Give a checkpoint that transformers can load.")
     check_depth(checkpoint.config, len(checkpoint.names), f"{checkpoint.title}/config.json")
@@ -71,9 +79,14 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         placement = {} if device_map is None else {"device_map": device_map}
         # Shapes that differ are left to check_report, which names both.
-        settings = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True, "ignore_mismatched_sizes": True, **placement}
+        settings = {"ignore_mismatched_sizes": True, **placement}
         with report_withheld():
-            model, report = AutoModelForCausalLM.from_pretrained(folder, **settings, **options)
+            if isinstance(checkpoint, QuantisedCheckpoint):
+                model, report = load_decoded(checkpoint, folder, dtype=DTYPES.get(dtype), remote=options, **settings)
+            else:
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **settings, **options
+                )
     except Exception as error:  # a configuration of somebody else's may run transformers into anything
         advice = "" if trust_remote_code else " A model with code of its own needs trust_remote_code, which runs that code."
         raise SourceError(f"{checkpoint.title} cannot be loaded by transformers: {type(error).__name__}: {error}{advice}") from error

@@ -19,6 +19,7 @@ from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.harden import check_some_delta, plan_hardening
 from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.quantised import form_of
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.adapted import open_any
 from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
@@ -208,7 +209,7 @@ def _opened(
 ) -> tuple[Plan, Checkpoint | None]:
     """The pair, planned, and the hardened checkpoint where there is one, on disk and compared. Raises RequestError."""
     with tempfile.TemporaryDirectory(prefix="lox-merge-") as scratch:  # the plan wants the name of an output; nothing is written there
-        plan = plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, factors=factors, **sources)
+        plan = plan_hardening(base, aligned, Path(scratch) / "out", recipe=recipe, factors=factors, form="memory", **sources)
     given = None
     if hardened is not None:
         given = open_any(hardened, "hardened", sources["cache_dir"], adapter_base=plan.aligned, base_is_right=sources["base_is_right"])
@@ -280,5 +281,6 @@ def _check_request(attacks: Sequence[Conversations], prompts: PromptSet, seeds: 
 def _sources(plan: Plan, hardened: Checkpoint | None) -> dict[str, Any]:
     found = {"base": plan.base, "aligned": plan.aligned} | ({"hardened": hardened} if hardened is not None else {})
     return {"hardened": None} | {
-        role: {"title": checkpoint.title, **checkpoint.source.identity(), **output_identity(checkpoint)} for role, checkpoint in found.items()
+        role: {"title": checkpoint.title, **checkpoint.source.identity(), **output_identity(checkpoint), **form_of(checkpoint)}
+        for role, checkpoint in found.items()
     }

@@ -51,7 +51,8 @@ def set_starting_point(model: Any, plan: Plan, kind: str, *, hardened: Checkpoin
 def _edited(plan: Plan, tensor: TensorPlan, kind: str, hardened: Checkpoint | None, seed: int, device: torch.device) -> Tensor:
     stored = plan.aligned.tensor(tensor.name).contiguous()
     aligned = stored.to(device=device, dtype=torch.float32, copy=True)
-    base = plan.base.tensor(tensor.base_name).to(device=device, dtype=torch.float32).contiguous()
+    earlier = plan.base.tensor(tensor.base_name).contiguous()
+    base = earlier.to(device=device, dtype=torch.float32)
     given = None
     if hardened is not None:
         given = _of_hardened(hardened, tensor, aligned.shape).to(device=device, dtype=torch.float32).contiguous()
@@ -63,18 +64,29 @@ def _edited(plan: Plan, tensor: TensorPlan, kind: str, hardened: Checkpoint | No
         if not bool(torch.isfinite(delta).all()) or not bool(delta.any()):
             continue  # as in hardening: nothing to extrapolate
         norm = None if given is None else frobenius_norm(view.select(given) - before)
-        update = _update(kind, delta, view.select(stored), tensor, view, plan, norm, seed)
+        pair = view.select(earlier), view.select(stored)
+        update = _update(kind, delta, pair, tensor, view, plan, norm, seed)
         before.copy_(apply_update(before, update, delta=delta)[0])
     return aligned
 
 
-def _update(kind: str, delta: Tensor, stored: Tensor, tensor: TensorPlan, view: MatrixView, plan: Plan, norm: float | None, seed: int) -> Update:
+def _update(
+    kind: str,
+    delta: Tensor,
+    pair: tuple[Tensor, Tensor],
+    tensor: TensorPlan,
+    view: MatrixView,
+    plan: Plan,
+    norm: float | None,
+    seed: int,
+) -> Update:
+    """delta: float32; pair: base's and aligned's matrix as they are read."""
     rule = cast(RankRule, tensor.rank)
     rank = min(delta.shape)
     if rule.kind == "full":
         lox = Update(None, None, tensor.alpha)
     else:
-        subspace = plan.triplets.subspace(tensor, view, delta, stored)
+        subspace = plan.triplets.subspace(tensor, view, delta, *pair)
         lox, rank = lox_update(subspace, tensor.alpha), subspace.rank
     if kind == HARDENED:
         return lox

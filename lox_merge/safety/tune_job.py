@@ -25,6 +25,7 @@ from lox_merge.safety.chat import Rendering
 from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.decoding import Decoding
 from lox_merge.safety.divergence import reference_log_probabilities
+from lox_merge.safety.factored import load_aligned
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.tune_study import check_tune_packages, open_study
 from lox_merge.safety.tuner import Tuner, run_trials
@@ -83,7 +84,7 @@ def tune(
         if factors is None:
             factors = decompose(base, aligned, scratch / "factors.safetensors", recipe=chosen, device=device, progress=decomposing, **shared).path
         held = stack.enter_context(Factors.open(factors))
-        plan = plan_hardening(base, aligned, scratch / "out", recipe=chosen, factors=held, **shared)
+        plan = plan_hardening(base, aligned, scratch / "out", recipe=chosen, factors=held, form="memory", **shared)
         _check_groups(space, plan)
         asked = {
             "sources": held.document["sources"],
@@ -102,7 +103,7 @@ def tune(
         plan.fetch()
 
         def load() -> LocalModel:
-            return LocalModel.load(aligned, device=device, dtype="float32", cache_dir=cache_dir, rendering=rendering, **(model or {}))
+            return load_aligned(plan, aligned, {"dtype": "float32", "rendering": rendering, **(model or {})}, device=device, cache_dir=cache_dir)
 
         first = load()
         examples = tokenised(attack, first.tokenizer, rendering, settings.max_length)

@@ -68,8 +68,9 @@ class QuantisedCheckpoint(Checkpoint):
         tensor = self.quantised.get(name)
         if tensor is None:
             return self.stored.tensor(name)
-        if self._last is not None and self._last[0] == name:
-            return self._last[1]
+        last = self._last  # once: another thread may put something else there
+        if last is not None and last[0] == name:
+            return last[1]
         made = tensor.decode(self.stored.tensor)
         self._last = (name, made) if len(tensor.shape) > 2 else None
         return made
@@ -162,9 +163,9 @@ def quantisation_problems(checkpoint: Checkpoint) -> list[str]:
         return [f"{where}: {'; '.join(found)}. Give the unquantised checkpoint (bfloat16, float16 or float32), harden it, and quantise the result."]
     form, settings = known
     return [
-        f"{where} here ({form.describe(settings)}): {'; '.join(found)}. `harden`, `verify`, `decompose` and `inspect` read this form. Give the "
-        "unquantised checkpoint (bfloat16, float16 or float32); transformers makes one: from_pretrained with dequantize=True in its "
-        "quantization_config, then save_pretrained."
+        f"{where} here ({form.describe(settings)}): {'; '.join(found)}. `harden`, `project`, `verify`, `decompose`, `inspect`, `search`, "
+        "`robustness` and `brittleness` read this form. Give the unquantised checkpoint (bfloat16, float16 or float32); transformers makes one: "
+        "from_pretrained with dequantize=True in its quantization_config, then save_pretrained."
     ]
 
 
