@@ -79,7 +79,7 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
         return
     if not options["endpoint"]:
         options["adapter_base"] = options["adapter_base"] or _first_whole(models, options["cache_dir"])
-        _check_models(models, options, need_template=not options["no_chat_template"])
+        options["decode"] = _check_models(models, options, need_template=not options["no_chat_template"])
     result, evaluations, comparisons = _run(models, asked, made, utility, options, transcripts)
     if json_file:
         write_json(json_file, result)
@@ -95,18 +95,25 @@ def _first_whole(models: tuple[str, ...], cache_dir: Path | None) -> str | None:
     return None if is_adapter(models[0], "model", cache_dir) else models[0]
 
 
-def _check_models(models: tuple[str, ...], options: dict[str, Any], need_template: bool) -> None:
-    """Looks at every checkpoint's files, so that the last model's misspelling does not cost the work on the first."""
+def _check_models(models: tuple[str, ...], options: dict[str, Any], need_template: bool) -> bool:
+    """Looks at every checkpoint's files, so that the last model's misspelling does not cost the work on the first.
+
+    Returns whether an adapter is among them: what it lies over is decoded, so a quantised model beside it is, too.
+    """
+    from lox_merge.checkpoint.adapter import AdaptedCheckpoint
     from lox_merge.safety.adapted import open_any
 
+    adapters = False
     for model in models:
         checkpoint = open_any(model, "model", options["cache_dir"], adapter_base=options["adapter_base"], base_is_right=options["base_is_right"])
         template = checkpoint.has_chat_template
+        adapters = adapters or isinstance(checkpoint, AdaptedCheckpoint)
         checkpoint.close()
         if need_template and not template:
             raise RecipeError(
                 f"{checkpoint.title} has no chat template, as is usual for base models. Pass --no-chat-template to give every model the bare prompts."
             )
+    return adapters
 
 
 def _run(
@@ -180,6 +187,7 @@ def _source(model: str, position: int, settings: dict[str, Any]) -> Any:
         trust_remote_code=settings["trust_remote_code"],
         adapter_base=settings["adapter_base"],
         base_is_right=settings["base_is_right"],
+        decode=settings["decode"],
         decoding=decoding,
         rendering=rendering,
         batch_size=settings["batch_size"],

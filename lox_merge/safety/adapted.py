@@ -27,7 +27,8 @@ def open_any(
 ) -> Checkpoint:
     """A checkpoint, or an adapter over `adapter_base` (a folder, a Hub id, or one that is open already); headers only.
 
-    base_is_right: take `adapter_base` although the adapter names another model. Raises what `open_checkpoint` and `open_adapter` raise,
+    base_is_right: take `adapter_base` although the adapter names another model. What an adapter lies over is shown as float32 where it is
+    quantised. Raises what `open_checkpoint` and `open_adapter` raise,
     RequestError for an adapter with nothing to lie over.
     """
     source = find_source(reference, role, cache_dir)
@@ -39,23 +40,24 @@ def open_any(
             "command takes it), or merge the two with peft (merge_and_unload)."
         )
     base = adapter_base if isinstance(adapter_base, Checkpoint) else open_checkpoint(adapter_base, f"{role}, adapter base", cache_dir)
-    return open_adapter(source, role, base, base_is_right=base_is_right)
+    return open_adapter(source, role, as_quantised(base), base_is_right=base_is_right)
 
 
 def load_any(
     reference: str | Path,
     *,
-    adapter_base: str | Path | Checkpoint | None = None,
+    adapter_base: str | Path | None = None,
     base_is_right: bool = False,
     cache_dir: Path | None = None,
+    decode: bool = False,
     **settings: Any,
 ) -> LoadedModel:
-    """`load_model`, or an adapter merged into `adapter_base` in memory. settings: those of `load_model`. Raises what `open_any` and that raise."""
-    source = find_source(reference, "model", cache_dir)
-    if not is_adapter(source):
-        return load_model(reference, cache_dir=cache_dir, **settings)
-    if isinstance(adapter_base, (str, Path)):
-        adapter_base = as_quantised(open_checkpoint(adapter_base, "model, adapter base", cache_dir))
+    """`load_model`, or an adapter merged into `adapter_base` in memory. settings: those of `load_model`. Raises what `open_any` and that raise.
+
+    decode: as `load_model` takes it; what an adapter lies over is decoded in any case. Models that are compared should be run alike.
+    """
+    if not is_adapter(find_source(reference, "model", cache_dir)):
+        return load_model(reference, cache_dir=cache_dir, decode=decode, **settings)
     opened = open_any(reference, "model", cache_dir, adapter_base=adapter_base, base_is_right=base_is_right)
     assert isinstance(opened, AdaptedCheckpoint)
     try:

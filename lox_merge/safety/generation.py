@@ -64,15 +64,18 @@ class LocalModel:
         trust_remote_code: bool = False,
         adapter_base: str | Path | None = None,
         base_is_right: bool = False,
+        decode: bool = False,
         tokenizer: Any = None,
         **settings: Any,
     ) -> LocalModel:
-        """Loads a folder or Hub id as `load_any` does: adapter_base is what a PEFT adapter lies over. settings: those of the class.
+        """Loads a folder or Hub id as `load_any` does: adapter_base is what a PEFT adapter lies over, decode is for quantised models.
+        settings: those of the class.
 
         tokenizer: another than the model's own.
         """
         where: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir}
-        loaded = load_any(reference, adapter_base=adapter_base, base_is_right=base_is_right, trust_remote_code=trust_remote_code, **where)
+        over: dict[str, Any] = {"adapter_base": adapter_base, "base_is_right": base_is_right, "decode": decode}
+        loaded = load_any(reference, trust_remote_code=trust_remote_code, **over, **where)
         return cls.of(loaded, tokenizer=tokenizer, **settings)
 
     @classmethod

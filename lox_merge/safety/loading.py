@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.checkpoint.config_checks import check_depth
-from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantised, quantisation_problems
+from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantised
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
 from lox_merge.jobs.manifest import output_identity
@@ -51,8 +51,8 @@ def load_model(
     """Loads a local folder or the Hub id `org/name[@revision]`.
 
     device: 'auto' takes a GPU when there is one. dtype: 'auto' as stored, or bfloat16, float16, float32. device_map='auto'
-    spreads a model over all GPUs (and the memory beside them) instead; it needs the package accelerate. decode: of a quantised checkpoint
-    the plain weights that `harden` reads, see `load_decoded`; else it is left to transformers, which may need a package or a GPU for it.
+    spreads a model over all GPUs (and the memory beside them) instead; it needs the package accelerate. decode: of a checkpoint in a
+    quantised form that `harden` reads the plain weights, see `load_decoded`; else it is left to transformers, which may need a package or a GPU.
     Raises SourceError where it cannot be read or lacks weights that its config asks for, RequestError for settings that cannot be met.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -65,8 +65,8 @@ def load_model(
     checkpoint = open_checkpoint(reference, "model", cache_dir)
     if decode:
         checkpoint = as_quantised(checkpoint)
-        if problems := quantisation_problems(checkpoint):
-            raise PlanError(problems)
+        if isinstance(checkpoint, QuantisedCheckpoint) and checkpoint.problems:
+            raise PlanError(checkpoint.problems)
     checkpoint.fetch([*checkpoint.weight_headers, *checkpoint.side_files()])
     if "config.json" not in checkpoint.source.names():
         raise SourceError(f"{checkpoint.title} has no config.json, so it cannot be run. Give a checkpoint that transformers can load.")

@@ -10,6 +10,7 @@ import torch
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lox_merge.checkpoint.quantised.view import as_quantised
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
 from lox_merge.safety.adapted import load_adapted, open_any
@@ -86,7 +87,7 @@ class ModelSet:
             if isinstance(checkpoint, AdaptedCheckpoint):
                 self._loaded[label] = load_adapted(checkpoint, **self._settings)
             else:
-                self._loaded[label] = load_model(self._references[label], **self._settings)  # type: ignore[arg-type]
+                self._loaded[label] = load_model(self._references[label], decode=self._decodes, **self._settings)  # type: ignore[arg-type]
         return self._loaded[label]
 
     def release(self) -> None:
@@ -117,8 +118,14 @@ class ModelSet:
         if problems:
             raise PlanError(problems)
 
+    @property
+    def _decodes(self) -> bool:
+        """Beside adapters, whose quantised base is decoded, a quantised model is run in the same way."""
+        return any(isinstance(checkpoint, AdaptedCheckpoint) for checkpoint in self._checkpoints.values())
+
     def _fit(self, device: str, dtype: str) -> bool:
-        needed = sum(_bytes_in_memory(checkpoint, DTYPES.get(dtype)) for checkpoint in self._checkpoints.values())
+        read = as_quantised if self._decodes else lambda checkpoint: checkpoint
+        needed = sum(_bytes_in_memory(read(checkpoint), DTYPES.get(dtype)) for checkpoint in self._checkpoints.values())
         return needed <= _SHARE * free_memory(resolve_device(device))
 
 

@@ -99,7 +99,7 @@ class QuantisedCheckpoint(Checkpoint):
 def as_quantised(checkpoint: Checkpoint) -> Checkpoint:
     """The float32 view of a checkpoint whose quantised form is read; any other checkpoint as it is."""
     # The config of an adapter is that of its base, which is shown as float32 already.
-    known = None if isinstance(checkpoint, AdaptedCheckpoint) else read_format(checkpoint)
+    known = None if isinstance(checkpoint, (AdaptedCheckpoint, QuantisedCheckpoint)) else read_format(checkpoint)
     if known is None:
         return checkpoint
     form, settings = known
