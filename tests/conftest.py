@@ -86,6 +86,13 @@ def run_cli(*arguments: object, cwd: Path | None = None, timeout: float = 240, *
     return subprocess.run([*CLI, *texts], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def run_program(program: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, which has imported the package already."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert _FORKED.fits(variables)
+    return _FORKED.run(list(map(str, arguments)), None, variables, timeout, program)
+
+
 def start_cli(*arguments: object) -> StartedCli:
     """The same, going on: for tests that kill it."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}

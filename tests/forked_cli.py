@@ -1,4 +1,4 @@
-"""`lox-merge` in a process of its own for every call, forked from one that has imported torch and transformers already.
+"""`lox-merge`, or a program, in a process of its own for every call, forked from one that has imported torch and transformers already.
 
 A fresh interpreter spends two to five seconds on these imports, which is most of what a call on a toy model takes. What a fresh
 interpreter does is tested by itself (tests/test_cli.py).
@@ -16,7 +16,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _PROGRAM = """
 import gc, json, os, sys
@@ -24,6 +24,7 @@ import torch
 torch.set_num_threads(1)  # no thread has been started when the process forks
 import numpy, pydantic, rich.console, rich.progress, rich.table, safetensors.torch, scipy.optimize, scipy.stats, yaml
 import huggingface_hub, transformers, transformers.models.llama.modeling_llama
+import matplotlib.figure, matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, peft
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 import importlib, pkgutil
 import lox_merge.cli.main
@@ -46,7 +47,11 @@ def work(order):
     os.environ.update(order["environment"])
     code = 0
     try:
-        lox_merge.cli.main.main(order["arguments"])
+        if "program" in order:
+            sys.argv[1:] = order["arguments"]
+            exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__"})
+        else:
+            lox_merge.cli.main.main(order["arguments"])
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
@@ -93,8 +98,11 @@ class ForkedCli:
             self.stop()
         return wanted == _read_early(self._environment if self._process is not None else dict(os.environ))
 
-    def run(self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-        started = self.start(arguments, cwd, environment)
+    def run(
+        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float, program: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """program: Python that is run instead of the command line."""
+        started = self.start(arguments, cwd, environment, program)
         late = threading.Event()
 
         def stop() -> None:
@@ -109,7 +117,7 @@ class ForkedCli:
             raise subprocess.TimeoutExpired(arguments, timeout, done.stdout, done.stderr)
         return done
 
-    def start(self, arguments: list[str], cwd: Path | None, environment: dict[str, str]) -> StartedCli:
+    def start(self, arguments: list[str], cwd: Path | None, environment: dict[str, str], program: str | None = None) -> StartedCli:
         """One at a time: the next call waits for the one before."""
         if self._process is None or self._process.poll() is not None:
             self._environment = environment
@@ -118,7 +126,9 @@ class ForkedCli:
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         files = tempfile.TemporaryDirectory()
-        order = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment, "files": files.name}
+        order: dict[str, Any] = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment, "files": files.name}
+        if program is not None:
+            order["program"] = program
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return StartedCli(int(self._process.stdout.readline()), arguments, files, self._process.stdout)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLI, RunCli, start_cli
+from conftest import RunCli, start_cli
 from safetensors import safe_open
 from tiny_models import make_pair, read_tensors
 
@@ -211,12 +210,11 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_source_that_changed_in_between_is_noticed(tmp_path: Path) -> None:
     base, aligned = make_pair(tmp_path, "llama", base_shards=2, aligned_shards=8, hidden=256, layers=6, vocabulary=2000)
     parts = tmp_path / ".f.safetensors.parts"
-    arguments = [*CLI, "decompose", str(base), str(aligned), str(tmp_path / "f.safetensors"), "--rank", "16"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start_cli("decompose", base, aligned, tmp_path / "f.safetensors", "--rank", 16)
     while process.poll() is None and not list((parts / ".lox_merge").glob("*.piece.json")):
         time.sleep(0.001)
     process.kill()
-    process.communicate()
+    process.finish()
     shard = sorted(aligned.glob("*.safetensors"))[0]
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

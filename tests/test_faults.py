@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_program
 from tiny_models import make_pair
 
 from lox_merge.errors import RequestError, SourceChangedError
@@ -38,7 +39,7 @@ def test_one_process_at_a_time_writes_a_store_of_replies(tmp_path: Path) -> None
         "import sys\nfrom pathlib import Path\nfrom lox_merge.safety.reply_store import ReplyStore\nfrom lox_merge.safety.types import *\n"
         "ReplyStore(Path(sys.argv[1]), {}, PromptSet((Prompt('0', 'how'),), '0' * 64, 'prompts'))\n"
     )
-    other = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
+    other = run_program(code, file)
     assert other.returncode == 1 and "another process is writing replies.jsonl" in other.stderr
     with pytest.raises(RequestError, match="another process is writing"):
         ReplyStore(file, {}, asked)

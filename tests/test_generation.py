@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_program
 from safetensors.torch import load_file, save_file
 from tiny_models import WORDS as ALL_WORDS
 from tiny_models import make_pair
@@ -341,5 +340,5 @@ def test_progress_is_silent_in_a_pipe(folders: dict[str, tuple[Path, Path]]) -> 
         "m = LocalModel.load(sys.argv[1], device='cpu', decoding=Decoding(3), progress=terminal_progress); "
         "m.replies(prompt_set([Prompt('0', 'how')], 's'))"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(folders["llama"][1])], capture_output=True, text=True, check=True, timeout=120)
-    assert (done.stdout, done.stderr) == ("", "")
+    done = run_program(program, folders["llama"][1])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -96,8 +96,8 @@ def test_a_stacked_expert_takes_its_own_triplets(pair: tuple[Path, Path, Path], 
         plan = plan_hardening(base, aligned, tmp_path / "out", recipe=Recipe(rank=3), factors=held)
         tensor = next(tensor for tensor in plan.edited if "expert" in tensor.name)
         for view in tensor.views:
-            stored = view.select(plan.aligned.tensor(tensor.name))
-            delta = stored - view.select(plan.base.tensor(tensor.base_name))
-            found = plan.triplets.subspace(tensor, view, delta, stored)
+            earlier, stored = view.select(plan.base.tensor(tensor.base_name)), view.select(plan.aligned.tensor(tensor.name))
+            delta = stored - earlier
+            found = plan.triplets.subspace(tensor, view, delta, earlier, stored)
             left, values, right = torch.linalg.svd(delta.double())
             torch.testing.assert_close(found.low_rank().double(), (left[:, :3] * values[:3]) @ right[:3], rtol=0, atol=1e-5)

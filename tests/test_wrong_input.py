@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RunCli
+from conftest import RunCli, run_program
 from reference import load
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
@@ -284,10 +284,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 from lox_merge.cli.main import main
 main(["harden", {str(base)!r}, {str(aligned)!r}, {str(out)!r}])
 """
-    import subprocess
-    import sys
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_program(code)
     assert done.returncode == 1
     assert "can't be written" in done.stderr and "run the same command again" in done.stderr and "Traceback" not in done.stderr
     assert not list(out.glob("*.safetensors")) and not (out / "lox_merge.json").exists()

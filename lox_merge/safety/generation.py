@@ -24,8 +24,9 @@ from lox_merge.safety.types import Prompt, PromptSet, Reply
 class LocalModel:
     """A ReplySource over a transformers model and its tokenizer.
 
-    The model's weights may change between calls: nothing of them is kept. batch_size: None finds one; it is halved when memory
-    runs out. store: a JSONL file of replies to go on from. source: what `identity` records of where the model came from.
+    The model's weights may change between calls: nothing of them is kept, and the tokenizer stays the same. batch_size: None finds
+    one; it is halved when memory runs out. store: a JSONL file of replies to go on from. source: what `identity` records of where the
+    model came from.
     Raises RequestError for a rendering this tokenizer cannot give.
     """
 
@@ -50,6 +51,7 @@ class LocalModel:
         self.store = store
         self._progress = progress or no_progress
         self._title, self._source = title, source
+        self._rendered: dict[tuple[str, Rendering], list[list[int]]] = {}
         check_rendering(tokenizer, self.rendering)
 
     @classmethod
@@ -120,7 +122,7 @@ class LocalModel:
 
     def _replies(self, prompts: PromptSet, store: ReplyStore | None) -> list[Reply]:
         finished = store.finished if store else {}
-        rows = [render(self.tokenizer, prompt.text, self.rendering) for prompt in prompts.prompts]
+        rows = self._tokens(prompts)
         self._check_room(prompts.prompts, rows)
         # Longest first: memory that will not do fails at once, and a batch holds rows of like length. The sort is stable.
         waiting = sorted((i for i, prompt in enumerate(prompts.prompts) if prompt.identity not in finished), key=lambda i: -len(rows[i]))
@@ -145,6 +147,13 @@ class LocalModel:
                 del waiting[: len(batch)]
                 progress.advance(len(batch))
         return [found[i] for i in range(len(rows))]
+
+    def _tokens(self, prompts: PromptSet) -> list[list[int]]:
+        """Token numbers of each prompt; kept, because a search or an attack asks one set again and again, of a model that changes."""
+        key = prompts.sha256, self.rendering
+        if key not in self._rendered:
+            self._rendered[key] = [render(self.tokenizer, prompt.text, self.rendering) for prompt in prompts.prompts]
+        return self._rendered[key]
 
     def _try_batch(self, prompts: list[Prompt], rows: list[list[int]]) -> list[Reply] | None:
         """The replies to one batch; None when it did not fit and the batch size was halved."""
