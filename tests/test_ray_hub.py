@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -159,6 +160,31 @@ def test_a_job_that_is_stopped_and_loses_its_workers_publishes_what_a_serial_one
     assert published(hub, repo, "hardened") == found, "the card too"
     other = publisher.run(*job(tmp_path / "serial" / "out", repo, *AWAY))
     assert other.returncode == 2 and f"are in this folder, and are to be in {repo} on the Hub" in other.stderr
+
+
+def test_a_driver_that_is_killed_is_gone_on_with(hub: LoopbackHub, machines: Machines, publisher: Publisher, tmp_path: Path) -> None:
+    """Its workers end with it, and the next run of the command sends what is left."""
+    out, repo, start = tmp_path / "out", "owner/driver-killed", len(hub.requests)
+    order = job(out, repo, *AWAY, rank=3)
+    with Hold(hub, passing=1):
+        driver = publisher.start(*order, "--workers", 1, RAY_ADDRESS=machines.address)
+        until(lambda: sent_shards(out))
+        os.kill(driver, signal.SIGKILL)
+        assert publisher.finish().returncode == -signal.SIGKILL
+        until(lambda: not machines.workers())
+    sent = sent_shards(out)
+    assert set(published(hub, repo)) == {".gitattributes"} and not (out / "lox_merge.json").exists()
+    done = publisher.run(*order, "--workers", 1, RAY_ADDRESS=machines.address)
+    assert done.returncode == 0, done.stderr
+    assert done.json["resumed_shards"] == len(sent) >= 1
+    whole = [request.path for request in hub.requests[start:] if request.method == "PUT" and request.status == 200]
+    assert len(set(whole)) == len(whole), "nothing is uploaded twice"
+    assert publisher.run("harden", "owner/base", "owner/aligned", tmp_path / "here", "--rank", 3).returncode == 0
+    here = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "here").glob("*.safetensors")}
+    found = published(hub, repo)
+    assert len(here) == 5 and {name: found[name] for name in here} == here
+    until(lambda: not machines.workers())
+    assert not machines.left_behind()
 
 
 # Workers in a process of their own, without Ray
