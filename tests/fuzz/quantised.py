@@ -14,10 +14,13 @@ from fuzz.hostile import json_bytes, spoilt, written
 from fuzz.materials import WEIGHTS, Materials, split_header, with_header
 from lox_merge import inspect
 from lox_merge.diagnostics.settings import InspectSettings
+from lox_merge.safety.decoding import Decoding
+from lox_merge.safety.generation import LocalModel
+from lox_merge.safety.types import Prompt, PromptSet
 
 
 def quantised(materials: Materials) -> Target:
-    """Of two forms. Each case goes through an edit that keeps the form, or writes a plain model, or through an inspection."""
+    """Of two forms. A case goes through an edit that keeps the form, or writes a plain model, or an inspection, or is asked as a model."""
     folders, sound, cases = [], [], []
     for place, store in enumerate((as_block_fp8, as_packed)):
         folder = store(materials.single, materials.place(f"quantised_{store.__name__}"))
@@ -29,11 +32,12 @@ def quantised(materials: Materials) -> Target:
         weights = headers.map(lambda found, data=data: with_header(found, data))
         scales = _spoilt_scales(header, data)
         kinds = {"config.json": st.one_of(json_bytes(config), settings, settings), WEIGHTS: st.one_of(weights, scales)}
-        ways = st.sampled_from(("form", "plain", "inspect"))
+        ways = st.sampled_from(("form", "plain", "inspect", "ask"))
         cases += [st.tuples(st.just(place), ways, st.just(file), found) for file, found in kinds.items()]
         folders.append(folder)
         sound.append({file: (folder / file).read_bytes() for file in kinds})
     out = materials.place("quantised_out")
+    asked = PromptSet((Prompt("0", "how do"),), "0" * 64, "prompts")
 
     def feed(case: tuple[int, str, str, bytes]) -> None:
         place, way, file, data = case
@@ -42,6 +46,8 @@ def quantised(materials: Materials) -> Target:
             (folder / name).write_bytes(data if name == file else whole)
         if way == "inspect":
             inspect(materials.base, folder, settings=InspectSettings(rank=2, skip_non_finite=True), order_is_right=True, device="cpu")
+        elif way == "ask":
+            LocalModel.load(folder, device="cpu", decode=True, decoding=Decoding(max_new_tokens=2)).replies(asked)
         else:
             harden_case(materials.base, folder, out, requantise=way == "form", dtype=None if way == "form" else "float32")
 
