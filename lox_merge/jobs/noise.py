@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.checkpoint.checkpoint import Checkpoint
-from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, quantised_among
+from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.maths.grid import Grid
@@ -77,7 +77,7 @@ def noise_between(earlier: tuple[Checkpoint, str], later: tuple[Checkpoint, str]
 
 @dataclass(frozen=True)
 class PairNoise:
-    """Of the matrices of a pair, one of them quantised at least."""
+    """Of the matrices of a pair."""
 
     base: Checkpoint
     aligned: Checkpoint
@@ -85,8 +85,3 @@ class PairNoise:
     def of(self, tensor: TensorPlan, view: MatrixView) -> RoundingNoise:
         """Reads scales."""
         return noise_between((self.base, tensor.name_in("base")), (self.aligned, tensor.name_in("aligned")), view)
-
-
-def pair_noise(base: Checkpoint, aligned: Checkpoint) -> PairNoise | None:
-    """None where rounding to the aligned weights' dtype is all there is."""
-    return PairNoise(base, aligned) if quantised_among([base, aligned]) else None

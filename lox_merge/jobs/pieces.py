@@ -29,7 +29,7 @@ from lox_merge.jobs.factors import METADATA_KEY
 from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.layout import MatrixView
-from lox_merge.jobs.noise import RoundingNoise, noise_between
+from lox_merge.jobs.noise import PairNoise, RoundingNoise
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import TripletSource
@@ -149,7 +149,7 @@ def _in_order(plan: Plan, shard: ShardPlan, crew: Crew, examine: Examine) -> Ite
                 break
             waiting.popleft()
             base, aligned = view.select(plan.base.tensor(tensor.base_name)), view.select(plan.aligned.tensor(tensor.name))
-            noise = noise_between((plan.base, tensor.base_name), (plan.aligned, tensor.name), view)
+            noise = PairNoise(plan.base, plan.aligned).of(tensor, view)
             started.append((tensor, view, crew.submit(_decompose, base, aligned, noise, tensor, view, plan.triplets, examine, crew.device), cost))
             in_flight += cost
         tensor, view, future, cost = started.popleft()

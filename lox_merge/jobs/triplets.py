@@ -13,7 +13,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.errors import RequestError
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
-from lox_merge.jobs.noise import PLAIN, PairNoise, pair_noise
+from lox_merge.jobs.noise import PLAIN, PairNoise
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.settings import Settings
 from lox_merge.maths.factored import factored_svd
@@ -36,7 +36,7 @@ class TripletSource(Protocol):
 
 @dataclass(frozen=True)
 class TakenNow:
-    """A truncated SVD with a recipe's tolerance and seed. noise: of the pair; None where both models are of plain dtypes."""
+    """A truncated SVD with a recipe's tolerance and seed. noise: of the pair; None for plain matrices that are of no checkpoint."""
 
     tolerance: float
     seed: int
@@ -44,7 +44,9 @@ class TakenNow:
 
     def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> Subspace:
         rule = _rule(tensor)
-        edge = _noise_edge(self.noise, tensor, view, delta, base, aligned) if rule.kind == "noise-floor" else 0.0
+        edge = 0.0
+        if rule.kind == "noise-floor":
+            edge = (PLAIN if self.noise is None else self.noise.of(tensor, view)).edge(base, aligned, delta)
         return truncated_svd(delta, rule, noise_edge=edge, tolerance=self.tolerance, seed=self.seed)
 
     def record(self) -> None:
@@ -74,7 +76,7 @@ class FromAdapter:
 
 def usual_triplets(base: Checkpoint, aligned: Checkpoint, recipe: Settings) -> TripletSource:
     """Where triplets come from unless a file of factors is given."""
-    taken = TakenNow(recipe.tolerance, recipe.seed, pair_noise(base, aligned))
+    taken = TakenNow(recipe.tolerance, recipe.seed, PairNoise(base, aligned))
     return FromAdapter(aligned, taken) if isinstance(aligned, AdaptedCheckpoint) else taken
 
 
@@ -118,11 +120,11 @@ class DecomposedAgain:
     rank: int
     tolerance: float
     seed: int
-    noise: PairNoise | None = None
+    noise: PairNoise
 
     def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> Subspace:
         found = truncated_svd(delta, self.rank, tolerance=self.tolerance, seed=self.seed)
-        return _truncated(found, _rule(tensor), view, _noise_edge(self.noise, tensor, view, delta, base, aligned), delta.device)
+        return _truncated(found, _rule(tensor), view, self.noise.of(tensor, view).edge(base, aligned, delta), delta.device)
 
     def record(self) -> dict[str, Any]:
         return {"rank": str(self.rank), "tolerance": self.tolerance, "seed": self.seed}
@@ -132,11 +134,7 @@ def recorded_triplets(record: dict[str, Any] | None, base: Checkpoint, aligned: 
     """The source that makes the triplets of a manifest again, from the `record` in it."""
     if record is None or isinstance(aligned, AdaptedCheckpoint):  # an adapter's triplets are exact, from a file or not
         return usual_triplets(base, aligned, recipe)
-    return DecomposedAgain(int(record["rank"]), float(record["tolerance"]), int(record["seed"]), pair_noise(base, aligned))
-
-
-def _noise_edge(noise: PairNoise | None, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> float:
-    return (PLAIN if noise is None else noise.of(tensor, view)).edge(base, aligned, delta)
+    return DecomposedAgain(int(record["rank"]), float(record["tolerance"]), int(record["seed"]), PairNoise(base, aligned))
 
 
 def _truncated(found: Subspace, rule: RankRule, view: MatrixView, noise_edge: float, device: torch.device) -> Subspace:
