@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["hub_fixtures", "lab_fixtures", "report_fixtures"]
+pytest_plugins = ["hub_fixtures", "lab_fixtures", "push_fixtures", "report_fixtures"]
 
 # The longest files of tests, begun first: one of them left to the end would keep one worker busy alone.
 LONG = (

@@ -8,100 +8,18 @@ import shutil
 import signal
 import socket
 import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import torch
-from hub_clients import TOKENS, LoopbackHub, files_under, names_a_server, run_client
-from hub_server import Request
-from publishers import Done, Publisher
-from tiny_models import make_pair
-from transformers import AutoModelForCausalLM
+from hub_clients import LoopbackHub, files_under, run_client
+from publishers import Publisher
+from push_fixtures import assert_published, refused, sent_bytes, since, stored
 
 from lox_merge import Recipe, harden
 
 UP = "model-00002-of-00003.safetensors"
 HALF = "POST /api/models/owner/{}/commit/"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """base, aligned, and the finished output 'out'."""
-    folder = tmp_path_factory.mktemp("publish")
-    base, aligned = make_pair(folder, "llama", aligned_shards=3)
-    (aligned / "LICENSE").write_text("Terms.\n")
-    harden(base, aligned, folder / "out", recipe=Recipe(rank=4))
-    return base, aligned, folder / "out"
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoopbackHub, Publisher]]:
-    tokens = {**TOKENS, "fine-token": ("owner", "write")}
-    with (
-        LoopbackHub(tmp_path_factory.mktemp("hub"), tokens, organizations=["org"]) as hub,
-        Publisher(hub, tmp_path_factory.mktemp("home")) as publisher,
-    ):
-        yield hub, publisher
-
-
-@pytest.fixture
-def hub(served: tuple[LoopbackHub, Publisher]) -> Iterator[LoopbackHub]:
-    hub = served[0]
-    yield hub
-    left, hub.part_size = hub.faults.left(), None
-    hub.faults.clear()
-    assert left == [], "a fault that was ordered did not happen"
-
-
-@pytest.fixture
-def publisher(served: tuple[LoopbackHub, Publisher], hub: LoopbackHub) -> Publisher:
-    return served[1]
-
-
-@pytest.fixture
-def out(made: tuple[Path, Path, Path], tmp_path: Path) -> Path:
-    return shutil.copytree(made[2], tmp_path / "out")
-
-
-@pytest.fixture
-def repo(request: pytest.FixtureRequest) -> str:
-    """A name of its own for every test."""
-    return f"owner/test-{zlib.crc32(request.node.name.encode()):08x}"
-
-
-def since(hub: LoopbackHub, start: int) -> list[Request]:
-    return hub.requests[start:]
-
-
-def sent_bytes(requests: list[Request]) -> int:
-    """Bytes of file content that a client sent: to the storage, and inside commits."""
-    return sum(request.received for request in requests if request.method == "PUT" or "/commit/" in request.path)
-
-
-def stored(hub: LoopbackHub, repo: str, revision: str = "main") -> dict[str, bytes]:
-    files = hub.repositories[repo].files(revision)
-    return {name: hub.blobs.path(file.sha256).read_bytes() for name, file in files.items() if name != ".gitattributes"}
-
-
-def assert_published(hub: LoopbackHub, repo: str, out: Path, revision: str = "main") -> None:
-    """The branch holds the output's files, byte for byte, and the card."""
-    there = stored(hub, repo, revision)
-    assert sorted(there) == sorted({*files_under(out), "README.md"})
-    for name in files_under(out):
-        assert there[name] == (out / name).read_bytes(), name
-
-
-def refused(done: Done, *words: str, code: int = 2) -> None:
-    assert done.returncode == code, (done.returncode, done.stderr)
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
-    assert lines and lines[0].startswith("error: ")
-    for word in words:
-        assert word in done.stderr
-    assert "Traceback" not in done.stderr and "-token" not in done.stderr and not names_a_server(done.stderr)
 
 
 # What is published
@@ -582,109 +500,3 @@ def test_a_stopped_upload_says_how_to_go_on(hub: LoopbackHub, publisher: Publish
     os.kill(child, signal.SIGTERM)
     refused(publisher.finish(), "interrupted", "run the same command again to go on", code=1)
     assert stored(hub, repo) == {}
-
-
-# Straight from hardening
-
-
-def test_harden_publishes_at_the_end(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, aligned = made[0], shutil.copytree(made[1], tmp_path / "aligned")
-    (aligned / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n")
-    for role, folder in (("base", base), ("aligned", aligned)):
-        hub.put(f"stranger/{role}", folder)
-    done = publisher.run("harden", "stranger/base", "stranger/aligned", tmp_path / "out", "--push", "owner/hardened", "--json", "-")
-    assert done.returncode == 0, done.stderr
-    assert_published(hub, "owner/hardened", tmp_path / "out")
-    assert done.json["push"]["commit"] == hub.repositories["owner/hardened"].branches["main"]
-    card = stored(hub, "owner/hardened")["README.md"].decode()
-    for words in ("license: mit\n", "language: en\n", "base_model:\n- stranger/aligned\n- stranger/base\n", "base_model_relation: merge\n"):
-        assert words in card
-    commit = hub.repositories["stranger/aligned"].branches["main"]
-    assert f"stranger/aligned@{commit}" in card
-    again = publisher.run("harden", "stranger/base", "stranger/aligned", tmp_path / "out", "--push", "owner/hardened")
-    assert again.returncode == 0 and "Nothing to upload" in again.stdout
-    checked = publisher.run("verify", "owner/hardened")
-    assert checked.returncode == 0 and "equal" in checked.stdout, checked.stderr
-    # Beside aligned itself, whose main branch stays what it is; and as a pull request to somebody else.
-    before = stored(hub, "stranger/aligned")
-    hub.put("owner/own", aligned)
-    order = ("harden", "stranger/base", "owner/own", tmp_path / "beside")
-    branch = publisher.run(*order, "--push", "owner/own", "--revision", "hardened", "--public")
-    assert branch.returncode == 0, branch.stderr
-    assert_published(hub, "owner/own", tmp_path / "beside", "hardened")
-    assert stored(hub, "owner/own") == before
-    request = publisher.run(*order, "--push", "stranger/aligned", "--pull-request", "--json", "-")
-    assert request.returncode == 0 and request.json["push"]["branch"] == "refs/pr/1", request.stderr
-    assert_published(hub, "stranger/aligned", tmp_path / "beside", "refs/pr/1")
-    assert stored(hub, "stranger/aligned") == before
-
-
-def test_an_adapter_is_published_and_loads_on_aligned(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    aligned = shutil.copytree(made[1], tmp_path / "aligned")
-    (aligned / "README.md").write_text("---\nlicense: mit\n---\n")
-    for role, folder in (("base", made[0]), ("aligned", aligned)):
-        hub.put(f"adapted/{role}", folder)
-    arguments = ("harden", "adapted/base", "adapted/aligned", tmp_path / "out", "--rank", 3, "--as-adapter", "--push", "owner/adapter")
-    done = publisher.run(*arguments, "--json", "-")
-    assert done.returncode == 0, done.stderr
-    assert_published(hub, "owner/adapter", tmp_path / "out")
-    card = stored(hub, "owner/adapter")["README.md"].decode()
-    for words in ("library_name: peft\n", "base_model:\n- adapted/aligned\n", "base_model_relation: adapter\n", "PeftModel.from_pretrained"):
-        assert words in card
-    checked = publisher.run("verify", "owner/adapter")
-    assert checked.returncode == 0, checked.stderr
-    body = f"from huggingface_hub import snapshot_download; result = snapshot_download('owner/adapter', revision={done.json['push']['commit']!r})"
-    folder = run_client(hub.environment(tmp_path / "reader", token="read-token"), body)
-    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made[1], dtype=torch.float32), folder)
-    merged = adapted.merge_and_unload().state_dict()
-    harden(made[0], made[1], tmp_path / "whole", recipe=Recipe(rank=3, dtype="float32"), device="cpu")
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
-    assert all(torch.allclose(value, whole[name], atol=1e-5) for name, value in merged.items())
-
-
-HARDEN_REFUSALS: dict[str, tuple[str | None, list[str], str]] = {
-    "no token": (None, ["--license", "mit"], "needs an access token"),
-    "read-only token": ("read-token", ["--license", "mit"], "may only read"),
-    "unknown licence": ("owner-token", [], "licence of the output is unknown"),
-    "a licence that the Hub does not know": ("owner-token", ["--license", "my-own"], '"license" must be one of'),
-    "a name that is taken": ("owner-token", ["--license", "mit", "--push", "owner/base"], "holds another model"),
-    "a branch that cannot be": ("owner-token", ["--license", "mit", "--revision", "a..b"], "the name of a branch"),
-    "a pull request to nobody": ("owner-token", ["--license", "mit", "--pull-request"], "nothing to open a pull request for"),
-}
-
-
-@pytest.mark.parametrize("case", HARDEN_REFUSALS)
-def test_harden_finds_out_first_that_it_may_not_publish(
-    case: str, hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    hub.put("owner/base", made[0], private=True)
-    token, extra, words = HARDEN_REFUSALS[case]
-    refused(publisher.run("harden", made[0], made[1], tmp_path / "out", "--push", "owner/x", *extra, token=token), words)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_gated_source_is_refused_before_anything_is_computed(
-    hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    hub.put("stranger/gated", made[1], gated=True)
-    done = publisher.run("harden", made[0], "stranger/gated", tmp_path / "out", "--push", "owner/x", "--license", "mit")
-    assert done.returncode == 2 and done.stderr.startswith("error: aligned: stranger/gated is gated") and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
-    commit = hub.repositories["stranger/gated"].branches["main"]
-    out = shutil.copytree(made[2], tmp_path / "made")
-    manifest = json.loads((out / "lox_merge.json").read_text())
-    manifest["sources"]["aligned"] |= {"kind": "hub", "name": "stranger/gated", "commit": commit, "revision": None}
-    (out / "lox_merge.json").write_text(json.dumps(manifest))
-    unread = publisher.run("push", out, "owner/of-gated")
-    assert unread.returncode == 2 and "Traceback" not in unread.stderr
-    assert "the card of a source cannot be read" in unread.stderr and "is gated" in unread.stderr and "--license" in unread.stderr
-    stated = publisher.push(out, "owner/of-gated")
-    assert stated.returncode == 0 and "warning: the card of aligned was not read" in stated.stderr
-    missing = publisher.run("harden", made[0], "stranger/gated@v9", tmp_path / "out", "--push", "owner/x", "--license", "mit")
-    refused(missing, "not this revision")
-
-
-def test_publishing_options_need_a_place(publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    for options in (["--public"], ["--revision", "x"], ["--pull-request"]):
-        refused(publisher.run("harden", made[0], made[1], tmp_path / "out", *options), "--push REPO")
-    assert os.listdir(tmp_path) == []  # noqa: PTH208
