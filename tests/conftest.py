@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from forked_cli import ForkedCli, StartedCli  # noqa: E402
+from forked_cli import StartedCli, run_forked, start_forked, stop_forking  # noqa: E402
 
 torch.set_num_threads(1)
 # A shell starts background jobs with Ctrl-C ignored, and what a process ignores its children ignore too.
@@ -63,16 +62,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    _FORKED.stop()
+    stop_forking()
 
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
-CLI = [sys.executable, "-m", "lox_merge.cli.main"]
-
-
-_FORKED = ForkedCli()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
@@ -80,24 +73,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def run_cli(*arguments: object, cwd: Path | None = None, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     """`lox-merge` with these arguments in a process of its own; environment holds extra variables."""
-    texts, variables = list(map(str, arguments)), {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    if _FORKED.fits(variables):
-        return _FORKED.run(texts, cwd, variables, timeout)
-    return subprocess.run([*CLI, *texts], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+    return run_forked(arguments, {**os.environ, "OMP_NUM_THREADS": "1", **environment}, cwd=cwd, timeout=timeout)
 
 
 def run_program(program: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own, which has imported the package already."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert _FORKED.fits(variables)
-    return _FORKED.run(list(map(str, arguments)), None, variables, timeout, program)
+    return run_forked(arguments, {**os.environ, "OMP_NUM_THREADS": "1"}, program=program, timeout=timeout)
 
 
 def start_cli(*arguments: object) -> StartedCli:
-    """The same, going on: for tests that kill it."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert _FORKED.fits(variables)
-    return _FORKED.start(list(map(str, arguments)), None, variables)
+    """The command, going on: for tests that kill it."""
+    return start_forked(arguments, {**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(name="run_cli")

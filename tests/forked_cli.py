@@ -1,7 +1,10 @@
-"""`lox-merge`, or a program, in a process of its own for every call, forked from one that has imported torch and transformers already.
+"""`lox-merge`, or a program, in a process of its own for every call, forked from one that has imported torch already.
 
-A fresh interpreter spends two to five seconds on these imports, which is most of what a call on a toy model takes. What a fresh
+A fresh interpreter spends three to seven seconds on its imports, which is most of what a call on a toy model takes. What a fresh
 interpreter does is tested by itself (tests/test_cli.py).
+
+Libraries read variables when they are imported. One process has imported all of them, for calls with the variables of the tests;
+another has left out those that read where the Hub is, for calls that go to a Hub of their own.
 """
 
 from __future__ import annotations
@@ -14,24 +17,42 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-_PROGRAM = """
+CLI = [sys.executable, "-m", "lox_merge.cli.main"]
+
+_TORCH = """
 import gc, json, os, sys
 import torch
 torch.set_num_threads(1)  # no thread has been started when the process forks
 import numpy, pydantic, rich.console, rich.progress, rich.table, safetensors.torch, scipy.optimize, scipy.stats, yaml
+import importlib, pkgutil
+import lox_merge.cli.main
+"""
+
+_ALL = """
 import huggingface_hub, transformers, transformers.models.llama.modeling_llama
 import matplotlib.figure, matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, peft
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
-import importlib, pkgutil
-import lox_merge.cli.main
 for module in pkgutil.walk_packages(lox_merge.__path__, "lox_merge."):
     if not any(part in module.name for part in ("mergekit", "inspect", "watch")):  # other packages, which most commands do without
         importlib.import_module(module.name)
+"""
 
+_WITHOUT_HUB = """
+import click, concurrent.futures, filelock, httpx, jaxtyping, jinja2, psutil, tqdm
+for folder in ("checkpoint", "jobs", "maths", "publish"):
+    package = importlib.import_module("lox_merge." + folder)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+import lox_merge.cli.harden, lox_merge.cli.adapter, lox_merge.cli.verify
+assert "huggingface_hub" not in sys.modules
+"""
+
+_LOOP = """
 # A child that looks for cycles among all of this would write to, and so copy, every page of it.
 gc.collect()
 gc.freeze()
@@ -72,17 +93,14 @@ for line in sys.stdin:
 """
 
 
-def _read_early(environment: dict[str, str]) -> dict[str, str]:
-    """Variables that libraries read when they are imported."""
-    return {name: value for name, value in environment.items() if name.startswith(("HF_", "HUGGINGFACE", "PYTHON", "TRANSFORMERS", "OMP_"))}
-
-
 class ForkedCli:
-    """The process that forks; started at the first call."""
+    """The process that forks; started at the first call. hub: whether it has imported what reads the variables of the Hub."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, hub: bool) -> None:
+        self._program = _TORCH + (_ALL if hub else _WITHOUT_HUB) + _LOOP
+        self._early = ("PYTHON", "OMP_", *(("HF_", "HUGGINGFACE", "TRANSFORMERS") if hub else ()))
         self._process: subprocess.Popen[str] | None = None
-        self._environment: dict[str, str] = {}
+        self._environment: Mapping[str, str] = {}
 
     def stop(self) -> None:
         if self._process is not None:
@@ -90,16 +108,20 @@ class ForkedCli:
             self._process.communicate()
             self._process = None
 
-    def fits(self, environment: dict[str, str]) -> bool:
+    def _read_early(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Variables that libraries read when they are imported."""
+        return {name: value for name, value in environment.items() if name.startswith(self._early)}
+
+    def fits(self, environment: Mapping[str, str]) -> bool:
         """Whether a forked process would see these variables: some are read when a library is imported."""
-        wanted = _read_early(environment)
-        if self._process is not None and wanted != _read_early(self._environment) and wanted == _read_early(dict(os.environ)):
+        wanted = self._read_early(environment)
+        if self._process is not None and wanted != self._read_early(self._environment) and wanted == self._read_early(os.environ):
             # Not this call is special: a library that a test imported has set a variable for good (lm_eval sets one of the Hub's).
             self.stop()
-        return wanted == _read_early(self._environment if self._process is not None else dict(os.environ))
+        return wanted == self._read_early(self._environment if self._process is not None else os.environ)
 
     def run(
-        self, arguments: list[str], cwd: Path | None, environment: dict[str, str], timeout: float, program: str | None = None
+        self, arguments: list[str], cwd: Path | None, environment: Mapping[str, str], timeout: float, program: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """program: Python that is run instead of the command line."""
         started = self.start(arguments, cwd, environment, program)
@@ -117,16 +139,16 @@ class ForkedCli:
             raise subprocess.TimeoutExpired(arguments, timeout, done.stdout, done.stderr)
         return done
 
-    def start(self, arguments: list[str], cwd: Path | None, environment: dict[str, str], program: str | None = None) -> StartedCli:
+    def start(self, arguments: list[str], cwd: Path | None, environment: Mapping[str, str], program: str | None = None) -> StartedCli:
         """One at a time: the next call waits for the one before."""
         if self._process is None or self._process.poll() is not None:
             self._environment = environment
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+                [sys.executable, "-c", self._program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         files = tempfile.TemporaryDirectory()
-        order: dict[str, Any] = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": environment, "files": files.name}
+        order: dict[str, Any] = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "environment": dict(environment), "files": files.name}
         if program is not None:
             order["program"] = program
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -156,3 +178,36 @@ class StartedCli:
         output, errors = (Path(self.files.name, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
         self.files.cleanup()
         return subprocess.CompletedProcess(self.arguments, code, output, errors)
+
+
+_FORKED = ForkedCli(hub=True), ForkedCli(hub=False)
+
+
+def _fitting(environment: Mapping[str, str]) -> ForkedCli | None:
+    return next((forked for forked in _FORKED if forked.fits(environment)), None)
+
+
+def run_forked(
+    arguments: Sequence[object], environment: Mapping[str, str], *, program: str | None = None, cwd: Path | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """`lox-merge`, or Python that is given as text, to its end, with these variables and no others.
+
+    In an interpreter of its own where neither process could have been started with the variables.
+    """
+    texts, forked = list(map(str, arguments)), _fitting(environment)
+    if forked is not None:
+        return forked.run(texts, cwd, environment, timeout, program)
+    command = CLI if program is None else [sys.executable, "-c", program]
+    return subprocess.run([*command, *texts], cwd=cwd, env=dict(environment), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def start_forked(arguments: Sequence[object], environment: Mapping[str, str]) -> StartedCli:
+    """The same, going on: for tests that kill it."""
+    forked = _fitting(environment)
+    assert forked is not None
+    return forked.start(list(map(str, arguments)), None, environment)
+
+
+def stop_forking() -> None:
+    for forked in _FORKED:
+        forked.stop()

@@ -1,18 +1,19 @@
-"""Clients of a loopback Hub, which talk to it and to nothing else, each in an interpreter of its own.
+"""Clients of a loopback Hub, which talk to it and to nothing else, each in a process of its own.
 
-huggingface_hub reads its environment variables when it is imported, so only a new process sees what a user would see.
+huggingface_hub reads its environment variables when it is imported, so only a process that has not imported it sees what a user would
+see.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forked_cli import run_forked
 from hub_server import Hub, Request
 
 TOKENS = {"owner-token": ("owner", "write"), "read-token": ("owner", "read"), "stranger-token": ("stranger", "write")}
@@ -73,7 +74,7 @@ def client_command(body: str) -> list[str]:
 
 def run_client(environment: Mapping[str, str], body: str, *, expect_warning: str | None = None) -> Any:
     """What the client assigned to `result`. A LoxMergeWarning fails the test, unless one with this text is expected."""
-    process = subprocess.run(client_command(body), env=dict(environment), capture_output=True, text=True, timeout=100)
+    process = run_forked([body], environment, program=_CLIENT, timeout=100)
     assert process.returncode == 0, process.stderr
     answer = json.loads(process.stdout.splitlines()[-1])
     if expect_warning is None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 from adapters import TARGETS, edit_config, load_adapter, load_model, make_adapter, merge
+from forked_cli import run_forked
 from hub_clients import LoopbackHub
 from reference import load, lox_tensor
 from safetensors.torch import load_file, save_file
@@ -302,15 +300,11 @@ def test_adapter_and_base_from_the_hub(loopback_hub: LoopbackHub, hub_home: Path
     edit_config(adapter, base_model_name_or_path="owner/base")
     commits = {name: loopback_hub.put(f"owner/{name}", tmp_path / name) for name in ("base", "adapter")}
     out = tmp_path / "out"
-    # One process for both, since starting one takes longer than the work.
-    code = f"""
-from lox_merge.cli.main import cli
-cli(["harden", "owner/base", "owner/adapter@main", {str(out)!r}, "--rank", "2"], standalone_mode=False)
-cli(["verify", {str(out)!r}], standalone_mode=False)
-"""
-    environment = {**os.environ, **loopback_hub.environment(hub_home)}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert ran.returncode == 0 and "21 tensors made again from the sources: equal" in ran.stdout, ran.stderr
+    environment = loopback_hub.environment(hub_home)
+    hardened = run_forked(["harden", "owner/base", "owner/adapter@main", out, "--rank", 2], environment)
+    assert hardened.returncode == 0, hardened.stderr
+    verified = run_forked(["verify", out], environment)
+    assert verified.returncode == 0 and "21 tensors made again from the sources: equal" in verified.stdout, verified.stderr
     sources = json.loads((tmp_path / "out" / "lox_merge.json").read_text())["sources"]
     assert sources["aligned"]["commit"] == commits["adapter"] and sources["aligned"]["form"] == "adapter"
     harden(base, adapter, tmp_path / "local", recipe=Recipe(rank=2), base_is_right=True)

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CLI, RunCli
+from conftest import RunCli
+from forked_cli import CLI
 from reference import load
 from tiny_models import make_pair
 

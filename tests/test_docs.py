@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RunCli
+from forked_cli import run_forked
 from lab_fixtures import TOY_CACHE
 from tiny_models import make_pair
 
@@ -59,11 +59,10 @@ def test_documented_hardenings_run(pair: Path, run_cli: RunCli, tmp_path: Path, 
 
 
 def test_the_python_example_runs(pair: Path, toy_pair_seed0: object, tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "examples" / "harden_from_python.py")]
-    environment = {**os.environ, "LOX_MERGE_CACHE": str(TOY_CACHE.parent)}
-    toy = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
+    script = (ROOT / "examples" / "harden_from_python.py").read_text(encoding="utf-8")
+    toy = run_forked([], {**os.environ, "LOX_MERGE_CACHE": str(TOY_CACHE.parent)}, program=script)
     assert toy.returncode == 0, toy.stderr
     assert "tensors edited, mean R_align" in toy.stdout
-    own = subprocess.run([*script, pair / "BASE", pair / "ALIGNED", tmp_path / "out"], capture_output=True, text=True, check=False)
+    own = run_forked([pair / "BASE", pair / "ALIGNED", tmp_path / "out"], os.environ, program=script)
     assert own.returncode == 0, own.stderr
     assert (tmp_path / "out" / "lox_merge.json").exists()

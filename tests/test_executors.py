@@ -20,8 +20,9 @@ import psutil
 import pytest
 import torch
 from adapters import make_adapter
-from conftest import CLI, RunCli
+from conftest import RunCli
 from finetuned import finetune
+from forked_cli import CLI
 from hub_clients import LoopbackHub, run_client
 from safetensors.torch import load_file, save_file
 from tiny_models import INDEX, make_pair

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CLI
+from forked_cli import run_forked
 from hub_clients import LoopbackHub
 from reference import load
 from tiny_models import make_pair
@@ -25,8 +25,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def run(hub: LoopbackHub, home: Path, *arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
-    environment = hub.environment(home, **settings)  # type: ignore[arg-type]
-    return subprocess.run([*CLI, "harden", *map(str, arguments)], env=environment, capture_output=True, text=True, check=False)
+    return run_forked(["harden", *arguments], hub.environment(home, **settings))  # type: ignore[arg-type]
 
 
 def test_hub_sources_give_the_bytes_of_local_ones(loopback_hub: LoopbackHub, hub_home: Path, pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import json
 import struct
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_clients import LARGE, LONG_HEADER, LoopbackHub, files_under, names_a_server, run_client
+from hub_clients import LARGE, LONG_HEADER, LoopbackHub, client_command, files_under, names_a_server, run_client
 
 from lox_merge.checkpoint.hub import HubReference, parse_hub_reference
 
@@ -60,7 +62,8 @@ def test_other_texts_are_no_hub_ids(text: str) -> None:
 
 def test_importing_the_module_loads_neither_the_client_nor_torch(loopback_hub: LoopbackHub, hub_home: Path) -> None:
     body = "result = [name for name in ('huggingface_hub', 'torch', 'numpy') if name in sys.modules]"
-    assert run_client(loopback_hub.environment(hub_home), body) == []
+    done = subprocess.run(client_command(body), env=loopback_hub.environment(hub_home), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["result"] == []
 
 
 # Resolving

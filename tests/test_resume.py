@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CLI, RunCli, start_cli
-from forked_cli import StartedCli
+from conftest import RunCli, start_cli
+from forked_cli import CLI, StartedCli
 from tiny_models import make_pair
 
 from lox_merge import Recipe, harden
