@@ -66,6 +66,8 @@ def pytest_sessionfinish() -> None:
 
 
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -15,20 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import click
-
-
-def _get_ready() -> None:
-    """Imports what takes seconds, so that forked runs are at work at once."""
-    import torch
-    from transformers.utils import logging
-
-    import lox_merge.cli.main  # noqa: F401
-
-    torch.set_num_threads(1)  # no thread has been started when the process forks
-    logging.disable_progress_bar()
-    # A fork that looks for cycles among all of this would copy its pages.
-    gc.collect()
-    gc.freeze()
+from preloading import import_all
 
 
 @click.command()
@@ -38,7 +24,10 @@ def _get_ready() -> None:
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same moments.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what happened here.")
 def main(moments: int, names: tuple[str, ...], chosen: str, seed: int, json_file: Path | None) -> None:
-    _get_ready()
+    import_all()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     from faults.injected import FAULTS
     from faults.jobs import JOBS, make_sources
     from faults.kills import kill_and_resume

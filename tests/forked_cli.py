@@ -22,40 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+TESTS = Path(__file__).parent
 CLI = [sys.executable, "-m", "lox_merge.cli.main"]
 
-_TORCH = """
-import gc, json, os, sys
-import torch
-torch.set_num_threads(1)  # no thread has been started when the process forks
-import numpy, pydantic, rich.console, rich.progress, rich.table, safetensors.torch, scipy.optimize, scipy.stats, yaml
-import importlib, pkgutil
-import lox_merge.cli.main
-"""
-
-_ALL = """
-import huggingface_hub, transformers, transformers.models.llama.modeling_llama
-import matplotlib.figure, matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, peft
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
-for module in pkgutil.walk_packages(lox_merge.__path__, "lox_merge."):
-    if not any(part in module.name for part in ("mergekit", "inspect", "watch")):  # other packages, which most commands do without
-        importlib.import_module(module.name)
-"""
-
-_WITHOUT_HUB = """
-import click, concurrent.futures, filelock, httpx, jaxtyping, jinja2, psutil, tqdm
-for folder in ("checkpoint", "jobs", "maths", "publish"):
-    package = importlib.import_module("lox_merge." + folder)
-    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
-import lox_merge.cli.harden, lox_merge.cli.adapter, lox_merge.cli.verify
-assert "huggingface_hub" not in sys.modules
-"""
-
 _LOOP = """
-# A child that looks for cycles among all of this would write to, and so copy, every page of it.
-gc.collect()
-gc.freeze()
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import preloading
+sys.path.pop(0)
+getattr(preloading, sys.argv[2])()
+sys.argv[1:] = []
+import torch
+import lox_merge.cli.main
 
 def work(order):
     # torch makes its pool of threads anew after a fork, and does not bear two threads that ask for it at once.
@@ -97,7 +75,7 @@ class ForkedCli:
     """The process that forks; started at the first call. hub: whether it has imported what reads the variables of the Hub."""
 
     def __init__(self, *, hub: bool) -> None:
-        self._program = _TORCH + (_ALL if hub else _WITHOUT_HUB) + _LOOP
+        self._imports = "import_all" if hub else "import_without_hub"
         self._early = ("PYTHON", "OMP_", *(("HF_", "HUGGINGFACE", "TRANSFORMERS") if hub else ()))
         self._process: subprocess.Popen[str] | None = None
         self._environment: Mapping[str, str] = {}
@@ -144,7 +122,7 @@ class ForkedCli:
         if self._process is None or self._process.poll() is not None:
             self._environment = environment
             self._process = subprocess.Popen(
-                [sys.executable, "-c", self._program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+                [sys.executable, "-c", _LOOP, str(TESTS), self._imports], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         files = tempfile.TemporaryDirectory()

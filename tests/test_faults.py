@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +20,8 @@ CAMPAIGN = Path(__file__).with_name("fault_campaign.py")
 
 def test_kills_and_a_failing_disk(tmp_path: Path) -> None:
     options = ["--moments", "4", "--job", "decompose", "--fault", "(EIO): decompose", "--json", str(tmp_path / "out.json")]
-    command = [sys.executable, str(CAMPAIGN), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    program = f"import runpy, sys\nsys.path.insert(0, {str(CAMPAIGN.parent)!r})\nrunpy.run_path({str(CAMPAIGN)!r}, run_name='__main__')"
+    done = run_program(program, *options, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     (kills,) = report["kills"]
@@ -61,7 +59,7 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from lox_merge.cli.main import main
 main(["harden", {str(base)!r}, {str(aligned)!r}, {str(tmp_path / "out")!r}])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_program(code)
     assert done.returncode == 1, done.stderr
     assert "error: " in done.stderr and "memory" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "config.json").exists()

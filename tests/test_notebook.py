@@ -38,7 +38,7 @@ def execute(notebook: Any, folder: Path) -> Any:
         Path(place).mkdir()
     here = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=300, kernel_manager_class=ThisInterpreter, resources=here)
-    return client.execute(env={**os.environ, **places, "LOX_MERGE_CACHE": str(TOY_CACHE)})
+    return client.execute(env={**os.environ, **places, "LOX_MERGE_CACHE": str(TOY_CACHE.parent)})
 
 
 @pytest.fixture(autouse=True)
