@@ -266,18 +266,19 @@ def test_all_problems_of_both_models_in_one_message(models: Models, run_cli: Run
         assert text in done.stderr
 
 
-def test_other_commands_say_what_to_give(models: Models, run_cli: RunCli, tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("v1\n")
-    done = run_cli("landscape", models["aligned-int4"], models["base-fp8"], "--prompts", tmp_path / "p.txt")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    text = done.stderr.replace("\n", " ")
+def test_merge_methods_say_what_reads_the_form(models: Models, run_cli: RunCli, tmp_path: Path) -> None:
+    sources = {"base_model": str(models["base-fp8"]), "models": [{"model": str(models["aligned-int4"])}]}
+    (tmp_path / "merge.yaml").write_text(json.dumps({"merge_method": "lox", **sources}))  # JSON is YAML
+    done = run_cli("yaml", tmp_path / "merge.yaml", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    text = " ".join(done.stderr.split())
     for said in (
-        "base-fp8 is quantised, which is not supported here (fp8, 16×16 blocks)",
-        "`harden`, `project`, `verify`, `decompose`, `inspect`, `search`, `robustness` and `brittleness`",
+        "base-fp8 is quantised, which is not supported by merge methods (fp8, 16×16 blocks)",
+        "`lox-merge harden` and `project` read this form",
         "dequantize=True",
+        "aligned-int4 is quantised",
     ):
-        assert said in text
-    assert "model: aligned-int4 is quantised" in text
+        assert said in text, text
 
 
 def test_scales_keep_their_file(models: Models, run_cli: RunCli, tmp_path: Path) -> None:

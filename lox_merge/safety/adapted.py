@@ -13,6 +13,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import find_source
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantised
 from lox_merge.errors import RequestError
+from lox_merge.jobs.quantised import form_of
 from lox_merge.safety.loading import LoadedModel, load_model
 from lox_merge.safety.placement import place
 
@@ -24,16 +25,18 @@ def open_any(
     *,
     adapter_base: str | Path | Checkpoint | None = None,
     base_is_right: bool = False,
+    decode: bool = False,
 ) -> Checkpoint:
     """A checkpoint, or an adapter over `adapter_base` (a folder, a Hub id, or one that is open already); headers only.
 
-    base_is_right: take `adapter_base` although the adapter names another model. What an adapter lies over is shown as float32 where it is
-    quantised. Raises what `open_checkpoint` and `open_adapter` raise,
-    RequestError for an adapter with nothing to lie over.
+    base_is_right: take `adapter_base` although the adapter names another model. decode: show a quantised checkpoint as float32; what an
+    adapter lies over is shown so in any case. Raises what `open_checkpoint` and `open_adapter` raise, RequestError for an adapter with
+    nothing to lie over.
     """
     source = find_source(reference, role, cache_dir)
     if not is_adapter(source):
-        return open_checkpoint(source, role)
+        opened = open_checkpoint(source, role)
+        return as_quantised(opened) if decode else opened
     if adapter_base is None:
         raise RequestError(
             f"{role}: {source.title} is a PEFT adapter, which is no model by itself. Name the model that it lies over (--adapter-base, where the "
@@ -91,4 +94,4 @@ def load_adapted(adapted: AdaptedCheckpoint, **settings: Any) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path("tokenizer_config.json").parent, local_files_only=True, trust_remote_code=bool(settings.get("trust_remote_code"))
         )
-    return LoadedModel(loaded.model, tokenizer, adapted.title, source.identity())
+    return LoadedModel(loaded.model, tokenizer, adapted.title, source.identity() | form_of(adapted))

@@ -20,6 +20,7 @@ from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantise
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
 from lox_merge.jobs.manifest import output_identity
+from lox_merge.jobs.quantised import form_of
 from lox_merge.safety.decoded import load_decoded
 from lox_merge.safety.load_report import check_report, report_withheld
 
@@ -96,7 +97,7 @@ def load_model(
     check_report(report, model, checkpoint.title)
     if device_map is None:
         model = model.to(target)
-    return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint))
+    return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint) | form_of(checkpoint))
 
 
 def in_memory(model: Any, tokenizer: Any, title: str = "model") -> LoadedModel:

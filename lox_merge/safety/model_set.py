@@ -13,6 +13,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.quantised.view import as_quantised
 from lox_merge.errors import PlanError, RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
+from lox_merge.jobs.quantised import form_of
 from lox_merge.safety.adapted import load_adapted, open_any
 from lox_merge.safety.batches import free_memory, release_memory
 from lox_merge.safety.loading import DTYPES, LoadedModel, load_model
@@ -26,7 +27,8 @@ Reference = str | Path | LoadedModel
 class ModelSet:
     """Models by label, loaded when asked for. PEFT adapters among them lie on adapter_base, or else on the first one, or on `over`.
 
-    base_is_right: take that although an adapter names another model.
+    base_is_right: take that although an adapter names another model. decode: run quantised models as the plain weights that their codes and
+    scales stand for, as is done beside adapters in any case; else they are left to transformers.
 
     A LoadedModel in place of a folder or Hub id is taken as it is, where and in the dtype it is; it is never let go.
     together: True keeps every model that was loaded, False one at a time, None decides by memory: whether all weights fit. Opening reads
@@ -47,6 +49,7 @@ class ModelSet:
         together: bool | None = None,
         adapter_base: str | Path | None = None,
         base_is_right: bool = False,
+        decode: bool = False,
     ) -> None:
         self._labels = tuple(references)
         self._given = {label: model for label, model in references.items() if isinstance(model, LoadedModel)}
@@ -54,7 +57,9 @@ class ModelSet:
         self._settings = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
         self._checkpoints: dict[str, Checkpoint] = {}
         self._base = None if adapter_base is None else open_checkpoint(adapter_base, "adapter base", cache_dir)
-        self._open(over or {}, cache_dir, base_is_right)
+        self._open(over or {}, cache_dir, base_is_right=base_is_right, decode=decode)
+        # What an adapter lies over is decoded; a quantised model beside it is run in the same way.
+        self._decodes = decode or any(isinstance(checkpoint, AdaptedCheckpoint) for checkpoint in self._checkpoints.values())
         self._loaded: dict[str, LoadedModel] = {}
         self.together = self._fit(device, dtype) if together is None else together
 
@@ -99,10 +104,11 @@ class ModelSet:
     def identity(self) -> dict[str, dict[str, Any]]:
         """What a result records of every model: title and where it came from, with no path of this machine."""
         found = {label: {"title": model.title, **model.source} for label, model in self._given.items()}
-        found |= {label: {"title": checkpoint.title, **checkpoint.source.identity()} for label, checkpoint in self._checkpoints.items()}
+        for label, checkpoint in self._checkpoints.items():
+            found[label] = {"title": checkpoint.title, **checkpoint.source.identity(), **form_of(checkpoint)}
         return {label: found[label] for label in self._labels}
 
-    def _open(self, over: Mapping[str, str], cache_dir: Path | None, base_is_right: bool) -> None:
+    def _open(self, over: Mapping[str, str], cache_dir: Path | None, **opening: bool) -> None:
         problems: list[str] = []
         for label, reference in self._references.items():
             lower = over.get(label, self._labels[0])
@@ -110,18 +116,13 @@ class ModelSet:
             try:
                 if below is None and lower in self._given and is_adapter(reference, label, cache_dir):
                     raise RequestError(f"{label} is an adapter over {lower}, which is a model in memory. Give {lower} as a folder or Hub id.")
-                self._checkpoints[label] = open_any(reference, label, cache_dir, adapter_base=below, base_is_right=base_is_right)
+                self._checkpoints[label] = open_any(reference, label, cache_dir, adapter_base=below, **opening)
             except PlanError as error:
                 problems += error.problems
             except (SourceError, RequestError) as error:
                 problems.append(str(error))
         if problems:
             raise PlanError(problems)
-
-    @property
-    def _decodes(self) -> bool:
-        """Beside adapters, whose quantised base is decoded, a quantised model is run in the same way."""
-        return any(isinstance(checkpoint, AdaptedCheckpoint) for checkpoint in self._checkpoints.values())
 
     def _fit(self, device: str, dtype: str) -> bool:
         read = as_quantised if self._decodes else lambda checkpoint: checkpoint

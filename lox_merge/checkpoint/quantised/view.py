@@ -149,7 +149,7 @@ def quantised_form(checkpoint: Checkpoint) -> QuantisedCheckpoint | None:
 
 
 def quantisation_problems(checkpoint: Checkpoint) -> list[str]:
-    """What is wrong with a quantised form that is being read; for others everything that says these weights are quantised, one line:
+    """What is wrong with a quantised form that is read (`as_quantised`); for others everything that says these weights are quantised, one line:
     edits on them would be meaningless."""
     view = quantised_form(checkpoint)
     if view is not None:
@@ -163,9 +163,9 @@ def quantisation_problems(checkpoint: Checkpoint) -> list[str]:
         return [f"{where}: {'; '.join(found)}. Give the unquantised checkpoint (bfloat16, float16 or float32), harden it, and quantise the result."]
     form, settings = known
     return [
-        f"{where} here ({form.describe(settings)}): {'; '.join(found)}. `harden`, `project`, `verify`, `decompose`, `inspect`, `search`, "
-        "`robustness` and `brittleness` read this form. Give the unquantised checkpoint (bfloat16, float16 or float32); transformers makes one: "
-        "from_pretrained with dequantize=True in its quantization_config, then save_pretrained."
+        f"{where} by merge methods ({form.describe(settings)}): {'; '.join(found)}. `lox-merge harden` and `project` read this form. Else give "
+        "the unquantised checkpoint (bfloat16, float16 or float32); transformers makes one: from_pretrained with dequantize=True in its "
+        "quantization_config, then save_pretrained."
     ]
 
 

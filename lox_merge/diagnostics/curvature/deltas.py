@@ -14,6 +14,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.placement import place
 from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.errors import PlanError, RequestError
+from lox_merge.jobs.quantised import form_of
 from lox_merge.jobs.select import counterpart, is_vocabulary
 from lox_merge.safety.adapted import open_any
 from lox_merge.safety.loading import LoadedModel
@@ -58,7 +59,7 @@ def open_finetuned(
             opened.append(Opened(label, model))
             continue
         try:
-            checkpoint = open_any(model, label, cache_dir, adapter_base=below, base_is_right=base_is_right)
+            checkpoint = open_any(model, label, cache_dir, adapter_base=below, base_is_right=base_is_right, decode=True)
         except PlanError as error:
             problems += error.problems
             continue
@@ -120,7 +121,8 @@ def _from_files(opened: Opened, checkpoint: Checkpoint, model: Any, parameters: 
     wrong = [name for name in lost if not is_vocabulary(name)]
     if wrong:
         raise RequestError(f"{opened.label} has no {wrong[0]}. Give a model that was fine-tuned from aligned.")
-    return Delta(opened.label, checkpoint.source.identity() | {"title": checkpoint.title}, changes, dict.fromkeys(lost, "vocabularies differ"))
+    source = checkpoint.source.identity() | {"title": checkpoint.title} | form_of(checkpoint)
+    return Delta(opened.label, source, changes, dict.fromkeys(lost, "vocabularies differ"))
 
 
 def _difference(label: str, name: str, value: Tensor, start: Tensor) -> Tensor:

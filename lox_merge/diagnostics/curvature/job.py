@@ -28,6 +28,7 @@ from lox_merge.diagnostics.curvature.settings import CurvatureSettings
 from lox_merge.diagnostics.curvature.sites import find_sites
 from lox_merge.diagnostics.curvature.walk import Example, check_examples, check_model
 from lox_merge.errors import LoxMergeWarning, RequestError
+from lox_merge.jobs.quantised import form_warnings
 from lox_merge.safety.adapted import load_any, open_any
 from lox_merge.safety.chat import Rendering, check_rendering
 from lox_merge.safety.conversations import Conversations, load_conversations, tokenised
@@ -92,13 +93,8 @@ def curvature(
     adapters: dict[str, Any] = {"adapter_base": adapter_base, "base_is_right": base_is_right}
     checkpoint = _opened(aligned, cache_dir, **adapters)
     opened = open_finetuned(finetuned, checkpoint, cache_dir, **adapters)
-    loaded = (
-        aligned
-        if isinstance(aligned, LoadedModel)
-        else load_any(
-            aligned, device=device, dtype=dtype, device_map=device_map, cache_dir=cache_dir, trust_remote_code=trust_remote_code, **adapters
-        )
-    )
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir, "decode": True}
+    loaded = aligned if isinstance(aligned, LoadedModel) else load_any(aligned, trust_remote_code=trust_remote_code, **where, **adapters)
     model = loaded.model
     check_model(model)
     chosen.check_against([name for name, _ in model.named_parameters()])
@@ -107,7 +103,8 @@ def curvature(
     check_examples(examples)
     batches = [_batches(tokenised(some, loaded.tokenizer, rendering, chosen.max_length), chosen) for some in sets]
     _warn_where_slow(model)
-    warned = _warnings(model, sets, batches)
+    subtracted = [one for one in (checkpoint, *(other.checkpoint for other in opened)) if one is not None] if opened else []
+    warned = _warnings(model, sets, batches, form_warnings(subtracted))
     deltas = [delta_of(one, model, [name for name, _ in model.named_parameters() if chosen.wants(name)]) for one in opened]
     projection = None
     if chosen.projection is not None:
@@ -169,7 +166,7 @@ def curvature(
 def _opened(aligned: str | Path | LoadedModel, cache_dir: Path | None, **adapters: Any) -> Checkpoint | None:
     if isinstance(aligned, LoadedModel):
         return None
-    checkpoint = open_any(aligned, "aligned", cache_dir, **adapters)
+    checkpoint = open_any(aligned, "aligned", cache_dir, decode=True, **adapters)
     problems = quantisation_problems(checkpoint)
     if problems:
         raise RequestError(problems[0])
@@ -208,8 +205,8 @@ def _warn_where_slow(model: Any) -> None:
         )
 
 
-def _warnings(model: Any, sets: Sequence[Conversations], batches: Sequence[Sequence[Any]]) -> list[str]:
-    found = []
+def _warnings(model: Any, sets: Sequence[Conversations], batches: Sequence[Sequence[Any]], forms: Sequence[str]) -> list[str]:
+    found = [*forms]
     if sets and model.dtype.itemsize < 4:
         found.append(f"second derivatives in {str(model.dtype).removeprefix('torch.')} keep two or three digits; --dtype float32 is exact")
     found += [f"{some.name} gives one batch, so its figures have no interval" for some, parts in zip(sets, batches, strict=True) if len(parts) == 1]

@@ -47,15 +47,15 @@ def framing(
     them; base_is_right: although they name another), by label (without labels: by their own names). The first one's tokenizer renders the
     texts for all of them. first, second: files of
     conversations, or conversations. module: regular expression of weight names instead of the last layer's attention. seed: of the
-    bootstrap. Raises RequestError for data sets that do not share their completions, rows that are too long, quantised models, a
-    pattern that finds nothing; SourceError, PlanError for models that cannot be read; NumericalError for NaN.
+    bootstrap. Raises RequestError for data sets that do not share their completions, rows that are too long, a pattern that
+    finds nothing; SourceError, PlanError for models that cannot be read; NumericalError for NaN.
     """
     data = tuple(load_conversations(one, "data") if isinstance(one, (str, Path)) else one for one in (first, second))
     rows = matched_rows(data[0], data[1], matching)
     chosen = rendering or Rendering()
     found: list[ModelCosines] = []
     where: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map, "cache_dir": cache_dir}
-    with ModelSet(_labelled(models), adapter_base=adapter_base, base_is_right=base_is_right, **where) as held:
+    with ModelSet(_labelled(models), adapter_base=adapter_base, base_is_right=base_is_right, decode=True, **where) as held:
         if problems := [problem for label in held.labels for problem in quantisation_problems(held.checkpoint(label))]:
             raise PlanError(problems)
         pairs: list[Pair] = []

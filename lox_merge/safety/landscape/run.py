@@ -7,12 +7,13 @@ way to write weights: points may be weakened models.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.errors import LoxMergeError, LoxMergeWarning, RequestError
 from lox_merge.safety.asr import check_judges
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.generation import LocalModel
@@ -85,15 +86,18 @@ def landscape(
     slices = make_slices(tuple(named), plane=plane, random=random, extent=extent, second_extent=second_extent, steps=steps, seed=seed)
     if marked and not named:
         raise RequestError("marks are placed in the span of directions between models, and there are none. Name another model, or leave them out.")
+    where: dict[str, Any] = {"device": device, "cache_dir": cache_dir, "decode": True}
     adapters: dict[str, Any] = {"adapter_base": adapter_base, "base_is_right": base_is_right}
     sources = Sources(model, named | marked, cache_dir=cache_dir, **adapters)
     try:
+        for text in sources.warnings():
+            warnings.warn(text, LoxMergeWarning, stacklevel=2)
         moved = sources.randomly_moved(include, exclude)
         sources.fetch()
         _check_template(sources, loading or {})
         models = sources.identity()
         found = [sources.places(one.directions, [*named, *marked]) if _between_models(one) else () for one in slices]
-        source = model if isinstance(model, LocalModel) else LocalModel.load(model, device=device, cache_dir=cache_dir, **adapters, **(loading or {}))
+        source = model if isinstance(model, LocalModel) else LocalModel.load(model, **where, **adapters, **(loading or {}))
         with WeightMover(source.model, sources, moved) as mover:
             identity = source.identity()
             about = {

@@ -15,6 +15,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.errors import NumericalError, PlanError, RequestError
 from lox_merge.jobs.manifest import output_identity
+from lox_merge.jobs.quantised import form_of, form_warnings
 from lox_merge.maths.landscape import euclidean_norm, plane_coordinates
 from lox_merge.safety.adapted import open_any
 from lox_merge.safety.generation import LocalModel
@@ -51,10 +52,11 @@ class Sources:
     ) -> None:
         self.anchor: Weights
         base = None if adapter_base is None else open_checkpoint(adapter_base, "adapter base", cache_dir)
+        opening: dict[str, Any] = {"base_is_right": base_is_right, "decode": True}
         if isinstance(anchor, LocalModel):
             self.anchor = HeldModel("model", anchor.title, anchor.model, None)
         else:
-            self.anchor = open_any(anchor, "model", cache_dir, adapter_base=base, base_is_right=base_is_right)
+            self.anchor = open_any(anchor, "model", cache_dir, adapter_base=base, **opening)
         below = base if base is not None or isinstance(self.anchor, HeldModel) else self.anchor
         self.others: dict[str, Weights] = {}
         problems = _quantised(self.anchor)
@@ -63,7 +65,7 @@ class Sources:
                 if isinstance(reference, LoadedModel):
                     opened: Weights = HeldModel(label, reference.title, reference.model, reference.source)
                 else:
-                    opened = open_any(reference, label, cache_dir, adapter_base=below, base_is_right=base_is_right)
+                    opened = open_any(reference, label, cache_dir, adapter_base=below, **opening)
             except PlanError as error:
                 problems += error.problems
                 continue
@@ -84,6 +86,10 @@ class Sources:
         for checkpoint in self.others.values():
             if isinstance(checkpoint, Checkpoint):
                 checkpoint.fetch(list(checkpoint.headers))
+
+    def warnings(self) -> list[str]:
+        """What must be known of quantised models among those that are subtracted."""
+        return form_warnings(one for one in (self.anchor, *self.others.values()) if isinstance(one, Checkpoint)) if self.others else []
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Of the other models: where from, and a fingerprint of their tensors (one pass over the files). No path of this machine."""
@@ -141,7 +147,9 @@ def _quantised(weights: Weights) -> list[str]:
 
 
 def _identity(weights: Weights) -> dict[str, Any]:
-    return weights.source.identity() | output_identity(weights) if isinstance(weights, Checkpoint) else weights.identity()
+    if isinstance(weights, HeldModel):
+        return weights.identity()
+    return weights.source.identity() | output_identity(weights) | form_of(weights)
 
 
 def _differences(anchor: Weights, other: Weights) -> list[str]:
