@@ -21,14 +21,13 @@ os.environ.setdefault("COLUMNS", "80")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from forked_cli import StartedCli, run_forked, start_forked, stop_forking  # noqa: E402
 
-torch.set_num_threads(1)
 # A shell starts background jobs with Ctrl-C ignored, and what a process ignores its children ignore too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The process that hands the tests out loads these too, and waits for nothing that takes seconds to import: fixtures import it.
 pytest_plugins = ["hub_fixtures", "lab_fixtures", "push_fixtures", "report_fixtures"]
 
 # The longest files of tests, begun first: one of them left to the end would keep one worker busy alone.
@@ -56,7 +55,10 @@ LONG = (
 
 
 def pytest_collection_finish() -> None:
-    """What the imports have made stays; looking through all of it for cycles again and again took a tenth of the time."""
+    """One thread. What the imports have made stays; looking through all of it for cycles again and again took a tenth of the time."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from lox_merge.lab.checkpoints import ToyPair, toy_pair
 from lox_merge.lab.recipe import ToyRecipe, Training
+
+if TYPE_CHECKING:
+    from lox_merge.lab.checkpoints import ToyPair
 
 # In the repository and ignored by git; its name in the cache holds a hash of everything that decides the bytes.
 TOY_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "toy"
@@ -23,4 +26,6 @@ QUICK_RECIPE = ToyRecipe(
 @pytest.fixture(scope="session")
 def toy_pair_seed0() -> ToyPair:
     """The fully trained pair of seed 0. Read it, do not change it: all tests share its folders."""
+    from lox_merge.lab.checkpoints import toy_pair
+
     return toy_pair(ToyRecipe(seed=0), TOY_CACHE)

@@ -11,14 +11,15 @@ import pytest
 from hub_clients import TOKENS, LoopbackHub, files_under, names_a_server
 from hub_server import Request
 from publishers import Done, Publisher
-from tiny_models import make_pair
-
-from lox_merge import Recipe, harden
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """base, aligned, and the finished output 'out'."""
+    from tiny_models import make_pair
+
+    from lox_merge import Recipe, harden
+
     folder = tmp_path_factory.mktemp("publish")
     base, aligned = make_pair(folder, "llama", aligned_shards=3)
     (aligned / "LICENSE").write_text("Terms.\n")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_cli import run_forked
 from inspect_ai import eval as inspect_eval
 from inspect_ai.model import ModelOutput, ModelUsage, get_model
 from statsmodels.stats.proportion import proportion_confint
@@ -36,12 +35,13 @@ def toy(tmp_path: Path) -> Path:
 
 
 def test_inspect_eval_runs_the_task_on_a_local_model(toy: Path, toy_pair_seed0: ToyPair) -> None:
-    command = [str(Path(sys.executable).parent / "inspect"), "eval", f"{inspect_task.__file__}@attack_success", "--model", "hf/local"]
+    command = ["eval", f"{inspect_task.__file__}@attack_success", "--model", "hf/local"]
     command += ["-M", f"model_path={toy_pair_seed0.aligned}", "-M", "do_sample=False", "-M", "device=cpu", "--display", "none", "--no-log-samples"]
     command += ["-T", f"prompts={toy / 'prompts.csv'}", "-T", f"judge=python:{toy / 'judge.py'}:refused", "-T", "max_new_tokens=8"]
     command += ["--log-dir", str(toy / "logs"), "--log-format", "json"]
     environment = {**os.environ, "LOX_MERGE_CACHE": str(toy / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=toy, env=environment)
+    inspect = "import sys; sys.argv[0] = 'inspect'; from inspect_ai._cli.main import main; main()"  # what the command `inspect` runs
+    done = run_forked(command, environment, program=inspect, cwd=toy)
     assert done.returncode == 0, done.stderr + done.stdout
     (file,) = (toy / "logs").glob("*.json")
     log = json.loads(file.read_text())

@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked_cli import run_forked
 from lab_fixtures import QUICK_RECIPE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -198,15 +197,26 @@ def test_a_failed_training_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_one_pair(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from lab_fixtures import QUICK_RECIPE; from lox_merge.lab.checkpoints import toy_pair\n"
-        "pair = toy_pair(QUICK_RECIPE, Path(sys.argv[1]), print); print('ready', pair.aligned.is_dir())"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    program = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from forked_cli import run_forked
+from lab_fixtures import QUICK_RECIPE
+from lox_merge.lab.checkpoints import toy_pair
+
+def train(number):
+    with open(f"said{{number}}", "w") as said:
+        pair = toy_pair(QUICK_RECIPE, Path("cache"), lambda text: print(text, file=said))
+        print("ready", pair.aligned.is_dir(), file=said)
+    os._exit(0)
+
+children = [os.fork() or train(number) for number in range(2)]
+sys.exit(max(os.waitpid(child, 0)[1] for child in children))
+"""
+    done = run_forked([], os.environ, program=program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    outputs = [(tmp_path / f"said{number}").read_text() for number in range(2)]
     assert sum("pre-training" in output for output in outputs) == 1
     assert all("ready True" in output for output in outputs)
 

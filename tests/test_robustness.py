@@ -122,24 +122,16 @@ def _spy(seen: list[Path]) -> Any:
 
 
 def test_a_benign_attack_disperses_the_alignment_of_aligned_more(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path) -> None:
-    folder = harden(toy_pair_seed0.base, toy_pair_seed0.aligned, tmp_path / "hardened", device="cpu").out
-    result = attacked(toy_pair_seed0, files, "benign", (0, 100), hardened=folder)
-    assert rate(result, "aligned", 100) >= 0.8 and rate(result, "LoX", 100) <= 0.4
-    aligned, lox = result.curves
-    kept = [curve.dispersion(100) for curve in (aligned, lox)]
-    assert kept[0] is not None and kept[1] is not None and kept[0] < kept[1] < 1
-    assert aligned.dispersion(0) == lox.dispersion(0) == 1
-    assert result.sources["hardened"]["title"] == "hardened"
-
-
-def test_over_seeds_the_medians_point_the_same_way(toy_pair_seed0: ToyPair, files: Path) -> None:
     """Seeds 0 to 2 of the order of the data; other pairs of models are for `lox-merge demo --full`."""
-    result = attacked(toy_pair_seed0, files, "benign", (100,), seeds=range(3))
+    folder = harden(toy_pair_seed0.base, toy_pair_seed0.aligned, tmp_path / "hardened", device="cpu").out
+    result = attacked(toy_pair_seed0, files, "benign", (0, 100), hardened=folder, seeds=range(3))
     medians = {model: statistics.median(rate(result, model, 100, seed) for seed in range(3)) for model in result.models}
     assert medians["aligned"] >= 0.8 and medians["LoX"] <= 0.4
-    kept = {model: statistics.median(result.curve("benign", model, seed).dispersion(100) or 0.0 for seed in range(3)) for model in result.models}
-    assert kept["aligned"] < kept["LoX"] < 1
+    kept = {model: [result.curve("benign", model, seed).dispersion(100) for seed in range(3)] for model in result.models}
+    assert all(aligned is not None and lox is not None and aligned < lox < 1 for aligned, lox in zip(kept["aligned"], kept["LoX"], strict=True))
+    assert all(curve.dispersion(0) == 1 for curve in result.curves)
     assert len({curve.batches for curve in result.curves}) == 3, "each seed has its own order, the same for both models"
+    assert result.sources["hardened"]["title"] == "hardened"
 
 
 def test_starting_points_are_those_of_the_written_model_and_have_one_norm(toy_pair_seed0: ToyPair, tmp_path: Path) -> None:
