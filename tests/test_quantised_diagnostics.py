@@ -14,6 +14,7 @@ from quantised_models import decoded_copy, pair_in_forms
 
 import lox_merge
 from lox_merge import CurvatureSettings
+from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint
 from lox_merge.errors import LoxMergeWarning, PlanError, RequestError
 from lox_merge.lab.measure import NotRefused
 from lox_merge.safety.conversations import Conversations, conversations
@@ -82,6 +83,29 @@ def test_points_between_quantised_models_are_those_between_plain_copies(models: 
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
         assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
     assert found[0][1] == found[1][1] and found[0][1].coordinates == pytest.approx((1.0,))
+
+
+def test_weights_are_decoded_once_for_all_points(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that an adapter changes. What memory has no room for is made anew for every point, with the same result."""
+    (base, aligned), _ = both(models, "fp8")
+    adapter = make_adapter(aligned, tmp_path / "adapter", target_modules=["q_proj"])
+    sources = Sources(aligned, {"base": base, "adapter": adapter}, base_is_right=True)
+    model = LocalModel.load(aligned, device="cpu", decode=True).model
+    (where,) = make_slices(("base", "adapter"), steps=2)
+    decoded: list[str] = []
+    decode = QuantisedCheckpoint.tensor
+    monkeypatch.setattr(QuantisedCheckpoint, "tensor", lambda checkpoint, name: decoded.append(name) or decode(checkpoint, name))
+    states = []
+    with WeightMover(model, sources, ()) as mover:
+        for share in (0.5, 0.0):
+            monkeypatch.setattr("lox_merge.safety.landscape.mover._SHARE_OF_FREE_MEMORY", share)
+            mover.prepare(where)
+            decoded.clear()
+            mover.move(where, (0.5, 0.5))
+            states.append({name: value.clone() for name, value in model.state_dict().items()})
+            assert any(name.endswith("q_proj.weight") for name in decoded) == (share == 0.0)
+    sources.close()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_a_landscape_says_what_its_models_are(models: dict[str, Path]) -> None:

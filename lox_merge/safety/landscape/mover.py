@@ -68,8 +68,7 @@ class WeightMover:
         release_memory()
         room = {device: _SHARE_OF_FREE_MEMORY * free_memory(device) for device in {*self._homes.values(), _CPU}}
         self._keep_noise(where, room)
-        if any(device.type == "cuda" for device in room):
-            self._keep_stored_near(where, room)
+        self._keep_stored_near(where, room)
 
     def move(self, where: Slice, coordinates: Sequence[float]) -> None:
         """Weights become θ₁ + Σ coordinate · direction."""
@@ -132,7 +131,7 @@ class WeightMover:
         near = self._near.get((label, name))
         if near is not None:
             return near
-        return stored_values(self._sources.others[label] if label else self._sources.anchor, name)
+        return stored_values(self._sources.weights(label), name)
 
     def _moved_by(self, direction: Direction) -> list[str]:
         """Tensors that a direction changes: a control moves what the difference of its models does."""
@@ -182,15 +181,17 @@ class WeightMover:
                 self._noise[key], self._noise_norms[key] = noise, norm
 
     def _keep_stored_near(self, where: Slice, room: dict[torch.device, float]) -> None:
-        """Stored tensors of parameters on a GPU stay on it where memory allows: over the bus they would take longer than replies."""
+        """Where memory allows, stored tensors of parameters on a GPU stay on it: over the bus they would take longer than replies. On a
+        processor those stay that are made (decoded, or changed by an adapter) instead of mapped from a file."""
         labels = ["", *dict.fromkeys(label for direction in where.directions for label in direction.models)]
         for label in labels:
             for name, device in self._homes.items():
-                tensor = self._stored(label, name)
-                size = tensor.numel() * tensor.element_size()
-                if device.type == "cuda" and size <= room[device]:
+                if label and name not in self._sources.names_set:
+                    continue  # never added
+                size = self._sources.weights(label).info(name).bytes
+                if (device.type == "cuda" or self._sources.is_made(label, name)) and size <= room[device]:
                     room[device] -= size
-                    self._near[label, name] = tensor.to(device)
+                    self._near[label, name] = self._stored(label, name).to(device)
 
 
 def check_labels(labels: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.quantised.view import quantisation_problems
 from lox_merge.errors import NumericalError, PlanError, RequestError
@@ -86,6 +87,16 @@ class Sources:
         for checkpoint in self.others.values():
             if isinstance(checkpoint, Checkpoint):
                 checkpoint.fetch(list(checkpoint.headers))
+
+    def weights(self, label: str) -> Weights:
+        """Those of a model, of θ₁ where the label is empty."""
+        return self.others[label] if label else self.anchor
+
+    def is_made(self, label: str, name: str) -> bool:
+        """Whether a tensor is computed when it is asked for, not mapped from its file."""
+        weights = self.weights(label)
+        adapted = isinstance(weights, AdaptedCheckpoint) and name in weights.changes
+        return adapted or (isinstance(weights, Checkpoint) and weights.made_bytes(name) > 0)
 
     def warnings(self) -> list[str]:
         """What must be known of quantised models among those that are subtracted."""
