@@ -13,7 +13,7 @@ from hub_server import Request
 from publishers import Done, Publisher
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """base, aligned, and the finished output 'out'."""
     from tiny_models import make_pair
@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return base, aligned, folder / "out"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoopbackHub, Publisher]]:
     tokens = {**TOKENS, "fine-token": ("owner", "write")}
     with (
