@@ -19,7 +19,7 @@ def finetune(aligned: Path, out: Path, change: Change | None = None, *, size: fl
     generator = torch.Generator().manual_seed(seed)
 
     def noisy(_: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.float() + size * (tensor.float().std() + 0.1) * torch.randn(tensor.shape, generator=generator)
+        return tensor.float() + size * (tensor.float().std().nan_to_num() + 0.1) * torch.randn(tensor.shape, generator=generator)
 
     shutil.copytree(aligned, out)
     for file in sorted(out.glob("*.safetensors")):

@@ -42,15 +42,19 @@ def lox_matrix(base: torch.Tensor, aligned: torch.Tensor, k: int, alpha: float) 
 
 
 def lox_tensor(name: str, base: torch.Tensor, aligned: torch.Tensor, k: int = 6, alpha: float = 1.25, *, gpt_oss: bool = False) -> torch.Tensor:
-    """Stored tensor of any layout: vectors as they are, experts one by one, fused gate and up apart, convolutions flattened."""
-    if aligned.ndim < 2:
-        return aligned.double()
+    """Stored tensor of any layout: vectors as they are, experts and heads one by one, fused gate and up apart, convolutions flattened."""
     if aligned.ndim == 2:
         return lox_matrix(base, aligned, k, alpha)
-    if aligned.ndim == 3 and "expert" in name:
+    if sum(side > 1 for side in aligned.shape) < 2:
+        return aligned.double()
+    heads = name.endswith(("gate_weight", "x_proj_weight", "dt_proj_weight"))
+    if aligned.ndim == 3 and (heads or any(word in name for word in ("expert", "block_sparse_moe", "mlp.input_linear", "mlp.output_linear"))):
+        across = "experts.fc1" in name or (aligned.shape[1] < aligned.shape[2] and "gate_up_proj" in name and not gpt_oss)
+        if across:  # stored for x @ W: halves of the columns
+            return lox_tensor(name.replace("fc1", "gate_up_proj"), base.mT, aligned.mT, k, alpha).mT
         experts = []
         for one, other in zip(base, aligned, strict=True):
-            if "gate_up_proj" not in name:
+            if not any(word in name for word in ("gate_up_proj", "block_sparse_moe.input_linear", "mlp.input_linear")):
                 experts.append(lox_matrix(one, other, k, alpha))
             elif gpt_oss:
                 out = torch.empty(other.shape, dtype=torch.float64)

@@ -16,7 +16,7 @@ def test_two_dimensions_are_one_matrix_as_stored() -> None:
     assert view.label == "" and torch.equal(view.select(tensor), tensor)
 
 
-@pytest.mark.parametrize("shape", [(7,), (), (0, 5), (3, 0, 2)])
+@pytest.mark.parametrize("shape", [(7,), (), (0, 5), (3, 0, 2), (1, 1, 64), (1, 64, 1), (1, 1, 32, 1), (4, 1, 1), (1, 1, 1)])
 def test_vectors_and_empty_tensors_have_none(shape: tuple[int, ...]) -> None:
     assert matrix_views("x", shape, {}) == []
 
@@ -55,6 +55,44 @@ def test_gate_and_up_fused_in_experts_are_two_matrices(model_type, shape, gate, 
     assert (covered == 1).all() and len(views) == 8
     whole = matrix_views(name, shape, config, "whole")
     assert [view.label for view in whole] == ["[0]", "[1]", "[2]", "[3]"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "shape", "labels"),
+    [
+        ("granitemoe", "model.layers.0.block_sparse_moe.input_linear.weight", (2, 56, 32), ["[0].gate", "[0].up", "[1].gate", "[1].up"]),
+        ("jetmoe", "model.layers.0.mlp.input_linear.weight", (2, 56, 32), ["[0].gate", "[0].up", "[1].gate", "[1].up"]),
+        ("jetmoe", "model.layers.0.self_attention.experts.input_linear.weight", (2, 64, 32), ["[0]", "[1]"]),
+        ("aria_text", "model.layers.0.mlp.experts.fc1.weight", (2, 32, 56), ["[0].gate", "[0].up", "[1].gate", "[1].up"]),
+        ("aria_text", "model.layers.0.mlp.experts.fc2.weight", (2, 28, 32), ["[0]", "[1]"]),
+    ],
+)
+def test_names_of_their_own_for_fused_experts(model_type: str, name: str, shape: tuple[int, ...], labels: list[str]) -> None:
+    views = matrix_views(name, shape, {"model_type": model_type, "hidden_size": 32, "num_local_experts": 2})
+    assert [view.label for view in views] == labels
+    halved = {view.shape for view in views if view.label.endswith(("gate", "up"))}
+    assert halved in (set(), {(28, 32)}, {(32, 28)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "count"),
+    [
+        ("model.layers.0.temporal_block.rg_lru.input_gate_weight", (4, 16, 16), 4),
+        ("model.layers.0.mamba.x_proj_weight", (2, 24, 64), 2),
+        ("model.layers.0.mamba.A_log", (2, 64, 8), 1),
+        ("model.layers.0.mamba.conv1d.weight", (64, 32, 17), 1),
+        ("audio.patch_embed.weight", (64, 32, 17), 1),
+        ("tower.layers.0.filter", (64, 32, 15), 1),
+    ],
+)
+def test_other_stacks_are_told_from_convolutions(name: str, shape: tuple[int, ...], count: int) -> None:
+    views = matrix_views(name, shape, {"model_type": "recurrent_gemma", "hidden_size": 64})
+    assert len(views) == count
+    assert all(view.shape == (shape[1:] if count > 1 else (shape[0], shape[1] * shape[2])) for view in views)
+
+
+def test_one_row_of_two_dimensions_is_a_matrix() -> None:
+    assert [matrix_views("score.weight", shape, {})[0].shape for shape in ((1, 64), (64, 1))] == [(1, 64), (64, 1)]
 
 
 def test_the_number_of_experts_in_the_config_names_a_stack() -> None:

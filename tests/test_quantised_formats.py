@@ -229,6 +229,38 @@ def test_settings_of_compressed_tensors_that_are_not_read(plain: Path, tmp_path:
     assert any(part in problem for part in message.split("|")), problem
 
 
+OWN_SCALES = ("model.hc_head.hc_scale", "model.norm.scale", "model.layers.0.self_attn.k_scale", "model.layers.0.mlp.gate.global_scale")
+
+
+def test_a_model_s_own_scales_are_no_sign_of_quantisation(plain: Path, tmp_path: Path) -> None:
+    """DeepSeek V4 and others have parameters that are called so."""
+    own = Path(shutil.copytree(plain, tmp_path / "own"))
+    change(own, lambda tensors: tensors.update({name: torch.ones(3) for name in OWN_SCALES}))
+    assert quantisation_problems(open_checkpoint(own, "aligned")) == []
+    quantised = as_block_fp8(plain, tmp_path / "fp8")
+    change(quantised, lambda tensors: tensors.update({name: torch.ones(3) for name in OWN_SCALES}))
+    assert view(quantised).problems == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (f"{UP}_scale",),
+        (f"{UP}_scale_inv",),
+        ("model.experts.gate_up_proj_blocks", "model.experts.gate_up_proj_scales"),
+        ("model.up.qweight", "model.up.scales"),
+        ("model.up.weight._data", "model.up.weight._scale"),
+        ("model.up.W_q", "model.up.scale"),
+        ("model.up.weight.absmax",),
+    ],
+)
+def test_scales_beside_what_they_scale_are_one(plain: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "left"))
+    change(folder, lambda tensors: tensors.update({name: torch.ones(3) for name in names}))
+    (problem,) = quantisation_problems(open_checkpoint(folder, "aligned"))
+    assert "tensors named as scales or packed values" in problem
+
+
 def test_modules_have_the_scheme_that_names_them(plain: Path, tmp_path: Path) -> None:
     """Two groups: attention in int8, the rest in words of four bits, by regular expression and by class."""
     folder = as_packed(plain, tmp_path / "mixed", group=8)

@@ -57,7 +57,7 @@ def make_pair(
         model.resize_token_embeddings(aligned_vocabulary, mean_resizing=False)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(_align(parameter.float(), change))
+            parameter.copy_(align(parameter.float(), change))
     _save(model, aligned, aligned_shards, ALIGNED_END, chat=True)
     return base, aligned
 
@@ -77,7 +77,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def _align(values: torch.Tensor, change: float) -> torch.Tensor:
+def align(values: torch.Tensor, change: float) -> torch.Tensor:
     """values (..., d_out, d_in) plus a change of rank 6 with falling singular values, and noise of a tenth of its size."""
     noise = torch.randn_like(values)
     if values.ndim < 2:

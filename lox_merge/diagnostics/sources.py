@@ -16,7 +16,7 @@ from lox_merge.diagnostics.settings import InspectSettings
 from lox_merge.errors import PlanError, SourceError
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.harden import open_checkpoints
-from lox_merge.jobs.layout import MatrixView, is_expert_stack, is_transposed
+from lox_merge.jobs.layout import MatrixView, is_stack, is_transposed
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import pair_problems
 from lox_merge.jobs.quantised import form_warnings
@@ -204,7 +204,7 @@ def _vector_reason(name: str, base: Checkpoint, aligned: Checkpoint, settings: I
 
 def _is_linear(name: str, info: TensorInfo, aligned: Checkpoint) -> bool:
     """A linear layer or a stack of them, output heads included: no embedding table, no convolution, no stack of biases."""
-    return not is_embedding(name) and not name.endswith("bias") and (len(info.shape) == 2 or is_expert_stack(name, info.shape, aligned.config))
+    return not is_embedding(name) and not name.endswith("bias") and (len(info.shape) == 2 or is_stack(name, info.shape, aligned.config))
 
 
 def _missing(names: list[str], there: Checkpoint, lacking: Checkpoint) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lox_merge.errors import LoxMergeWarning, NumericalError
 from lox_merge.jobs.filter_recipe import FilterRecipe
 from lox_merge.jobs.filter_record import FilterOutcome, filter_figures, summarise_filter
-from lox_merge.jobs.layout import MatrixView
+from lox_merge.jobs.layout import MatrixView, is_vector
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import FromFactors, TakenNow, TripletSource
 from lox_merge.jobs.work import form_delta, matrix_seed, working_memory
@@ -50,7 +50,7 @@ class FilterEdit:
     def choose(self, tensor: TensorPlan, problems: list[str]) -> TensorPlan:
         if not tensor.views:
             return TensorPlan(tensor.name, tensor.info, "copy", "no matrix")
-        if is_vector(tensor):
+        if is_vector(tensor.info.shape):
             return replace(tensor, rank=RankRule("fixed", 1))
         shape = tensor.views[0].shape  # parts of one tensor have one shape
         rank = self.recipe.rank_for(shape)
@@ -140,7 +140,7 @@ class FilterEdit:
         rank, seed = int(tensor.rank.value), self.recipe.seed
         if self.recipe.basis != "top":
             directions = find_directions(delta, rank, self.recipe.basis, side, seed=direction_seed(seed, tensor.name + view.label))
-        elif is_vector(tensor) or (isinstance(triplets, TakenNow) and needs_dense(*view.shape, rank)):
+        elif is_vector(tensor.info.shape) or (isinstance(triplets, TakenNow) and needs_dense(*view.shape, rank)):
             directions = find_directions(delta, rank, "top", side, tolerance=self.recipe.tolerance, seed=seed)
         else:
             directions = of_subspace(triplets.subspace(tensor, view, delta, base, aligned), side)
@@ -187,13 +187,9 @@ class FilterEdit:
         return asdict(summarise_filter(tensors))
 
 
-def is_vector(tensor: TensorPlan) -> bool:
-    return len(tensor.info.shape) == 1
-
-
 def stored_side(side: Side, view: MatrixView, tensor: TensorPlan) -> Side:
     """The side of the stored matrix that is the layer's output ('left') or input ('right'). A vector has one side only."""
-    if is_vector(tensor):
+    if is_vector(tensor.info.shape):
         return "left"
     if view.transposed:
         return "right" if side == "left" else "left"
@@ -207,4 +203,4 @@ def direction_seed(seed: int, matrix: str) -> int:
 
 def check_factors(held: FromFactors, edited: list[TensorPlan]) -> None:
     """Raises RequestError where a file of factors cannot give the directions."""
-    held.check([tensor for tensor in edited if not is_vector(tensor)])
+    held.check([tensor for tensor in edited if not is_vector(tensor.info.shape)])

@@ -1,9 +1,10 @@
 """Which matrices a stored tensor consists of.
 
 2-D tensors are one matrix, as stored (the authors' semantics, also where a model fuses q, k and v, or gate and up).
-Stacked experts (E, a, b) are E matrices; a gate and an up projection fused inside them are the two matrices that they
-are, unless asked for whole. Other tensors with more dimensions (convolutions) are flattened to (d_0, rest): a batched
-SVD over their last two dimensions, as the authors' script would take, decomposes kernel windows, not the layer's map.
+Stacks (E, a, b) of experts, or of heads with a matrix each, are E matrices; a gate and an up projection fused inside experts
+are the two matrices that they are, unless asked for whole. Other tensors with more dimensions (convolutions) are flattened
+to (d_0, rest): a batched SVD over their last two dimensions, as the authors' script would take, decomposes kernel windows,
+not the layer's map. A tensor of one dimension is none, whatever ones are around it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ Fused = Literal["split", "whole"]
 Config = Mapping[str, Any]
 
 _EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-_FUSED_GATE_UP = re.compile(r"gate_up_proj(\.weight)?$")
+# The usual name, that of Granite and JetMoE, and that of Aria.
+_FUSED_GATE_UP = re.compile(r"(gate_up_proj|(block_sparse_moe|mlp)\.input_linear|experts\.fc1)(\.weight)?$")
+# Kernels of convolutions are 3-D, too; what is not called so and has no side this short is a stack of matrices.
+_CONVOLUTION = re.compile(r"conv|patch|embed", re.IGNORECASE)
+_LONGEST_KERNEL = 15
 # GPT-OSS stores gate and up columns alternately; every other fused layout known to transformers 5 stores halves.
 _INTERLEAVED_MODELS = ("gpt_oss",)
 # Experts stored as (E, d_in, d_out), for x @ W.
@@ -35,7 +40,9 @@ _WRITES_HIDDEN = re.compile(r"(down|w2|fc2|wo|output_linear)(_\w+)?(\.weight)?$"
 
 @dataclass(frozen=True)
 class MatrixView:
-    """One matrix inside a tensor: an expert, a part of one axis of it, or the whole tensor flattened to two dimensions.
+    """One matrix inside a tensor: one of a stack, a part of one axis of it, or the whole tensor flattened to two dimensions.
+
+    expert: its place in a stack, of experts mostly.
 
     shape: (d_out, d_in) as stored. label: '' for a whole tensor, else such as '[3]' or '[3].gate'.
     """
@@ -74,17 +81,30 @@ def _expert_counts(config: Config) -> set[int]:
     return {part[key] for part in nested_configs(config) for key in _EXPERT_COUNT_KEYS if isinstance(part.get(key), int)}
 
 
-def is_expert_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
-    """True for a 3-D tensor of experts: its name says so, or its first dimension is the config's number of experts."""
-    return len(shape) == 3 and min(shape[1:]) > 1 and ("expert" in name or shape[0] in _expert_counts(config))
+def is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has at most one dimension, but for ones around it: (d,), (1, 1, d). Of two dimensions, (1, d) is a layer's matrix."""
+    return len(shape) != 2 and sum(side != 1 for side in shape) < 2
+
+
+def is_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
+    """True for a 3-D tensor of several matrices.
+
+    Of experts: its name says so, or its first dimension is the config's number of experts. Of something else, say a gate for each head
+    (RecurrentGemma): it is no convolution.
+    """
+    if len(shape) != 3 or min(shape[1:]) < 2:
+        return False
+    if "expert" in name or shape[0] in _expert_counts(config):
+        return True
+    return shape[0] > 1 and min(shape[1:]) > _LONGEST_KERNEL and not _CONVOLUTION.search(name)
 
 
 def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
-    """Whether the matrices of this tensor are stored (d_in, d_out). shape: of the whole tensor, experts included.
+    """Whether the matrices of this tensor are stored (d_in, d_out). shape: of the whole tensor, all of a stack.
 
     A truncated SVD does not care, but "left" means the output side. Embedding tables are taken as they are stored: rows are tokens.
     """
-    if is_expert_stack(name, shape, config):
+    if is_stack(name, shape, config):
         hidden = {part["hidden_size"] for part in nested_configs(config) if isinstance(part.get("hidden_size"), int)}
         ends = [side in hidden for side in shape[1:]]
         if ends[0] != ends[1] and _READS_HIDDEN.search(name):
@@ -109,13 +129,13 @@ def _gate_up_axis(shape: tuple[int, ...], config: Config) -> int | None:
 
 
 def matrix_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused = "split") -> list[MatrixView]:
-    """The matrices of a tensor with at least two dimensions; an empty list for one that has fewer, or no entries."""
+    """The matrices of a tensor with at least two dimensions; an empty list for a vector, and for one without entries."""
     size = 1
     for side in shape:
         size *= side
-    if len(shape) < 2 or size == 0:
+    if is_vector(shape) or size == 0:
         return []
-    if is_expert_stack(name, shape, config):
+    if is_stack(name, shape, config):
         return [view for expert in range(shape[0]) for view in _expert_views(name, shape, config, fused, expert)]
     sides = list(shape)
     while len(sides) > 2 and sides[0] == 1:  # (1, n, d) position tables are one matrix, not one row

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.checkpoint.safetensors_format import TensorInfo
-from lox_merge.jobs.layout import MatrixView, is_expert_stack, matrix_views
+from lox_merge.jobs.layout import MatrixView, is_stack, is_vector, matrix_views
 from lox_merge.jobs.settings import Settings
 from lox_merge.maths.rank import RankRule
 
@@ -113,10 +113,10 @@ def _plan_tensor(
     if is_legacy_buffer(info) and None in found.values():
         return copy("constant buffer")
     for other in others:
-        if found[other.role] is None and (len(info.shape) < 2 or info.size == 0 or info.dtype in dtypes.EDITABLE):
+        if found[other.role] is None and (is_vector(info.shape) or info.size == 0 or info.dtype in dtypes.EDITABLE):
             missing[other.role].append(name)
-    vector = len(info.shape) == 1 and edit.edits_vectors
-    if (len(info.shape) < 2 and not vector) or info.size == 0:
+    vector = is_vector(info.shape) and len(info.shape) > 0 and edit.edits_vectors
+    if (is_vector(info.shape) and not vector) or info.size == 0:
         for other in others:
             same = found[other.role]
             if same is not None and other.info(same).shape != info.shape and not is_vocabulary(name):
@@ -171,7 +171,7 @@ def _difference(name: str, other: Checkpoint, same: str, mirrored: Checkpoint, s
 
 
 def _is_linear(name: str, info: TensorInfo, mirrored: Checkpoint) -> bool:
-    return not is_vocabulary(name) and (len(info.shape) == 2 or is_expert_stack(name, info.shape, mirrored.config))
+    return not is_vocabulary(name) and (len(info.shape) == 2 or is_stack(name, info.shape, mirrored.config))
 
 
 def counterpart(name: str, other: Checkpoint) -> str | None:

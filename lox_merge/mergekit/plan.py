@@ -27,7 +27,7 @@ from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.filter_checks import check_direction
 from lox_merge.jobs.filter_edit import FilterEdit
 from lox_merge.jobs.filter_recipe import FilterRecipe
-from lox_merge.jobs.layout import matrix_views
+from lox_merge.jobs.layout import is_vector, matrix_views
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import Plan, make_plan
 from lox_merge.jobs.recipe import Recipe
@@ -171,7 +171,7 @@ def _mergekit_plan(config: MergeConfiguration, reference: Any, options: MergeOpt
         name, values = task.output_weight.name, {**task.parameters, **task.input_parameters[reference]}
         sources = tuple(made_of.get(name, ()))
         matrices = any(matrix_views(source, mirrored.info(source).shape, mirrored.config) for source in sources)
-        vectors = any(len(mirrored.info(source).shape) == 1 for source in sources)
+        vectors = any(is_vector(mirrored.info(source).shape) for source in sources)
         kept = {parameter.name: values[parameter.name] for parameter in OWN_METHODS[config.merge_method].spec.parameters if parameter.name != "role"}
         tensors.append(PlannedTensor(name, kept, sources, _is_edited(config.merge_method, values, matrices, vectors)))
     return tensors, weights

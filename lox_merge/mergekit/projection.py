@@ -33,7 +33,7 @@ from lox_merge.checkpoint.safetensors_format import TensorInfo
 from lox_merge.errors import NonFiniteDeltaError, RecipeError
 from lox_merge.jobs.filter_edit import FilterEdit
 from lox_merge.jobs.filter_recipe import FilterRecipe
-from lox_merge.jobs.layout import MatrixView, matrix_views
+from lox_merge.jobs.layout import MatrixView, is_vector, matrix_views
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.triplets import TakenNow
 from lox_merge.maths.directions import BASES
@@ -104,7 +104,7 @@ def project_kernel(
         rounding=rounding,  # type: ignore[arg-type]
     )
     name, shape = group.metadata.name or "tensor", tuple(finetuned.shape)
-    views = [MatrixView((shape[0], 1))] if finetuned.ndim == 1 else matrix_views(name, shape, model_config(entries["finetuned"].id))
+    views = [MatrixView((finetuned.numel(), 1))] if is_vector(shape) else matrix_views(name, shape, model_config(entries["finetuned"].id))
     info = TensorInfo(name, code_of(finetuned.dtype), shape, 0, 0)
     edit, problems = FilterEdit(recipe), list[str]()
     job = edit.choose(TensorPlan(name, info, "edit", views=tuple(views)), problems)

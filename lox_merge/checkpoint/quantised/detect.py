@@ -13,12 +13,15 @@ from lox_merge.checkpoint.quantised import block_fp8, compressed
 from lox_merge.checkpoint.quantised.stored import Found
 from lox_merge.checkpoint.safetensors_format import TensorInfo
 
-# Names under which quantisation libraries keep scales, zero points and packed integers.
-_QUANTISED_NAME = re.compile(
-    r"(weight|input|output|k|v|q)_scale(_inv|_2)?$|[._]scales?$|_blocks$|\.(qweight|qzeros|g_idx|weight_packed|weight_zero_point|weight_shape|SCB|absmax)$|quant_state|quant_map"
-)
+# Names under which quantisation libraries keep packed integers, zero points and what belongs to them.
+_PACKED_NAME = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|weight_zero_point|weight_shape|SCB|absmax|W_q)$|quant_state|quant_map")
+# Scales, by what they scale. Models have parameters of their own that are called so (DeepSeek V4, norms of some): a scale is one of a
+# quantised form where the tensor is there that it belongs to.
+_SCALE_NAME = re.compile(r"(?P<of>.+?)(_scale(_inv|_2)?|[._]scales?)$")
 # How almost all names end that cannot match it; models of 100,000 tensors exist, and this is twenty times as fast.
 _PLAIN_ENDS = (".weight", ".bias")
+# What is scaled by X_scale, X_scales, X.scales or X._scale: X itself, or what stands beside its scales.
+_SCALED_ENDS = ("", "_blocks", "_packed", ".qweight", "._data")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def signs(checkpoint: Checkpoint) -> list[str]:
         form = FORMATS.get(method or "")
         reason = form.unsupported(settings) if form else None
         found.append(f"quantization_config in config.json ({method or 'method not named'}{f': {reason}' if reason else ''})")
-    named = [name for name in checkpoint.home if _named_as_quantised(name)]
+    named = [name for name in checkpoint.home if _named_as_quantised(name, checkpoint)]
     low = [name for name in checkpoint.home if is_low(checkpoint.info(name))]
     if low:
         found.append(f"{len(low)} tensor(s) of dtype {checkpoint.info(low[0]).dtype}, such as {low[0]}")
@@ -76,8 +79,13 @@ def signs(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def _named_as_quantised(name: str) -> bool:
-    return (not name.endswith(_PLAIN_ENDS) or "quant_" in name) and bool(_QUANTISED_NAME.search(name))
+def _named_as_quantised(name: str, checkpoint: Checkpoint) -> bool:
+    if name.endswith(_PLAIN_ENDS) and "quant_" not in name:
+        return False
+    if _PACKED_NAME.search(name):
+        return True
+    scale = _SCALE_NAME.fullmatch(name)
+    return scale is not None and any(scale["of"].removesuffix(".") + end in checkpoint.home for end in _SCALED_ENDS)
 
 
 def is_low(info: TensorInfo) -> bool:
@@ -94,7 +102,7 @@ def left_over(checkpoint: Checkpoint, found: Found) -> list[str]:
     problems = []
     for name in checkpoint.names:
         info = checkpoint.info(name)
-        if name not in explained and (is_low(info) or _named_as_quantised(name)):
+        if name not in explained and (is_low(info) or _named_as_quantised(name, checkpoint)):
             problems.append(
                 f"{checkpoint.role} ({checkpoint.title}): tensor {name} is {info.describe()}, which its quantization_config does not explain."
             )
