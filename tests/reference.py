@@ -65,7 +65,8 @@ def lox_tensor(name: str, base: torch.Tensor, aligned: torch.Tensor, k: int = 6,
                 half = other.shape[0] // 2
                 experts.append(torch.cat([lox_matrix(one[:half], other[:half], k, alpha), lox_matrix(one[half:], other[half:], k, alpha)]))
         return torch.stack(experts)
-    flat = lox_matrix(base.reshape(base.shape[0], -1), aligned.reshape(aligned.shape[0], -1), k, alpha)
+    rows = next(side for side in aligned.shape if side > 1)  # ones in front of it are none
+    flat = lox_matrix(base.reshape(rows, -1), aligned.reshape(rows, -1), k, alpha)
     return flat.reshape(aligned.shape)
 
 

@@ -106,9 +106,19 @@ def empty_model(config: dict[str, Any]) -> Any:
     # A name in a file must not call whatever else transformers has.
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)) or config.get("model_type") not in CONFIG_MAPPING:
         return None
-    settings = CONFIG_MAPPING[config["model_type"]].from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+    plain = {key: _with_floats(value) for key, value in config.items() if key != "quantization_config"}
+    settings = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
     with torch.device("meta"):
         return kind(settings)
+
+
+def _with_floats(value: Any) -> Any:
+    """Numbers that JSON has not, as transformers writes them: {"__float__": "Infinity"} (the time steps of Mamba 2)."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _kind(module: Any, leaf: str) -> tuple[Kind, bool]:
@@ -116,7 +126,8 @@ def _kind(module: Any, leaf: str) -> tuple[Kind, bool]:
 
     if leaf == "weight":
         for kind, types in (("linear", torch.nn.Linear), ("embedding", torch.nn.Embedding), ("convolution", (torch.nn.Conv2d, torch.nn.Conv3d))):
-            if isinstance(module, types):
+            # Kernels of groups of channels have no factors in PEFT.
+            if isinstance(module, types) and getattr(module, "groups", 1) == 1:
                 return kind, False  # type: ignore[return-value]
         if isinstance(module, Conv1D):
             return "conv1d", True
