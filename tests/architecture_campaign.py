@@ -1,7 +1,7 @@
 """Every causal language model that the installed transformers knows, tiny and random: `python tests/architecture_campaign.py`.
 
-Each is saved as base and aligned, hardened, filtered, verified, loaded again, hardened as an adapter, and compared tensor by tensor with LoX
-in float64 (tests/reference.py). Exit code 1 when one of them ends badly. What cannot be made tiny, or built at all here, is counted apart.
+Each is saved as base and aligned, hardened, filtered, verified, loaded again, hardened as an adapter that PEFT loads and merges, and compared
+tensor by tensor with LoX in float64 (tests/reference.py). Exit code 1 when one of them ends badly. What cannot be made tiny, or built at all here, is counted apart.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import click
+import peft
 import torch
 from finetuned import finetune
 from reference import load, lox_tensor
@@ -196,6 +197,10 @@ def _look_at(base: Path, aligned: Path, folder: Path, found: Found) -> None:
     for name in adapted.changes:
         exact = lox_tensor(name, before[name], after[name], RANK, ALPHA, gpt_oss=gpt_oss)
         assert_close(adapted.tensor(name), exact, after[name], f"{name} with the adapter")
+    model = AutoModelForCausalLM.from_pretrained(aligned)
+    names = set(model.state_dict())
+    merged = peft.PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+    assert set(merged.state_dict()) == names, "PEFT leaves layers of its own behind when it merges the adapter"
     found.adapter = f"changes {len(adapted.changes)}"
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import architecture_campaign
 import pytest
+import torch
 
-# Parameters called scales and modules with parameters inside such (deepseek_v4), fused experts by other names (granitemoe, jetmoe,
-# aria_text), heads in a stack (recurrent_gemma, zamba), buffers among the weights (minimax), vectors with ones around (kimi_linear).
-ARCHITECTURES = ("deepseek_v4", "granitemoe", "jetmoe", "aria_text", "recurrent_gemma", "zamba", "minimax", "kimi_linear")
+from lox_merge.checkpoint.modules import _kind, empty_model
+
+# Parameters called scales, and modules with parameters inside such (deepseek_v4), fused experts by other names (granitemoe, aria_text),
+# stacks of other matrices (zamba), buffers among the weights (minimax).
+ARCHITECTURES = ("deepseek_v4", "granitemoe", "aria_text", "zamba", "minimax")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -21,3 +26,14 @@ def test_hardened_filtered_and_shipped_as_an_adapter(architecture: str, tmp_path
 
 def test_what_cannot_be_built_is_counted_apart(tmp_path: Path) -> None:
     assert architecture_campaign.run("no_such_architecture", tmp_path).outcome == "not built"
+
+
+def test_numbers_that_json_has_not_are_read_from_a_configuration(tmp_path: Path) -> None:
+    architecture_campaign.tiny_model("bamba").config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["time_step_limit"][1] == {"__float__": "Infinity"}
+    assert empty_model(config | {"architectures": ["BambaForCausalLM"]}).config.time_step_limit[1] == math.inf
+
+
+def test_a_kernel_of_groups_of_channels_has_no_factors() -> None:
+    assert [_kind(torch.nn.Conv2d(4, 4, 3, groups=groups), "weight")[0] for groups in (1, 4)] == ["convolution", "parameter"]

@@ -23,7 +23,10 @@ _TIED = (
 )
 _NO_LAYER = "it belongs to no layer or parameter that PEFT adapts"
 _BARE_KERNEL = "PEFT takes a parameter of more than two dimensions for a stack of matrices, and this one is one matrix"
-_NESTED = "PEFT adapts no parameter of a module inside another one whose own parameters it adapts: what has fewer entries stays as it is"
+_NESTED = (
+    "PEFT merges nothing inside a module whose own parameters it adapts, and wraps no parameter there; of what is inside and those parameters, "
+    "what has fewer entries stays as it is"
+)
 _EXPERT_LAYERS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 _CONVERTED = "transformers makes its parameter of several tensors in a way that has no LoRA form here"
 
@@ -47,8 +50,7 @@ class Source:
 class Pair:
     """A parameter that gets factors A and B. shape: (rows, columns) of its matrix, as stored, or of each of `experts` (0: not a stack).
 
-    kernel: the trailing sides of a convolution. depth: how many wrappers PEFT puts around this one. path: of its module once modules around it
-    are wrapped, '' where none is.
+    kernel: the trailing sides of a convolution. depth: how many wrappers PEFT puts around this one.
     """
 
     place: Place
@@ -57,7 +59,6 @@ class Pair:
     sources: tuple[Source, ...]
     kernel: tuple[int, ...] = ()
     depth: int = 0
-    path: str = ""
 
     @property
     def target(self) -> str:
@@ -72,10 +73,15 @@ class Pair:
     @property
     def names(self) -> tuple[str, str]:
         """Of A and of B in the adapter file, as PEFT writes them."""
-        start = PREFIX + (self.path or self.place.module) + INNER * self.depth
+        start = PREFIX + self.place.module + INNER * self.depth
         if self.place.kind == "embedding":
             return f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
         return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
+
+    @property
+    def entries(self) -> int:
+        """Of the parameter."""
+        return self.shape[0] * self.shape[1] * max(1, self.experts)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of A and of B at this rank (of each expert)."""
@@ -199,27 +205,16 @@ def _pairs(plan: Plan, model: ModelMap) -> tuple[list[Pair], dict[str, str]]:
         new = _pair(tensor, place, model, plan)
         old = found.get(place.parameter)
         found[place.parameter] = new if old is None else replace(old, sources=old.sources + new.sources)
+    left_out |= _take_nested(found)
     wrapped: dict[str, list[str]] = {}
     for parameter, pair in found.items():
         if pair.place.kind == "parameter":
             wrapped.setdefault(pair.place.module, []).append(parameter)
-    for module in _nested(wrapped, found):
-        for parameter in wrapped.pop(module):
-            left_out |= {source.tensor.name: _NESTED for source in found.pop(parameter).sources}
     for module, parameters in wrapped.items():
         parameters.sort(key=lambda name: model.order[module].index(found[name].place.leaf))
         for position, parameter in enumerate(parameters):
             found[parameter] = replace(found[parameter], depth=len(parameters) - 1 - position)
-    depths = {module: len(parameters) for module, parameters in wrapped.items()}
-    paths = {pair.place.module: _path(pair.place.module, depths) for pair in found.values()}
-    return [replace(pair, path="" if (path := paths[pair.place.module]) == pair.place.module else path) for pair in found.values()], left_out
-
-
-def _path(module: str, depths: Mapping[str, int]) -> str:
-    """A module's name in the model with adapters, where those around it have so many wrappers."""
-    parts = module.split(".")
-    around = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return ".".join(part + INNER * depths.get(outer, 0) for part, outer in zip(parts, [*around, ""], strict=True))
+    return list(found.values()), left_out
 
 
 def _no_form(tensor: TensorPlan, place: Place, model: ModelMap) -> str:
@@ -232,19 +227,18 @@ def _no_form(tensor: TensorPlan, place: Place, model: ModelMap) -> str:
     return _BARE_KERNEL if place.kind == "parameter" and flattened else ""
 
 
-def _nested(wrapped: Mapping[str, list[str]], found: Mapping[str, Pair]) -> list[str]:
-    """Modules whose parameters have to be left alone, so that no two modules of which one is inside the other are wrapped."""
-
-    def entries(module: str) -> int:
-        pairs = [found[parameter] for parameter in wrapped[module]]
-        return sum(pair.shape[0] * pair.shape[1] * max(1, pair.experts) for pair in pairs)
-
-    gone: list[str] = []
-    for outer in wrapped:
-        inside = [module for module in wrapped if module.startswith(f"{outer}.") and module not in gone]
-        if inside and outer not in gone:
-            gone += inside if entries(outer) > sum(map(entries, inside)) else [outer]
-    return gone
+def _take_nested(found: dict[str, Pair]) -> dict[str, str]:
+    """Takes pairs away until none lies inside a module whose own parameters are targeted. Returns the reason by tensor."""
+    left_out: dict[str, str] = {}
+    outers = list(dict.fromkeys(pair.place.module for pair in found.values() if pair.place.kind == "parameter"))
+    for outer in sorted(outers, key=len, reverse=True):  # from the inside out
+        own = [name for name, pair in found.items() if pair.place.module == outer and pair.place.kind == "parameter"]
+        inside = [name for name, pair in found.items() if pair.place.module.startswith(f"{outer}.")]
+        if own and inside:
+            gone = own if sum(found[name].entries for name in own) <= sum(found[name].entries for name in inside) else inside
+            for name in gone:
+                left_out |= {source.tensor.name: _NESTED for source in found.pop(name).sources}
+    return left_out
 
 
 def _pair(tensor: TensorPlan, place: Place, model: ModelMap, plan: Plan) -> Pair:
