@@ -1,7 +1,8 @@
 """Every causal language model that the installed transformers knows, tiny and random: `python tests/architecture_campaign.py`.
 
-Each is saved as base and aligned, hardened, filtered, verified, loaded again, hardened as an adapter that PEFT loads and merges, and compared
-tensor by tensor with LoX in float64 (tests/reference.py). Exit code 1 when one of them ends badly. What cannot be made tiny, or built at all here, is counted apart.
+Each is saved as base and aligned, hardened, filtered, verified, loaded again, hardened as an adapter that PEFT loads and merges,
+and compared tensor by tensor with LoX in float64 (tests/reference.py). Exit code 1 when one of them ends badly. What cannot be
+made tiny, or built at all here, is counted apart.
 """
 
 from __future__ import annotations

@@ -166,13 +166,9 @@ class Resolver:
         owner = module
         while owner.endswith(INNER):
             owner, depth = owner.removesuffix(INNER), depth + 1
-        # A module inside such a wrapped one is below all of its wrappers.
-        owner = owner.replace(INNER, "")
         leaves = self._model.order.get(owner, []) if self._model else []
         wrapped = [leaf for leaf in leaves if self._targeted(f"{owner}.{leaf}")]
-        if depth < len(wrapped):
-            return owner, wrapped[-1 - depth]
-        return (module if depth else owner), "weight"
+        return (owner, wrapped[-1 - depth]) if depth < len(wrapped) else (module, "weight")
 
     def _targeted(self, parameter: str) -> bool:
         return any(parameter == target or parameter.endswith(f".{target}") for target in self._config.target_parameters)
