@@ -60,6 +60,32 @@ SMALL = (
     | dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128)
     | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 )
+_DENSE = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")}
+_DENSE |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SPARSE = _DENSE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+# Where numbers depend on one another.
+BY_HAND: dict[str, dict[str, Any]] = {
+    "diffllama": _DENSE,
+    "dots1": _DENSE
+    | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_group": 1}
+    | {"topk_group": 1, "first_k_dense_replace": 1},
+    "falcon_h1": _DENSE | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "gemma3n_text": _DENSE
+    | {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "laurel_rank": 8}
+    | {"intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": _DENSE | {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "global_head_dim": 16},
+    "gpt_neo": {"vocab_size": 96, "hidden_size": 64, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}
+    | {"max_position_embeddings": 128, "window_size": 32, "bos_token_id": 1, "eos_token_id": 2},
+    "hunyuan_v1_dense": _DENSE,
+    "hunyuan_v1_moe": _DENSE | {"num_experts": 4, "moe_topk": 2},
+    "laguna": _SPARSE | {"num_attention_heads_per_layer": [4] * 4},
+    "lfm2_moe": _SPARSE | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1}
+    | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "ministral": _DENSE,
+    "nemotron": _DENSE,
+    "zaya": _DENSE,
+}
 _KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
 _LARGEST = 30_000_000
 
@@ -85,7 +111,7 @@ class NotBuilt(Exception):
 def tiny_model(architecture: str) -> Any:
     """Raises NotBuilt."""
     reasons = []
-    for shrunk in (_by_attributes, _by_arguments, _text_alone):
+    for shrunk in (_by_hand,) if architecture in BY_HAND else (_by_attributes, _by_arguments, _text_alone):
         try:
             config = shrunk(architecture)
             kind = AutoModelForCausalLM._model_mapping[type(config)]
@@ -99,6 +125,10 @@ def tiny_model(architecture: str) -> Any:
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {error}".splitlines()[0][:120])
     raise NotBuilt(reasons[0])
+
+
+def _by_hand(architecture: str) -> Any:
+    return CONFIG_MAPPING[architecture](**BY_HAND[architecture])
 
 
 def _by_attributes(architecture: str) -> Any:
