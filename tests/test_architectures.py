@@ -9,6 +9,7 @@ from pathlib import Path
 import architecture_campaign
 import pytest
 import torch
+from conftest import RunCli
 
 from lox_merge.checkpoint.modules import _kind, empty_model
 
@@ -37,3 +38,12 @@ def test_numbers_that_json_has_not_are_read_from_a_configuration(tmp_path: Path)
 
 def test_a_kernel_of_groups_of_channels_has_no_factors() -> None:
     assert [_kind(torch.nn.Conv2d(4, 4, 3, groups=groups), "weight")[0] for groups in (1, 4)] == ["convolution", "parameter"]
+
+
+def test_what_an_adapter_leaves_out_is_told_once_for_each_reason(run_cli: RunCli, tmp_path: Path) -> None:
+    base, aligned = architecture_campaign.make_pair("deepseek_v4", tmp_path)
+    for option in (["--dry-run"], []):
+        done = run_cli("harden", base, aligned, tmp_path / "out", "--rank", 2, "--as-adapter", *option)
+        assert done.returncode == 0, done.stderr
+        text = " ".join(done.stdout.split())
+        assert text.count("PEFT merges nothing inside a module") == 1 and ".ape and 3 more: PEFT merges nothing" in text

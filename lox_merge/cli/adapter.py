@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -12,6 +13,8 @@ from lox_merge.jobs.adapter import execute_adapter
 from lox_merge.jobs.adapter_plan import AdapterPlan, plan_adapter
 from lox_merge.jobs.harden import HardenResult
 from lox_merge.jobs.plan import MANIFEST, Plan, check_output, check_room
+
+_MOST_NAMED = 3
 
 
 def plan_as_adapter(plan: Plan, *, overwrite: bool, json_file: str | None) -> None:
@@ -62,7 +65,7 @@ def _print_plan(made: AdapterPlan, report: dict[str, Any]) -> None:
         ("aligned", f"{plan.aligned.title} ({size(plan.aligned.bytes)}), which the adapter goes on"),
         ("adapted", f"{report['edited_tensors']} tensors as {len(made.pairs)} modules, rank {recipe['rank']}, alpha {recipe['alpha']:g}"),
     ]
-    rows += [("left out", f"{name}: {reason}") for name, reason in made.left_out.items()]
+    rows += [("left out", text) for text in _by_reason(made.left_out)]
     most = "not known before the spectra are" if made.largest_bytes is None else f"at most {size(made.largest_bytes)}"
     rows.append(("write", f"{most}, in {made.dtype}"))
     for text in plan.warnings:
@@ -87,7 +90,18 @@ def _print_result(result: HardenResult) -> None:
         rows.append(("", f"rounding into the weights to nearest would have kept {figure(found['nearest_gain'])}"))
     if found["left_out"]:
         rows.append(("left out", f"{len(found['left_out'])} tensor(s), {figure(found['left_out_share'], '.1%')} of the edit's squared norm"))
-        rows += [("", f"{name}: {reason}") for name, reason in found["left_out"].items()]
+        rows += [("", text) for text in _by_reason(found["left_out"])]
     rows.append(("ambiguous subspaces", f"{summary.ambiguous_matrices} of {summary.edited_matrices}"))
     print_pairs(f"Adapter in {result.out}", rows)
     click.echo(f"Every figure per tensor: {result.out / MANIFEST}")
+
+
+def _by_reason(left_out: Mapping[str, str]) -> list[str]:
+    """A line for each reason: a model of sixty layers has sixty tensors of one kind."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{', '.join(found[:_MOST_NAMED])}{f' and {len(found) - _MOST_NAMED} more' if len(found) > _MOST_NAMED else ''}: {reason}"
+        for reason, found in names.items()
+    ]
