@@ -82,7 +82,8 @@ def test_names_of_their_own_for_fused_experts(model_type: str, name: str, shape:
         ("model.layers.0.mamba.A_log", (2, 64, 8), 1),
         ("model.layers.0.mamba.conv1d.weight", (64, 32, 17), 1),
         ("audio.patch_embed.weight", (64, 32, 17), 1),
-        ("tower.layers.0.filter", (64, 32, 15), 1),
+        ("tower.layers.0.filter", (4, 32, 15), 1),
+        ("transformer.layer.0.rel_attn.q", (1024, 16, 64), 1),
     ],
 )
 def test_other_stacks_are_told_from_convolutions(name: str, shape: tuple[int, ...], count: int) -> None:

@@ -23,7 +23,8 @@ Config = Mapping[str, Any]
 _EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 # The usual name, that of Granite and JetMoE, and that of Aria.
 _FUSED_GATE_UP = re.compile(r"(gate_up_proj|(block_sparse_moe|mlp)\.input_linear|experts\.fc1)(\.weight)?$")
-# Kernels of convolutions are 3-D, too; what is not called so and has no side this short is a stack of matrices.
+# Kernels of convolutions are 3-D, too. What is not called so and has no side this short is a stack of matrices, where there are fewer of
+# them than they have rows and columns: a layer whose outputs are stored by head (XLNet's, (d_in, heads, d_head)) is one matrix.
 _CONVOLUTION = re.compile(r"conv|patch|embed", re.IGNORECASE)
 _LONGEST_KERNEL = 15
 # GPT-OSS stores gate and up columns alternately; every other fused layout known to transformers 5 stores halves.
@@ -96,7 +97,7 @@ def is_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
         return False
     if "expert" in name or shape[0] in _expert_counts(config):
         return True
-    return shape[0] > 1 and min(shape[1:]) > _LONGEST_KERNEL and not _CONVOLUTION.search(name)
+    return 1 < shape[0] < min(shape[1:]) and min(shape[1:]) > _LONGEST_KERNEL and not _CONVOLUTION.search(name)
 
 
 def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
