@@ -13,6 +13,7 @@ from lox_merge.jobs.adapter import execute_adapter
 from lox_merge.jobs.adapter_plan import AdapterPlan, plan_adapter
 from lox_merge.jobs.harden import HardenResult
 from lox_merge.jobs.plan import MANIFEST, Plan, check_output, check_room
+from lox_merge.wording import first_few
 
 _MOST_NAMED = 3
 
@@ -101,7 +102,4 @@ def _by_reason(left_out: Mapping[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)
-    return [
-        f"{', '.join(found[:_MOST_NAMED])}{f' and {len(found) - _MOST_NAMED} more' if len(found) > _MOST_NAMED else ''}: {reason}"
-        for reason, found in names.items()
-    ]
+    return [f"{first_few(found, _MOST_NAMED)}: {reason}" for reason, found in names.items()]

@@ -22,6 +22,7 @@ from lox_merge.jobs.plan import pair_problems
 from lox_merge.jobs.quantised import form_warnings
 from lox_merge.jobs.select import counterpart, is_embedding, is_legacy_buffer, is_vocabulary, select_tensors
 from lox_merge.maths.spectral import LARGEST_GRAM_SIDE
+from lox_merge.wording import first_few
 
 _MOST_NAMED = 8
 
@@ -210,9 +211,8 @@ def _is_linear(name: str, info: TensorInfo, aligned: Checkpoint) -> bool:
 def _missing(names: list[str], there: Checkpoint, lacking: Checkpoint) -> list[str]:
     if not names:
         return []
-    shown = ", ".join(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")
     return [
-        f"{len(names)} tensor(s) of {there.role} ({there.title}) are missing in {lacking.role} ({lacking.title}): {shown}. "
+        f"{len(names)} tensor(s) of {there.role} ({there.title}) are missing in {lacking.role} ({lacking.title}): {first_few(names, _MOST_NAMED)}. "
         "Give models of one architecture, saved by the same library."
     ]
 

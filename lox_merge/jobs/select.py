@@ -13,6 +13,7 @@ from lox_merge.checkpoint.safetensors_format import TensorInfo
 from lox_merge.jobs.layout import MatrixView, is_stack, is_vector, matrix_views
 from lox_merge.jobs.settings import Settings
 from lox_merge.maths.rank import RankRule
+from lox_merge.wording import first_few
 
 if TYPE_CHECKING:
     from lox_merge.jobs.edit import Edit
@@ -199,10 +200,10 @@ def _report_missing(missing: list[str], other: Checkpoint, mirrored: Checkpoint,
         extra = [name for name in extra if not _OUTPUT_HEAD.search(name)]
     for names, there, lacking in ((missing, mirrored, other), (extra, other, mirrored)):
         if names:
-            shown = ", ".join(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")
             example = there.info(names[0])
             selection.problems.append(
-                f"{len(names)} tensor(s) of {there.role} ({there.title}) are missing in {lacking.role} ({lacking.title}): {shown} "
+                f"{len(names)} tensor(s) of {there.role} ({there.title}) are missing in {lacking.role} ({lacking.title}): "
+                f"{first_few(names, _MOST_NAMED)} "
                 f"(the first is {example.describe()} in {there.title}/{there.home[names[0]]}; {lacking.role} has nothing of that name). "
                 "Check that both are the same architecture and saved by the same library."
             )

@@ -35,6 +35,7 @@ from lox_merge.jobs.settings import Settings
 from lox_merge.mergekit.config import Setting, lox_problems, one_line, references, settings
 from lox_merge.mergekit.dtype import settle_dtype
 from lox_merge.mergekit.plugin import METHOD, OWN_METHODS
+from lox_merge.wording import first_few
 
 _MOST_NAMED = 8
 
@@ -200,13 +201,14 @@ def _coverage_problems(files: Plan, tensors: list[PlannedTensor], weights: list[
     if dropped:
         problems.append(
             f"mergekit's architecture template leaves out {len(dropped)} tensor(s) of {files.mirrored.title}, and the output would lack them: "
-            f"{_shown(dropped)}. Use lox-merge {_command(files)}, which keeps every tensor."
+            f"{first_few(dropped, _MOST_NAMED)}. Use lox-merge {_command(files)}, which keeps every tensor."
         )
     tied = {weight.name for weight in weights if weight.tied_names or weight.optional}
     unknown = [tensor.name for tensor in tensors if not tensor.sources and tensor.name not in tied]
     if unknown:
         problems.append(
-            f"mergekit wants {len(unknown)} tensor(s) that {files.mirrored.title} does not have: {_shown(unknown)}. Use lox-merge {_command(files)}."
+            f"mergekit wants {len(unknown)} tensor(s) that {files.mirrored.title} does not have: "
+            f"{first_few(unknown, _MOST_NAMED)}. Use lox-merge {_command(files)}."
         )
     vocabulary = [tensor.name for tensor in files.tensors if tensor.reason == "vocabularies differ"]
     if vocabulary:
@@ -255,7 +257,3 @@ def _setting_problems(given: list[Setting], tensors: list[PlannedTensor], mirror
                 "Add a last entry `- value: …` to say what they get."
             )
     return problems
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")

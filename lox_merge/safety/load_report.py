@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lox_merge.errors import CheckpointFormatError, LoxMergeWarning
+from lox_merge.wording import first_few
 
 _MOST_NAMED = 3
 _REPORT = "LOAD REPORT"
@@ -69,8 +70,8 @@ def report_withheld() -> Iterator[None]:
 
 
 def _some(names: Iterable[str]) -> str:
-    found = sorted(names, key=_natural)
-    return ", ".join(found[:_MOST_NAMED]) + (f" and {len(found) - _MOST_NAMED:,} more" if len(found) > _MOST_NAMED else "")
+    found: list[str] = sorted(names, key=_natural)
+    return first_few(found, _MOST_NAMED)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -15,6 +15,7 @@ from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
 from lox_merge.safety.prompt_hub import hub_rows
 from lox_merge.safety.types import Prompt, PromptSet
+from lox_merge.wording import first_few
 
 Row = dict[str, Any]
 
@@ -97,8 +98,7 @@ def column_of(rows: Sequence[Row], wanted: str | None, defaults: Sequence[str], 
 
 def numbers(rows: Sequence[int]) -> str:
     """Row numbers for a message: '3, 4, 9 and 12 more'."""
-    shown = ", ".join(map(str, rows[:_SHOWN]))
-    return shown if len(rows) <= _SHOWN else f"{shown} and {len(rows) - _SHOWN} more"
+    return first_few(rows, _SHOWN)
 
 
 def _prompts(rows: Sequence[Row] | Sequence[str], column: str | None, title: str) -> tuple[list[Prompt], str | None]:

@@ -23,6 +23,7 @@ from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.landscape.directions import Direction, movable, stays_by_default
 from lox_merge.safety.landscape.held import HeldModel, Weights
 from lox_merge.safety.loading import LoadedModel, tensors_fingerprint
+from lox_merge.wording import first_few
 
 # Entries of a tensor whose differences are in memory at a time, in float64.
 _PIECE = 2**20
@@ -170,22 +171,17 @@ def _differences(anchor: Weights, other: Weights) -> list[str]:
     for names, there, lacking in ((ours - theirs, anchor, other), (theirs - ours, other, anchor)):
         if names:
             problems.append(
-                f"{lacking.role}: {lacking.title} has no {_some(names)}, which {there.title} has. "
+                f"{lacking.role}: {lacking.title} has no {first_few(sorted(names), _MOST_NAMED)}, which {there.title} has. "
                 "A point between models needs the same tensors in both."
             )
     shapes = [name for name in sorted(ours & theirs) if anchor.info(name).shape != other.info(name).shape]
     if shapes:
         first = shapes[0]
         problems.append(
-            f"{other.role}: {_some(shapes)} of {other.title} has another shape: {list(other.info(first).shape)}, in {anchor.title} "
+            f"{other.role}: {first_few(shapes, _MOST_NAMED)} of {other.title} has another shape: {list(other.info(first).shape)}, in {anchor.title} "
             f"{list(anchor.info(first).shape)}. Give models of one architecture and vocabulary."
         )
     return problems
-
-
-def _some(names: Sequence[str] | set[str]) -> str:
-    found = sorted(names)
-    return ", ".join(found[:_MOST_NAMED]) + (f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else "")
 
 
 def _any(patterns: Sequence[str], name: str) -> bool:
