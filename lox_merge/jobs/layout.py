@@ -84,7 +84,8 @@ def _expert_counts(config: Config) -> set[int]:
 
 def is_vector(shape: tuple[int, ...]) -> bool:
     """Whether a tensor has at most one dimension, but for ones around it: (d,), (1, 1, d). Of two dimensions, (1, d) is a layer's matrix."""
-    return len(shape) != 2 and sum(side != 1 for side in shape) < 2
+    # Matrices first: a model has up to 100,000, and is planned in seconds.
+    return len(shape) < 2 or (len(shape) > 2 and sum(side != 1 for side in shape) < 2)
 
 
 def is_stack(name: str, shape: tuple[int, ...], config: Config) -> bool:
