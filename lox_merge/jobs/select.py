@@ -113,11 +113,12 @@ def _plan_tensor(
     found = {other.role: counterpart(name, other) for other in others}
     if is_legacy_buffer(info) and None in found.values():
         return copy("constant buffer")
+    is_line = is_vector(info.shape)
     for other in others:
-        if found[other.role] is None and (is_vector(info.shape) or info.size == 0 or info.dtype in dtypes.EDITABLE):
+        if found[other.role] is None and (is_line or info.size == 0 or info.dtype in dtypes.EDITABLE):
             missing[other.role].append(name)
-    vector = is_vector(info.shape) and len(info.shape) > 0 and edit.edits_vectors
-    if (is_vector(info.shape) and not vector) or info.size == 0:
+    vector = is_line and len(info.shape) > 0 and edit.edits_vectors
+    if (is_line and not vector) or info.size == 0:
         for other in others:
             same = found[other.role]
             if same is not None and other.info(same).shape != info.shape and not is_vocabulary(name):
