@@ -41,8 +41,13 @@ def lox_matrix(base: torch.Tensor, aligned: torch.Tensor, k: int, alpha: float) 
     return aligned.double() + alpha * (left[:, :k] @ torch.diag(values[:k]) @ right[:k])
 
 
-def lox_tensor(name: str, base: torch.Tensor, aligned: torch.Tensor, k: int = 6, alpha: float = 1.25, *, gpt_oss: bool = False) -> torch.Tensor:
+def lox_tensor(
+    name: str, base: torch.Tensor, aligned: torch.Tensor, k: int = 6, alpha: float = 1.25, *, gpt_oss: bool = False, experts_of_dbrx: int = 0
+) -> torch.Tensor:
     """Stored tensor of any layout: vectors as they are, experts and heads one by one, fused gate and up apart, convolutions flattened."""
+    if experts_of_dbrx and "experts.mlp." in name:
+        parts = zip(base.chunk(experts_of_dbrx), aligned.chunk(experts_of_dbrx), strict=True)
+        return torch.cat([lox_matrix(one, other, k, alpha) for one, other in parts])
     if aligned.ndim == 2:
         return lox_matrix(base, aligned, k, alpha)
     if sum(side > 1 for side in aligned.shape) < 2:

@@ -108,3 +108,14 @@ def test_convolutions_are_flattened_and_leading_ones_dropped() -> None:
     tensor = torch.zeros(1, 50, 24)
     positions.select(tensor).add_(1)
     assert (tensor == 1).all()
+
+
+def test_experts_of_dbrx_lie_below_one_another() -> None:
+    config = {"model_type": "dbrx", "d_model": 8, "ffn_config": {"moe_num_experts": 3}}
+    tensor = torch.arange(12 * 8).reshape(12, 8)
+    for leaf, transposed in (("w1", False), ("v1", False), ("w2", True)):
+        views = matrix_views(f"transformer.blocks.0.ffn.experts.mlp.{leaf}", (12, 8), config)
+        assert [view.label for view in views] == ["[0]", "[1]", "[2]"] and {view.transposed for view in views} == {transposed}
+        assert torch.equal(torch.cat([view.select(tensor) for view in views]), tensor)
+    for name, of in (("transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight", config), ("ffn.experts.mlp.w1", {"num_experts": 3})):
+        assert [view.shape for view in matrix_views(name, (12, 8), of)] == [(12, 8)]

@@ -249,14 +249,14 @@ def _pair(tensor: TensorPlan, place: Place, model: ModelMap, plan: Plan) -> Pair
         start = shape[0] * place.part[0] if place.part else 0
         source = Source(tensor, tensor.views[0], place.expert, slice(start, start + shape[0]), slice(0, shape[1]))
         return Pair(place, (rows, shape[1]), 1 + max(each.expert or 0 for each in together), (source,))
-    if place.kind == "parameter" and len(shape) == 3:
-        everything = slice(0, shape[1]), slice(0, shape[2])
+    if place.kind == "parameter" and (len(shape) == 3 or len(tensor.views) > 1):
+        everything = slice(0, shape[-2]), slice(0, shape[-1])
         sources = []
         for view in tensor.views:
             part = slice(*view.part) if view.part is not None else None
             rows_of, columns_of = (part or everything[0], everything[1]) if view.axis != 1 else (everything[0], part or everything[1])
             sources.append(Source(tensor, view, view.expert or 0, rows_of, columns_of))
-        return Pair(place, (shape[1], shape[2]), shape[0], tuple(sources))
+        return Pair(place, (shape[-2], shape[-1]), shape[0] if len(shape) == 3 else 0, tuple(sources))
     view = tensor.views[0]
     source = Source(tensor, view, 0, slice(0, view.shape[0]), slice(0, view.shape[1]))
     return Pair(place, view.shape, 0, (source,), kernel=shape[2:] if place.kind == "convolution" else ())

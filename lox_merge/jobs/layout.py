@@ -1,10 +1,11 @@
 """Which matrices a stored tensor consists of.
 
 2-D tensors are one matrix, as stored (the authors' semantics, also where a model fuses q, k and v, or gate and up).
-Stacks (E, a, b) of experts, or of heads with a matrix each, are E matrices; a gate and an up projection fused inside experts
-are the two matrices that they are, unless asked for whole. Other tensors with more dimensions (convolutions) are flattened
-to (d_0, rest): a batched SVD over their last two dimensions, as the authors' script would take, decomposes kernel windows,
-not the layer's map. A tensor of one dimension is none, whatever ones are around it.
+Stacks (E, a, b) of experts, or of heads with a matrix each, are E matrices, and so are DBRX's experts, stored one below
+the other (E*d, d_model); a gate and an up projection fused inside experts are the two matrices that they are, unless asked
+for whole. Other tensors with more dimensions (convolutions) are flattened to (d_0, rest): a batched SVD over their last two
+dimensions, as the authors' script would take, decomposes kernel windows, not the layer's map. A tensor of one dimension is
+none, whatever ones are around it.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 _CONV1D_NAME = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _CONV1D_ENDS = ("c_attn.weight", "q_attn.weight", "c_proj.weight", "c_fc.weight")
+# The experts of DBRX, (E*d, d_model) each; the last is stored for x @ W.
+_ROWS_OF_EXPERTS = ("ffn.experts.mlp.w1", "ffn.experts.mlp.v1", "ffn.experts.mlp.w2")
 _READS_HIDDEN = re.compile(r"(gate|up|w1|w3|fc1|wi|input_linear)(_\w+)?(\.weight)?$")
 _WRITES_HIDDEN = re.compile(r"(down|w2|fc2|wo|output_linear)(_\w+)?(\.weight)?$")
 
 
 @dataclass(frozen=True)
 class MatrixView:
-    """One matrix inside a tensor: one of a stack, a part of one axis of it, or the whole tensor flattened to two dimensions.
+    """One matrix inside a tensor: one of a stack, a part of one axis of it or of a matrix, or the whole tensor flattened to two dimensions.
 
     expert: its place in a stack, of experts mostly.
 
@@ -57,9 +60,9 @@ class MatrixView:
 
     def select(self, tensor: Tensor) -> Tensor:
         """The matrix as a view on a contiguous `tensor`: writing into it writes into the tensor."""
-        if self.expert is None:
+        if self.expert is None and self.part is None:
             return tensor.view(self.shape)
-        matrix = tensor[self.expert]
+        matrix = tensor if self.expert is None else tensor[self.expert]
         if self.part is None:
             return matrix
         piece = slice(*self.part)
@@ -115,6 +118,8 @@ def is_transposed(name: str, shape: tuple[int, ...], config: Config) -> bool:
             return ends[1]
         return _is_one_of(config, _TRANSPOSED_EXPERTS)
     # The name first: going through the configuration for every tensor takes longer.
+    if name.endswith(_ROWS_OF_EXPERTS[-1]):
+        return _experts_in_rows(name, shape, config) > 0
     return len(shape) == 2 and name.endswith(_CONV1D_ENDS) and bool(_CONV1D_NAME.search(name)) and _is_one_of(config, _CONV1D_MODELS)
 
 
@@ -130,6 +135,13 @@ def _gate_up_axis(shape: tuple[int, ...], config: Config) -> int | None:
     return 0 if shape[1] % 2 == 0 else None
 
 
+def _experts_in_rows(name: str, shape: tuple[int, ...], config: Config) -> int:
+    """How many experts a matrix has one below the other, 0 where it has none."""
+    if len(shape) != 2 or not name.endswith(_ROWS_OF_EXPERTS) or not _is_one_of(config, ("dbrx",)):
+        return 0
+    return max((count for count in _expert_counts(config) if count > 0 and shape[0] % count == 0), default=0)
+
+
 def matrix_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused = "split") -> list[MatrixView]:
     """The matrices of a tensor with at least two dimensions; an empty list for a vector, and for one without entries."""
     size = 1
@@ -139,6 +151,10 @@ def matrix_views(name: str, shape: tuple[int, ...], config: Config, fused: Fused
         return []
     if is_stack(name, shape, config):
         return [view for expert in range(shape[0]) for view in _expert_views(name, shape, config, fused, expert)]
+    if experts := _experts_in_rows(name, shape, config):
+        rows, turned = shape[0] // experts, is_transposed(name, shape, config)
+        spans = [(place * rows, (place + 1) * rows, 1) for place in range(experts)]
+        return [MatrixView((rows, shape[1]), f"[{place}]", axis=0, part=span, transposed=turned) for place, span in enumerate(spans)]
     sides = list(shape)
     while len(sides) > 2 and sides[0] == 1:  # (1, n, d) position tables are one matrix, not one row
         del sides[0]
