@@ -11,12 +11,15 @@ import pytest
 import torch
 from adapters import make_adapter
 from quantised_models import decoded_copy, pair_in_forms
+from transformers import AutoModelForCausalLM
 
 import lox_merge
 from lox_merge import CurvatureSettings
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint
+from lox_merge.diagnostics.watch.retained import RetainedAlignment
 from lox_merge.errors import LoxMergeWarning, PlanError, RequestError
 from lox_merge.lab.measure import NotRefused
+from lox_merge.maths.weight_changes import DenseChange
 from lox_merge.safety.conversations import Conversations, conversations
 from lox_merge.safety.decoding import Decoding
 from lox_merge.safety.generation import LocalModel
@@ -152,6 +155,26 @@ def test_framings_are_those_of_plain_copies(models: dict[str, Path], form: str, 
     assert alone["models"][0] == results[0]["models"][0]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_watch_measures_from_what_a_quantised_base_stands_for(models: dict[str, Path], form: str) -> None:
+    (quantised, _), (plain, aligned) = both(models, form)
+    model = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.float32)
+    torch.manual_seed(2)
+    changes = {name: DenseChange(0.01 * torch.randn_like(value), transposed=False) for name, value in model.named_parameters()}
+    found = []
+    for base in (quantised, plain):
+        settings: dict[str, Any] = {"base": base, "factors": None, "rank": 2, "seed": 0, "cache_dir": None}
+        if base == quantised:
+            with ERROR_IS_PART:
+                watch = RetainedAlignment(model, model.get_parameter, **settings)
+        else:
+            watch = RetainedAlignment(model, model.get_parameter, **settings)
+        found.append((watch.ratio(lambda name: None), watch.ratio(changes.get)))
+        watch.close()
+    assert found[0] == found[1] and found[0][0].matrices == 15  # seven layers in each of two blocks, and lm_head
+    assert 0 < found[0][1].mean < found[0][0].mean < 1
+
+
 def test_damage_and_unknown_forms_are_named_before_anything_is_loaded(models: dict[str, Path], tmp_path: Path) -> None:
     base, aligned = both(models, "fp8")[0]
     damaged, unknown = (Path(shutil.copytree(aligned, tmp_path / name)) for name in ("damaged", "unknown"))
@@ -169,3 +192,6 @@ def test_damage_and_unknown_forms_are_named_before_anything_is_loaded(models: di
             lox_merge.curvature(aligned, FIRST, finetuned={"other": folder}, device="cpu")
         with pytest.raises(PlanError, match=words):
             lox_merge.framing({"one": base, "other": folder}, FIRST, SECOND, device="cpu")
+        model = AutoModelForCausalLM.from_pretrained(both(models, "fp8")[1][1])
+        with pytest.raises(PlanError, match=words):
+            RetainedAlignment(model, model.get_parameter, base=folder, factors=None, rank=2, seed=0, cache_dir=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.placement import place
+from lox_merge.checkpoint.quantised.view import as_quantised, quantisation_problems
 from lox_merge.diagnostics.watch.changes import plain_name
-from lox_merge.errors import RequestError
+from lox_merge.errors import LoxMergeWarning, PlanError, RequestError
 from lox_merge.jobs.factors import Factors
+from lox_merge.jobs.quantised import form_warnings
 from lox_merge.maths.gradients import wide
 from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.spectral import truncated_svd
@@ -56,7 +59,8 @@ class RetainedAlignment:
 
     Δ_align = θ_0 − W_base. base: a folder or Hub id; its files stay mapped and are read again at every measurement. factors: of
     lox-merge decompose; with a base they spare the SVD, alone they give R_ft with bounds. Embeddings and stacked experts are left out.
-    Raises RequestError where no matrix of the model is in them, and for a rank that the factors do not hold.
+    A quantised base is read as what its codes stand for, with a warning. Raises RequestError where no matrix of the model is in them, and
+    for a rank that the factors do not hold; PlanError for a quantised base in a form that is not read.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class RetainedAlignment:
         self._start, self._rank = start, rank
         self._base: Checkpoint | None = None
         if base is not None:
-            self._base = open_checkpoint(base, "base", cache_dir)
+            self._base = _opened(base, cache_dir)
             self._base.fetch(list(self._base.headers))
         held = None if factors is None else Factors.open(factors)
         if held is not None:
@@ -162,6 +166,15 @@ class RetainedAlignment:
         product = float(change.along(held.left.to(device), held.right.to(device)) @ held.singular_values.double().cpu())
         length = change.squared_norm()
         return kept, matrix.norm**2 + 2 * product + length, 2 * matrix.rest * math.sqrt(length)
+
+
+def _opened(base: str | Path, cache_dir: Path | None) -> Checkpoint:
+    found = as_quantised(open_checkpoint(base, "base", cache_dir))
+    if problems := quantisation_problems(found):
+        raise PlanError(problems)
+    for message in form_warnings([found]):
+        warnings.warn(message, LoxMergeWarning, stacklevel=2)
+    return found
 
 
 def _linear_weights(model: Any, stored: list[str]) -> Iterator[tuple[str, str, bool]]:
