@@ -55,6 +55,26 @@ def test_pipe_gets_a_table_within_80_columns_and_no_control_codes(pair: tuple[Pa
         assert words in done.stdout
 
 
+BARS = """
+import sys
+from lox_merge.cli.main import main
+try:
+    main(["--version"])
+except SystemExit:
+    pass
+import tqdm
+list(tqdm.tqdm(range(3), disable=False))
+"""
+
+
+def test_bars_of_libraries_stay_out_of_a_pipe() -> None:
+    """Those of compressed-tensors, say, which it shows whoever asks for a model."""
+    done = subprocess.run([sys.executable, "-c", BARS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("lox-merge")
+    asked = {**os.environ, "TQDM_DELAY": "0"}
+    assert "100%" in subprocess.run([sys.executable, "-c", BARS], capture_output=True, text=True, timeout=60, env=asked).stderr
+
+
 def test_terminal_gets_a_progress_bar_and_the_table(pair: tuple[Path, Path], tmp_path: Path) -> None:
     code, screen = on_terminal("harden", *pair, tmp_path / "out")
     assert code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import importlib
 import signal
 import sys
@@ -102,6 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Errors of this package are printed without a traceback; their class decides the exit code."""
     warnings.simplefilter("always", LoxMergeWarning)
     warnings.showwarning = _show_warning
+    if not sys.stderr.isatty():
+        # Bars of libraries would fill a log. Some are asked for by name (disable=False), but none is shown before its delay has passed.
+        os.environ.setdefault("TQDM_DELAY", "1e9")
     # A scheduler's SIGTERM leaves the same resumable state as Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
     try:
