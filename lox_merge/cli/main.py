@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import importlib
+import os
 import signal
 import sys
 import warnings
