@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter, open_adapter
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -14,6 +13,7 @@ from lox_merge.checkpoint.files import find_source
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantised
 from lox_merge.errors import RequestError
 from lox_merge.jobs.quantised import form_of
+from lox_merge.safety.automatic import load_tokenizer
 from lox_merge.safety.loading import LoadedModel, load_model
 from lox_merge.safety.placement import place
 
@@ -91,7 +91,7 @@ def load_adapted(adapted: AdaptedCheckpoint, **settings: Any) -> LoadedModel:
     own = [name for name in source.names() if name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"))]
     if "tokenizer_config.json" in adapted.own.source.names():
         source.fetch(own)
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = load_tokenizer(
             source.path("tokenizer_config.json").parent, local_files_only=True, trust_remote_code=bool(settings.get("trust_remote_code"))
         )
     return LoadedModel(loaded.model, tokenizer, adapted.title, source.identity() | form_of(adapted))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lox_merge.errors import RequestError
+
+_PROBE = "lighthouse"  # a word that no template writes by itself
+_forms: dict[str, Literal["text", "parts"]] = {}  # by template: the same is asked for every prompt
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,34 @@ class Rendering:
         }
 
 
+def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+    """The conversation as the chat template writes it. options: of `apply_chat_template`. Raises RequestError, and whatever the template raises.
+
+    Templates of models that take pictures loop over the parts of a message and write nothing of a plain string: they get each text as a part.
+    """
+    turns: list[dict[str, Any]] = [dict(turn) for turn in messages]
+    if content_form(tokenizer) == "parts":
+        turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+
+
+def content_form(tokenizer: Any) -> Literal["text", "parts"]:
+    """How the template wants a message's content: as a string, or as a list of parts. Raises RequestError where it shows neither."""
+    key = str(tokenizer.chat_template)
+    if key not in _forms:
+        shown: dict[str, bool | None] = {}
+        for form, content in (("text", _PROBE), ("parts", [{"type": "text", "text": _PROBE}])):
+            try:
+                shown[form] = _PROBE in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+            except Exception:  # templates are programs: they raise whatever their own code runs into
+                shown[form] = None
+        if shown == {"text": False, "parts": False}:
+            raise RequestError("the tokenizer's chat template writes nothing of what a user says. Repair it, or pass --no-chat-template.")
+        # What it cannot render at all is said when it is asked to.
+        _forms[key] = "parts" if shown["parts"] and not shown["text"] else "text"
+    return _forms[key]
+
+
 def check_rendering(tokenizer: Any, rendering: Rendering) -> None:
     """Raises RequestError for a rendering this tokenizer cannot give, before any work is done."""
     if rendering.chat_template is False:
@@ -44,6 +75,7 @@ def check_rendering(tokenizer: Any, rendering: Rendering) -> None:
             "the tokenizer has no chat template, as is usual for base models. Pass --no-chat-template to give the model the bare prompts, "
             "or add the template of the aligned model to its folder."
         )
+    content_form(tokenizer)
     if rendering.system is not None and rendered_text(tokenizer, "x", rendering) == rendered_text(
         tokenizer, "x", Rendering(prefill=rendering.prefill)
     ):
@@ -61,7 +93,9 @@ def rendered_text(tokenizer: Any, prompt: str, rendering: Rendering) -> str:
         messages.append({"role": "assistant", "content": prefill})
     try:
         # Only the template knows what stands between the assistant's header and its words, so it renders the prefill too.
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not prefill, continue_final_message=bool(prefill)))
+        return apply_template(tokenizer, messages, add_generation_prompt=not prefill, continue_final_message=bool(prefill))
+    except RequestError:
+        raise
     except Exception as error:  # templates are programs: they raise jinja2's errors and whatever their own code runs into
         options = " and ".join(name for name, value in (("--system", rendering.system), ("--prefill", rendering.prefill)) if value is not None)
         advice = f"It may not allow {options}; try without." if options else "Repair the template, or pass --no-chat-template."
@@ -89,7 +123,9 @@ def render(tokenizer: Any, prompt: str, rendering: Rendering) -> list[int]:
 def continued(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
     """A conversation up to the last word of its last turn, as the chat template writes it. Raises RequestError."""
     try:
-        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, continue_final_message=True))
+        return apply_template(tokenizer, turns, continue_final_message=True)
+    except RequestError:
+        raise
     except Exception as error:  # templates are programs: they raise whatever their own code runs into
         raise RequestError(f"the tokenizer's chat template cannot render a conversation: {error}. Correct its messages.") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint
 
@@ -25,9 +25,10 @@ class _Decoded:
 
 
 def load_decoded(
-    checkpoint: QuantisedCheckpoint, folder: Path, *, dtype: torch.dtype | None, remote: dict[str, Any], **settings: Any
+    checkpoint: QuantisedCheckpoint, folder: Path, auto: Any, *, dtype: torch.dtype | None, remote: dict[str, Any], **settings: Any
 ) -> tuple[Any, Any]:
     """The model and transformers' report of what it loaded. folder: of the checkpoint's configuration, on this machine.
+    auto: transformers' class that loads it, see `automatic.auto_class`.
 
     dtype: None takes that of the configuration, bfloat16 where it names none. remote: whether code of the checkpoint may run, as from_pretrained
     takes it. settings: of `from_pretrained`. Weights are this program's own reading: no kernel for the quantised form is needed, and edits that
@@ -38,7 +39,7 @@ def load_decoded(
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=remote["trust_remote_code"]))
+        kind = type(auto.from_config(config, trust_remote_code=remote["trust_remote_code"]))
     chosen = dtype or getattr(config, "dtype", None) or torch.bfloat16
     state = {name: _Decoded(checkpoint, name) for name in checkpoint.names}
     model, report = kind.from_pretrained(None, config=config, state_dict=state, dtype=chosen, output_loading_info=True, **settings)

@@ -42,7 +42,7 @@ def lm_eval_scores(
     with _quiet():
         try:
             result = package.simple_evaluate(
-                model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=rows),
+                model=wrapper(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=rows),
                 tasks=list(tasks),
                 limit=limit,
                 task_manager=_manager(not all(map(_is_file, tasks))),

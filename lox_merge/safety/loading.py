@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.checkpoint.config_checks import check_depth
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantised
-from lox_merge.errors import PlanError, RequestError, SourceError
+from lox_merge.errors import LoxMergeError, PlanError, RequestError, SourceError
 from lox_merge.jobs.harden import resolve_device
 from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.quantised import form_of
+from lox_merge.safety.automatic import auto_class, load_tokenizer
 from lox_merge.safety.decoded import load_decoded
 from lox_merge.safety.load_report import check_report, report_withheld
 
@@ -31,7 +32,10 @@ _WORD, _WIDTH = 8, 1024
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model: a causal language model in evaluation mode. source: where it came from, with no path of this machine."""
+    """model: in evaluation mode; a causal language model, or one that takes pictures or sound beside text.
+
+    source: where it came from, with no path of this machine.
+    """
 
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
@@ -77,17 +81,19 @@ def load_model(
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
+        kind = auto_class(config)
+        tokenizer = load_tokenizer(folder, **options)
         placement = {} if device_map is None else {"device_map": device_map}
         # Shapes that differ are left to check_report, which names both.
         settings = {"ignore_mismatched_sizes": True, **placement}
         with report_withheld():
             if isinstance(checkpoint, QuantisedCheckpoint):
-                model, report = load_decoded(checkpoint, folder, dtype=DTYPES.get(dtype), remote=options, **settings)
+                model, report = load_decoded(checkpoint, folder, kind, dtype=DTYPES.get(dtype), remote=options, **settings)
             else:
-                model, report = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **settings, **options
-                )
+                model, report = kind.from_pretrained(folder, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **settings, **options)
+    except LoxMergeError:
+        raise
     except Exception as error:  # a configuration of somebody else's may run transformers into anything
         advice = "" if trust_remote_code else " A model with code of its own needs trust_remote_code, which runs that code."
         raise SourceError(f"{checkpoint.title} cannot be loaded by transformers: {type(error).__name__}: {error}{advice}") from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
 from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.errors import SourceError
+from lox_merge.safety.automatic import load_tokenizer
 from lox_merge.safety.loading import LoadedModel
 from lox_merge.safety.vocabulary import output_size
 
@@ -39,7 +40,7 @@ def outline(model: Checkpoint | LoadedModel, *, trust_remote_code: bool = False)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model.source.path("config.json").parent, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model.source.path("tokenizer_config.json" if own else "config.json").parent, **options)
+        tokenizer = load_tokenizer(model.source.path("tokenizer_config.json" if own else "config.json").parent, **options)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise SourceError(f"{model.title}: its config or tokenizer cannot be loaded by transformers: {error}") from error
     # Weights of another size than the config says are refused when they are loaded.

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from lox_merge.checkpoint.files import FileSource, find_source
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError, SourceError
+from lox_merge.safety.automatic import auto_class, load_tokenizer
+from lox_merge.safety.chat import apply_template
 from lox_merge.safety.types import Exchange, Verdict
 
 if TYPE_CHECKING:
@@ -62,10 +64,8 @@ class _ModelJudge(ABC):
         self._model: Any = None
         self._weights_hash: str | None = None
 
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(self._folder, **_FILES_ONLY)
+            self._tokenizer: Any = load_tokenizer(self._folder, **_FILES_ONLY)
         except Exception as error:  # files of somebody else's may run transformers into anything
             raise SourceError(f"the tokenizer of the judge {source.title} cannot be loaded by transformers: {error}") from error
 
@@ -107,7 +107,8 @@ class _ModelJudge(ABC):
         """Tokens that fit, with `room` left."""
         from transformers import AutoConfig
 
-        positions = getattr(AutoConfig.from_pretrained(self._folder, **_FILES_ONLY), "max_position_embeddings", None) or 10**9
+        config = AutoConfig.from_pretrained(self._folder, **_FILES_ONLY).get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or 10**9
         return int(min(self._tokenizer.model_max_length, positions)) - room
 
     def _too_long(self, tokens: int, limit: int) -> Verdict:
@@ -188,14 +189,15 @@ class GuardModelJudge(_ModelJudge):
 
     def _verdict(self, exchange: Exchange) -> Verdict:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         messages = [{"role": "user", "content": exchange.prompt}, {"role": "assistant", "content": exchange.reply}]
-        inputs = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        text = apply_template(self._tokenizer, messages, add_generation_prompt=True)
+        inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
         length, limit = inputs["input_ids"].shape[1], self._limit(_VERDICT_TOKENS)
         if length > limit:
             return self._too_long(length, limit)
-        model = self._load(AutoModelForCausalLM)
+        model = self._load(auto_class(AutoConfig.from_pretrained(self._folder, **_FILES_ONLY)))
         with torch.no_grad():
             tokens = model.generate(
                 input_ids=inputs["input_ids"].to(self._device),

@@ -1,0 +1,51 @@
+"""What transformers is asked for a model that is given text alone: its class, and its tokenizer with the chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lox_merge.checkpoint.json_text import parse_json
+from lox_merge.errors import SourceError
+
+
+def auto_class(config: Any) -> Any:
+    """AutoModelForCausalLM where transformers or the checkpoint's own code has such a model for this configuration (of some that see, it is
+    their text model). Else the class of models that take pictures or sound beside text: they are given text alone.
+
+    Raises SourceError for an encoder-decoder, whose replies are not what follows the prompt.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind = str(config.model_type)
+    own_code = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in own_code or kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise SourceError(
+            f"{kind} models read with an encoder and write with a decoder. What is measured here is how a model goes on from its prompt, which "
+            "these do not. Harden it, and measure it with a tool made for such models."
+        )
+    for name, known in (
+        ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+        ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    ):
+        if name in own_code or kind in getattr(modeling_auto, known, {}):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM  # which says what it does not know
+
+
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """options: of `from_pretrained`. Raises whatever transformers raises.
+
+    Older models that take pictures keep their chat template in a file that their processor reads, and the tokenizer does not.
+    """
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(folder, **options)
+    beside = folder / "chat_template.json"
+    if not found.chat_template and beside.is_file():
+        held = parse_json(beside.read_bytes())
+        found.chat_template = held.get("chat_template") if isinstance(held, dict) else None
+    return found
