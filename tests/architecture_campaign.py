@@ -28,6 +28,7 @@ from finetuned import finetune
 from reference import load, lox_tensor
 from small_architectures import KINDS, Architecture, NotBuilt, architectures, small_model
 from tiny_models import align
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging
 
 from lox_merge import FilterRecipe, Recipe, harden, project
@@ -39,6 +40,7 @@ from lox_merge.jobs.adapter_plan import plan_adapter
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.layout import is_vector
 from lox_merge.jobs.verify import verify
+from lox_merge.safety.automatic import auto_class
 
 RANK, ALPHA = 2, 1.25
 
@@ -54,6 +56,7 @@ class Found:
     reason: str = ""
     edited: int = 0
     adapter: str = ""
+    asked: str = ""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -65,7 +68,8 @@ def make_pair(architecture: Architecture, folder: Path) -> tuple[Path, Path]:
         for change in (lambda values: values + 0.02 * torch.randn(values.shape), lambda values: align(values, 0.05)):
             for parameter in model.parameters():
                 if parameter.is_floating_point():
-                    parameter.copy_(change(parameter.float()))
+                    # Some leave memory as they found it.
+                    parameter.copy_(change(parameter.float().nan_to_num(0, 0, 0).clamp(-1, 1)))
             try:
                 model.save_pretrained(folder / ("aligned" if (folder / "base").exists() else "base"))
             except Exception as error:
@@ -108,6 +112,7 @@ def _look_at(architecture: Architecture, base: Path, aligned: Path, folder: Path
     assert verify(out, base=base, aligned=aligned).ok, "verify finds a difference"
     report = _load(architecture, out, aligned)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), f"not loaded whole: {report}"
+    found.asked = _ask(out)
     tuned = finetune(aligned, folder / "tuned")
     project(base, aligned, tuned, folder / "projected", recipe=FilterRecipe(fraction=0.1), device="cpu")
     try:
@@ -124,6 +129,23 @@ def _look_at(architecture: Architecture, base: Path, aligned: Path, folder: Path
     merged = peft.PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
     assert set(merged.state_dict()) == names, "PEFT leaves layers of its own behind when it merges the adapter"
     found.adapter = f"changes {len(adapted.changes)}"
+
+
+def _ask(out: Path) -> str:
+    """'answers' where the model that commands would run reads a text alone; else why not."""
+    try:
+        model = auto_class(AutoConfig.from_pretrained(out)).from_pretrained(out, dtype=torch.float32).eval()
+        tokens = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 5, 8, 7, 6, 5]])
+        config = GenerationConfig(do_sample=False, max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
+        with torch.no_grad():
+            scores = model(input_ids=tokens, attention_mask=(tokens > 0).long()).logits
+            model.generation_config = config
+            reply = model.generate(input_ids=tokens, attention_mask=(tokens > 0).long())
+        assert scores.shape[:2] == tokens.shape and bool(scores[1].isfinite().all()), f"logits {list(scores.shape)}"
+        assert reply.shape == (2, 8) and torch.equal(reply[:, :6], tokens), f"reply {list(reply.shape)}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:150]
+    return "answers"
 
 
 def assert_close(out: torch.Tensor, exact: torch.Tensor, aligned: torch.Tensor, label: str) -> None:
@@ -164,13 +186,15 @@ def main(names: tuple[str, ...], kinds: tuple[str, ...], json_file: Path | None)
         with tempfile.TemporaryDirectory(prefix="architectures") as folder:
             results.append(run(architecture, Path(folder)))
         found = results[-1]
-        reason = found.reason.splitlines()[0][:150] if found.reason else found.adapter
+        reason = found.reason.splitlines()[0][:150] if found.reason else f"{found.adapter}; {found.asked}"
         click.echo(f"{found.kind:15} {found.architecture:28} {found.seconds:5.1f} s  {found.edited:4} edited  {found.outcome}  {reason}")
     for kind in dict.fromkeys(found.kind for found in results):
         of_kind = [found for found in results if found.kind == kind]
         counts = {outcome: sum(found.outcome == outcome for found in of_kind) for outcome in ("hardened", "not built", "failed")}
         shipped = sum(found.adapter.startswith("changes") for found in of_kind)
-        click.echo(f"{kind}: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}; {shipped} as an adapter too")
+        answers = sum(found.asked == "answers" for found in of_kind)
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        click.echo(f"{kind}: {outcomes}; {shipped} as an adapter too; {answers} answer to text alone")
     if json_file:
         json_file.write_text(json.dumps([asdict(found) for found in results], indent=2))
     sys.exit(1 if any(found.outcome == "failed" for found in results) else 0)

@@ -53,7 +53,8 @@ def lox_tensor(
     if sum(side > 1 for side in aligned.shape) < 2:
         return aligned.double()
     heads = name.endswith(("gate_weight", "x_proj_weight", "dt_proj_weight"))
-    if aligned.ndim == 3 and (heads or any(word in name for word in ("expert", "block_sparse_moe", "mlp.input_linear", "mlp.output_linear"))):
+    of_experts = any(word in name for word in ("expert", ".moe.", "block_sparse_moe", "mlp.input_linear", "mlp.output_linear"))
+    if aligned.ndim == 3 and (heads or of_experts):
         across = "experts.fc1" in name or (aligned.shape[1] < aligned.shape[2] and "gate_up_proj" in name and not gpt_oss)
         if across:  # stored for x @ W: halves of the columns
             return lox_tensor(name.replace("fc1", "gate_up_proj"), base.mT, aligned.mT, k, alpha).mT

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from small_configurations import BY_HAND, SMALL, SMALLER
+from small_configurations import AXES, BY_HAND, SMALL, SMALLER
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 _LAYER_KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
+# Latent attention: keys of its own for every query, and a head is as wide as what is rotated of it.
+_LATENT = {"num_key_value_heads": SMALL["num_attention_heads"], "head_dim": SMALL["qk_rope_head_dim"]}
 _LARGEST = 30_000_000
 
 # By transformers' auto class. Many models of several kinds of input are in more than one.
@@ -96,6 +98,13 @@ def _by_attributes(name: str) -> Any:
             known = _known(part, size)
             if isinstance(known, int) and not isinstance(known, bool):
                 setattr(part, size, value)
+        if isinstance(_known(part, "kv_lora_rank"), int):
+            for size, value in _LATENT.items():
+                if _known(part, size) is not None:
+                    setattr(part, size, value)
+        rope = _known(part, "rope_parameters")
+        if isinstance(rope, dict) and "mrope_section" in rope:
+            rope["mrope_section"] = [2, 3, 3]  # half a head of 16
         for size in _LAYER_KINDS:
             known = _known(part, size)
             if isinstance(known, (list, tuple)) and len(known) > 4:
@@ -110,7 +119,11 @@ def _by_arguments(name: str) -> Any:
 
 def _by_dictionary(name: str) -> Any:
     kind = CONFIG_MAPPING[name]
-    return kind.from_dict(_smaller(kind().to_dict()))
+    config = _smaller(kind().to_dict())
+    if name in AXES:
+        text = config.get("text_config", config)
+        text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": list(AXES[name])}
+    return kind.from_dict(config)
 
 
 def _smaller(config: dict[str, Any]) -> dict[str, Any]:
@@ -118,13 +131,15 @@ def _smaller(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         if isinstance(value, dict):
             small[name] = _smaller(value)
+        elif name == "mrope_section":
+            small[name] = [2, 3, 3]  # half a head of 16
         elif name in SMALLER and isinstance(value, int) and not isinstance(value, bool):
             small[name] = min(value, SMALLER[name])
         elif name in _LAYER_KINDS and isinstance(value, list) and len(value) > 4:
             small[name] = (list(dict.fromkeys(value)) * 4)[:4]
         else:
             small[name] = value
-    return small
+    return small | {name: value for name, value in _LATENT.items() if "kv_lora_rank" in small and name in small}
 
 
 def _text_alone(name: str) -> Any:

@@ -30,6 +30,8 @@ SMALLER = (
     | dict.fromkeys(("encoder_num_attention_heads", "decoder_num_attention_heads", "num_cross_attention_heads"), 4)
     | dict.fromkeys(("encoder_num_key_value_heads", "decoder_num_key_value_heads"), 4)
 )
+# Rotary positions of time, height and width: their shares of half a head of 16. Of the others the configuration itself says so.
+AXES = dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga", "qwen2_vl", "qwen2_5_vl"), (2, 3, 3)) | {"glm4v_moe": (1, 1, 2)}
 _DENSE = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")}
 _DENSE |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SPARSE = _DENSE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
@@ -79,7 +81,14 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "cohere_compass_text": _DENSE | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cosmos3_edge": {"text_config": _DENSE | {"rope_parameters": _THREE_AXES}, "vision_config": _SIGHT | {"num_patches": 16}}
     | {"projector_hidden_size": 96},
-    "dbrx": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "vocab_size": 96, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}}
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 128,
+        "vocab_size": 96,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+    }
     | {"ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}, "bos_token_id": 1, "eos_token_id": 2},
     "deepseek_ocr2": {"text_config": _SPARSE | {"n_routed_experts": 4, "n_shared_experts": 1, "mlp_layer_types": ["dense"] + ["sparse"] * 3}}
     | {"vision_config": {"encoder_config": _DENSE, "sam_config": _SIGHT | {"output_channels": 32, "downsample_channels": [48, 64]}}}
@@ -255,3 +264,4 @@ BY_HAND: dict[str, dict[str, Any]] = {
     | {"text_config": _DENSE, "acoustic_tokenizer_encoder_config": _CODEC, "semantic_tokenizer_encoder_config": _CODEC},
     "zaya": _DENSE | {"num_experts": 4, "moe_intermediate_size": 48, "router_hidden_size": 32},
 }
+BY_HAND |= {f"{name}_text": BY_HAND[name]["text_config"] for name in ("dots3_note", "qwen4_exp")}

@@ -12,8 +12,9 @@ import torch
 from conftest import RunCli
 from quantised_models import as_block_fp8, decoded_copy
 from safetensors.torch import load_file, save_file
+from small_architectures import Architecture, small_model
 from tiny_models import CHAT_TEMPLATE, WORDS, make_pair, tokenizer
-from transformers import AutoModelForImageTextToText, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from lox_merge.errors import RequestError, SourceError
 from lox_merge.safety.chat import Rendering, check_rendering, continued, render
@@ -52,6 +53,13 @@ def ask(*texts: str) -> PromptSet:
 
 
 UNEQUAL = ask("how do i", "do you help", "you cannot help how do i help you yes", "no", "yes yes sorry you help")
+
+
+def test_one_that_needs_a_picture_is_refused(tmp_path: Path) -> None:
+    small_model(Architecture("kosmos-2", "multimodal")).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match=r"cannot be asked in words alone.*pixel_values"):
+        load_model(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("architecture", ["llava", "qwen2_vl"])
@@ -123,13 +131,20 @@ def test_a_guard_that_could_see_judges_words(pairs: dict[str, tuple[Path, Path]]
     assert first == again and first.explanation != second.explanation
 
 
-def test_encoder_decoders_are_refused_by_what_they_are(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+def test_encoder_decoders_are_refused_by_what_they_are(architecture: str, tmp_path: Path) -> None:
+    """Of BART transformers makes a causal model, too: the decoder alone, which never saw the prompt so."""
+    small_model(Architecture(architecture, "encoder-decoder")).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(SourceError, match=r"t5 models read with an encoder and write with a decoder.*Harden it"):
+    with pytest.raises(SourceError, match=rf"{architecture} models read with an encoder and write with a decoder.*Harden it"):
         load_model(tmp_path, device="cpu")
+
+
+def test_a_model_that_hears_is_asked_in_words(tmp_path: Path) -> None:
+    """AudioFlamingo3 is on transformers' list of encoder-decoders only, and is none."""
+    small_model(Architecture("audioflamingo3", "encoder-decoder")).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert type(load_model(tmp_path, device="cpu").model).__name__ == "AudioFlamingo3ForConditionalGeneration"
 
 
 def test_commands_measure_them(run_cli: RunCli, pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:

@@ -8,6 +8,14 @@ from typing import Any
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import SourceError
 
+# In this order. The last is named for encoder-decoders, and has some models that hear and are none.
+_LISTS = (
+    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+)
+
 
 def auto_class(config: Any) -> Any:
     """AutoModelForCausalLM where transformers or the checkpoint's own code has such a model for this configuration (of some that see, it is
@@ -19,18 +27,14 @@ def auto_class(config: Any) -> Any:
     from transformers.models.auto import modeling_auto
 
     kind = str(config.model_type)
-    own_code = getattr(config, "auto_map", None) or {}
-    if "AutoModelForCausalLM" in own_code or kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return transformers.AutoModelForCausalLM
+    # Before the lists: of many encoder-decoders transformers makes a causal model, the decoder alone.
     if getattr(config, "is_encoder_decoder", False):
         raise SourceError(
             f"{kind} models read with an encoder and write with a decoder. What is measured here is how a model goes on from its prompt, which "
             "these do not. Harden it, and measure it with a tool made for such models."
         )
-    for name, known in (
-        ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
-        ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
-    ):
+    own_code = getattr(config, "auto_map", None) or {}
+    for name, known in _LISTS:
         if name in own_code or kind in getattr(modeling_auto, known, {}):
             return getattr(transformers, name)
     return transformers.AutoModelForCausalLM  # which says what it does not know

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lox_merge.checkpoint.checkpoint import open_checkpoint
@@ -22,6 +22,7 @@ from lox_merge.jobs.harden import resolve_device
 from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.quantised import form_of
 from lox_merge.safety.automatic import auto_class, load_tokenizer
+from lox_merge.safety.batches import is_out_of_memory
 from lox_merge.safety.decoded import load_decoded
 from lox_merge.safety.load_report import check_report, report_withheld
 
@@ -58,7 +59,8 @@ def load_model(
     device: 'auto' takes a GPU when there is one. dtype: 'auto' as stored, or bfloat16, float16, float32. device_map='auto'
     spreads a model over all GPUs (and the memory beside them) instead; it needs the package accelerate. decode: of a checkpoint in a
     quantised form that `harden` reads the plain weights, see `load_decoded`; else it is left to transformers, which may need a package or a GPU.
-    Raises SourceError where it cannot be read or lacks weights that its config asks for, RequestError for settings that cannot be met.
+    Raises SourceError where it cannot be read, lacks weights that its config asks for or does not run on text alone,
+    RequestError for settings that cannot be met.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")
@@ -103,7 +105,24 @@ def load_model(
     check_report(report, model, checkpoint.title)
     if device_map is None:
         model = model.to(target)
+    if kind is not AutoModelForCausalLM:
+        _check_words(model.eval(), checkpoint.title)
     return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint) | form_of(checkpoint))
+
+
+@torch.no_grad()
+def _check_words(model: Any, title: str) -> None:
+    """Raises SourceError where a model of several inputs does not run on a text alone, here a single token."""
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        model(input_ids=token, attention_mask=torch.ones_like(token))
+    except Exception as error:  # each model says in its own way what it misses
+        if is_out_of_memory(error):
+            raise
+        raise SourceError(
+            f"{title} cannot be asked in words alone, and nothing else is asked here: {type(error).__name__}: {error}. "
+            "Harden it, and measure it with a tool that shows it pictures."
+        ) from error
 
 
 def in_memory(model: Any, tokenizer: Any, title: str = "model") -> LoadedModel:
