@@ -14,9 +14,10 @@ from quantised_models import as_block_fp8, decoded_copy
 from safetensors.torch import load_file, save_file
 from small_architectures import Architecture, small_model
 from tiny_models import CHAT_TEMPLATE, WORDS, make_pair, tokenizer
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lox_merge.errors import RequestError, SourceError
+from lox_merge.safety.automatic import auto_class
 from lox_merge.safety.chat import Rendering, check_rendering, continued, render
 from lox_merge.safety.conversations import conversations, tokenised
 from lox_merge.safety.decoding import Decoding
@@ -138,6 +139,19 @@ def test_encoder_decoders_are_refused_by_what_they_are(architecture: str, tmp_pa
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(SourceError, match=rf"{architecture} models read with an encoder and write with a decoder.*Harden it"):
         load_model(tmp_path, device="cpu")
+
+
+def test_the_class_is_the_checkpoints_own(tmp_path: Path) -> None:
+    """transformers would make the text model of it, of which Emu3's checkpoint has no tensor by its name."""
+    for name, kind, loaded in (("emu3", "multimodal", "Emu3ForConditionalGeneration"), ("qwen3_5", "causal", "Qwen3_5ForCausalLM")):
+        small_model(Architecture(name, kind)).save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+        assert type(load_model(tmp_path / name, device="cpu").model).__name__ == loaded
+    config = AutoConfig.from_pretrained(tmp_path / "emu3")
+    config.architectures = None
+    assert auto_class(config) is AutoModelForCausalLM
+    config.auto_map = {"AutoModelForImageTextToText": "modeling_mine.Mine"}
+    assert auto_class(config) is AutoModelForImageTextToText
 
 
 def test_a_model_that_hears_is_asked_in_words(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ _LISTS = (
 
 
 def auto_class(config: Any) -> Any:
-    """AutoModelForCausalLM where transformers or the checkpoint's own code has such a model for this configuration (of some that see, it is
-    their text model). Else the class of models that take pictures or sound beside text: they are given text alone.
+    """transformers' automatic class that makes the checkpoint's own model of this configuration, such as AutoModelForCausalLM, or one for
+    models that take pictures or sound beside text: they are given text alone. Where the configuration names no class, the first that fits.
 
     Raises SourceError for an encoder-decoder, whose replies are not what follows the prompt.
     """
@@ -33,11 +33,12 @@ def auto_class(config: Any) -> Any:
             f"{kind} models read with an encoder and write with a decoder. What is measured here is how a model goes on from its prompt, which "
             "these do not. Harden it, and measure it with a tool made for such models."
         )
-    own_code = getattr(config, "auto_map", None) or {}
-    for name, known in _LISTS:
-        if name in own_code or kind in getattr(modeling_auto, known, {}):
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM  # which says what it does not know
+    known = {name: getattr(modeling_auto, models, {}).get(kind, ()) for name, models in _LISTS}
+    named = getattr(config, "architectures", None) or ()
+    its_own = [name for name, models in known.items() if set(named) & ({models} if isinstance(models, str) else set(models))]
+    own_code = [name for name in known if name in (getattr(config, "auto_map", None) or {})]
+    fitting = [name for name, models in known.items() if models]
+    return getattr(transformers, (its_own or own_code or fitting or ["AutoModelForCausalLM"])[0])  # the last says what it does not know
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:
