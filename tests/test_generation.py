@@ -32,6 +32,7 @@ from lox_merge.safety.types import Prompt, PromptSet, Reply
 
 WORDS = ["how", "do", "i", "you", "help", "no", "yes", "sorry", "cannot"]
 SHORT = Decoding(max_new_tokens=12)
+LOOKED = 2 * 3 * 4  # passes of the model that tell whether it may be asked in batches: alone and beside another, three rows, four tokens
 
 
 def ask(*texts: str) -> PromptSet:
@@ -221,7 +222,7 @@ def test_other_errors_are_not_taken_for_missing_memory(folders: dict[str, tuple[
     source = LocalModel.load(folders["llama"][1], device="cpu", decoding=SHORT, batch_size=4)
     with little_memory(source.model, 0, lambda: RuntimeError("shapes do not match")) as sizes, pytest.raises(RuntimeError, match="shapes"):
         source.replies(UNEQUAL)
-    assert sizes == [4]
+    assert sizes == [1]
 
 
 def test_sampled_replies_depend_on_the_seed_and_not_on_the_batch(folders: dict[str, tuple[Path, Path]]) -> None:
@@ -267,7 +268,7 @@ def test_replies_are_taken_from_the_store_and_the_rest_is_made(folders: dict[str
     wanted = LocalModel.load(folders["llama"][1], device="cpu", decoding=SHORT).replies(UNEQUAL)
     with little_memory(source.model, 4, unplug) as sizes:
         original, source.model.generation_config.max_length = source._batch, None
-        source._batch = lambda prompts, rows: original(prompts, rows) if len(sizes) < 20 else (_ for _ in ()).throw(broken)  # type: ignore[method-assign]
+        source._batch = lambda prompts, rows: original(prompts, rows) if len(sizes) < LOOKED + 20 else (_ for _ in ()).throw(broken)  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match="pulled plug"):
             source.replies(UNEQUAL)
     kept = store.read_bytes()
@@ -277,7 +278,7 @@ def test_replies_are_taken_from_the_store_and_the_rest_is_made(folders: dict[str
     again = LocalModel.load(folders["llama"][1], **settings)
     with little_memory(again.model, 4, unplug) as sizes:
         assert again.replies(UNEQUAL) == wanted
-    assert len(sizes) <= 2 * SHORT.max_new_tokens
+    assert len(sizes) <= LOOKED + 2 * SHORT.max_new_tokens
     lines = [json.loads(line) for line in store.read_text().splitlines()]
     assert sorted(int(line["id"]) for line in lines[1:]) == list(range(13))
     with little_memory(again.model, 0, unplug):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.errors import LoxMergeError, LoxMergeWarning, RequestError
 from lox_merge.safety.adapted import load_any
 from lox_merge.safety.batches import first_batch_size, is_out_of_memory, left_padded, release_memory
 from lox_merge.safety.chat import Rendering, check_rendering, render
 from lox_merge.safety.decoding import Decoding, SeededSampling, clean_config, end_tokens
 from lox_merge.safety.loading import LoadedModel, weights_fingerprint
+from lox_merge.safety.padding import Together, allowed_together
 from lox_merge.safety.progress import ProgressFactory, no_progress
 from lox_merge.safety.reply_store import ReplyStore
 from lox_merge.safety.types import Prompt, PromptSet, Reply
@@ -51,6 +53,7 @@ class LocalModel:
         self.store = store
         self._progress = progress or no_progress
         self._title, self._source = title, source
+        self._said = False
         self._rendered: dict[tuple[str, Rendering], list[list[int]]] = {}
         check_rendering(tokenizer, self.rendering)
 
@@ -136,8 +139,11 @@ class LocalModel:
             _plain(self.model, clean_config(self.model, self.tokenizer, self.decoding)),
         ):
             progress.advance(len(found))
+            together = self._together([rows[i] for i in waiting])
             while waiting:
-                batch = waiting[: self.batch_size]
+                batch = waiting[: 1 if together == "one" else self.batch_size]
+                if together == "alike":  # `waiting` is sorted by length
+                    batch = [i for i in batch if len(rows[i]) == len(rows[batch[0]])]
                 replies = self._try_batch([prompts.prompts[i] for i in batch], [rows[i] for i in batch])
                 if replies is None:
                     continue
@@ -147,6 +153,24 @@ class LocalModel:
                 del waiting[: len(batch)]
                 progress.advance(len(batch))
         return [found[i] for i in range(len(rows))]
+
+    def _together(self, rows: list[list[int]]) -> Together:
+        """Which of the prompts may be asked in one batch; other than any is said once."""
+        if self.batch_size == 1:
+            return "any"
+        found = allowed_together(self.model, rows, self.model.generation_config.pad_token_id)
+        if found is None:  # without padding nothing goes wrong, whatever the model
+            return "alike"
+        if found != "any" and not self._said:
+            self._said = True
+            asked = "prompts of one length are asked together" if found == "alike" else "one prompt is asked at a time"
+            warnings.warn(
+                f"{self.title}: {type(self.model).__name__} says something else in a batch with other prompts than by itself, so only {asked}. "
+                "That takes longer.",
+                LoxMergeWarning,
+                stacklevel=2,
+            )
+        return found
 
     def _tokens(self, prompts: PromptSet) -> list[list[int]]:
         """Token numbers of each prompt; kept, because a search or an attack asks one set again and again, of a model that changes."""
