@@ -41,6 +41,7 @@ from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.layout import is_vector
 from lox_merge.jobs.verify import verify
 from lox_merge.safety.automatic import auto_class
+from lox_merge.safety.padding import allowed_together
 
 RANK, ALPHA = 2, 1.25
 
@@ -132,7 +133,7 @@ def _look_at(architecture: Architecture, base: Path, aligned: Path, folder: Path
 
 
 def _ask(out: Path) -> str:
-    """'answers' where the model that commands would run reads a text alone; else why not."""
+    """'answers' where the model that commands would run reads a text alone, and in what batches; else why not."""
     try:
         model = auto_class(AutoConfig.from_pretrained(out)).from_pretrained(out, dtype=torch.float32).eval()
         tokens = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 5, 8, 7, 6, 5]])
@@ -143,9 +144,13 @@ def _ask(out: Path) -> str:
             reply = model.generate(input_ids=tokens, attention_mask=(tokens > 0).long())
         assert scores.shape[:2] == tokens.shape and bool(scores[1].isfinite().all()), f"logits {list(scores.shape)}"
         assert reply.shape == (2, 8) and torch.equal(reply[:, :6], tokens), f"reply {list(reply.shape)}"
+        with torch.no_grad():
+            for parameter in model.parameters():  # freshly drawn weights hardly mix what stands at different places
+                parameter += 0.05 * torch.randn_like(parameter)
+        together = allowed_together(model, [list(range(5, 20)), [5, 6]], 0)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:150]
-    return "answers"
+    return {"any": "answers", "alike": "answers, in batches of one length", "one": "answers, one at a time"}[str(together)]
 
 
 def assert_close(out: torch.Tensor, exact: torch.Tensor, aligned: torch.Tensor, label: str) -> None:
@@ -192,7 +197,7 @@ def main(names: tuple[str, ...], kinds: tuple[str, ...], json_file: Path | None)
         of_kind = [found for found in results if found.kind == kind]
         counts = {outcome: sum(found.outcome == outcome for found in of_kind) for outcome in ("hardened", "not built", "failed")}
         shipped = sum(found.adapter.startswith("changes") for found in of_kind)
-        answers = sum(found.asked == "answers" for found in of_kind)
+        answers = sum(found.asked.startswith("answers") for found in of_kind)
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         click.echo(f"{kind}: {outcomes}; {shipped} as an adapter too; {answers} answer to text alone")
     if json_file:

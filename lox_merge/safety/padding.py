@@ -29,9 +29,9 @@ def allowed_together(model: Any, rows: Sequence[Sequence[int]], padding: int) ->
     """Which prompts may be asked in one batch: 'any', 'alike' (in length) or 'one'. The model's generation config is the one to be used.
 
     'alike' where ends of the longest of `rows` are answered in another way beside all of it than by themselves, by more than rounding:
-    recurrent layers that take no mask see the padding, layers that compress blocks of tokens cut them elsewhere. 'one' where
-    another row of the same length changes it, too. Found out once for a model: it depends on its layers, not on its weights. Through `generate`, which gives
-    positions as the model wants them. None where memory is too short for two rows of this length.
+    recurrent layers that take no mask see the padding, layers that compress blocks of tokens cut them elsewhere. 'one' where another
+    row of the same length changes it, too. Found out once for a model: it depends on its layers, not on its weights. Through
+    `generate`, which gives positions as the model wants them. None where memory is too short for two rows of this length.
     """
     if len(rows) < 2:
         return "any"
@@ -53,7 +53,8 @@ def _look(model: Any, longest: Sequence[int], padding: int) -> Together:
     moved = _distance([_answer(model, [row, longest], padding) for row in ends], alone)
     if moved <= allowed:
         return "any"
-    without = _distance([_answer(model, [row, row[::-1]], padding) for row in ends], alone)
+    others = [_answer(model, [row, row[::-1]], padding) for row in ends]
+    without = max(_distance([one], [other]) for one, other in zip(others, alone, strict=True))
     if not without <= _TIMES_BROKEN * allowed:
         return "one"
     return "any" if moved <= _TIMES_WITHOUT_PADDING * without else "alike"
