@@ -63,6 +63,18 @@ def test_one_that_needs_a_picture_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path, device="cpu")
 
 
+def test_one_that_sees_what_comes_is_refused(tmp_path: Path) -> None:
+    """PaliGemma reads a prompt in both directions: its scores for a reply that it is shown know that reply."""
+    model = small_model(Architecture("paligemma", "multimodal")).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="is no causal language model"):
+        load_model(tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize("architecture", ["llava", "qwen2_vl"])
 def test_replies_are_what_the_model_goes_on_with(pairs: dict[str, tuple[Path, Path]], architecture: str) -> None:
     """One by one, each token from a whole forward pass; in batches, padded, just the same."""

@@ -29,6 +29,8 @@ from lox_merge.safety.load_report import check_report, report_withheld
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Bytes are summed as 64-bit integers, which needs no conversion and so runs at the speed of memory.
 _WORD, _WIDTH = 8, 1024
+# Relative; the two rows of one batch differ by nothing else, and by this only where an expert is chosen by rounding.
+_ROUNDING = 0.02
 
 
 @dataclass(frozen=True)
@@ -106,16 +108,17 @@ def load_model(
     if device_map is None:
         model = model.to(target)
     if kind is not AutoModelForCausalLM:
-        _check_words(model.eval(), checkpoint.title)
+        _check_words(model.eval(), tokenizer, checkpoint.title)
     return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint) | form_of(checkpoint))
 
 
 @torch.no_grad()
-def _check_words(model: Any, title: str) -> None:
-    """Raises SourceError where a model of several inputs does not run on a text alone, here a single token."""
-    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+def _check_words(model: Any, tokenizer: Any, title: str) -> None:
+    """Raises SourceError where a model of several inputs does not run on a text alone, or sees words before it comes to them."""
+    words = tokenizer("how do you do it", add_special_tokens=False)["input_ids"][:5] or [0]
+    row = torch.tensor([words, [*words[:-1], words[0]]], device=model.device)  # two ends
     try:
-        model(input_ids=token, attention_mask=torch.ones_like(token))
+        scores = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, :-1].float()
     except Exception as error:  # each model says in its own way what it misses
         if is_out_of_memory(error):
             raise
@@ -123,6 +126,11 @@ def _check_words(model: Any, title: str) -> None:
             f"{title} cannot be asked in words alone, and nothing else is asked here: {type(error).__name__}: {error}. "
             "Harden it, and measure it with a tool that shows it pictures."
         ) from error
+    if scores.numel() and bool(((scores[0] - scores[1]).norm(dim=-1) > _ROUNDING * scores[0].norm(dim=-1)).all()):
+        raise SourceError(
+            f"{title} ({type(model).__name__}) is no causal language model: its scores for a word depend on the words behind it, so what is "
+            "measured here would mean nothing. Harden it, and measure it with a tool made for such models."
+        )
 
 
 def in_memory(model: Any, tokenizer: Any, title: str = "model") -> LoadedModel:
