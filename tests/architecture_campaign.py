@@ -41,6 +41,7 @@ from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.layout import is_vector
 from lox_merge.jobs.verify import verify
 from lox_merge.safety.automatic import auto_class
+from lox_merge.safety.loading import check_words
 from lox_merge.safety.padding import allowed_together
 
 RANK, ALPHA = 2, 1.25
@@ -147,6 +148,7 @@ def _ask(out: Path) -> str:
         with torch.no_grad():
             for parameter in model.parameters():  # freshly drawn weights hardly mix what stands at different places
                 parameter += 0.05 * torch.randn_like(parameter)
+        check_words(model, [5, 6, 7, 8], str(out))
         together = allowed_together(model, [list(range(5, 20)), [5, 6]], 0)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:150]

@@ -108,14 +108,16 @@ def load_model(
     if device_map is None:
         model = model.to(target)
     if kind is not AutoModelForCausalLM:
-        _check_words(model.eval(), tokenizer, checkpoint.title)
+        check_words(model.eval(), tokenizer("how do you do it", add_special_tokens=False)["input_ids"][:5] or [0], checkpoint.title)
     return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint) | form_of(checkpoint))
 
 
 @torch.no_grad()
-def _check_words(model: Any, tokenizer: Any, title: str) -> None:
-    """Raises SourceError where a model of several inputs does not run on a text alone, or sees words before it comes to them."""
-    words = tokenizer("how do you do it", add_special_tokens=False)["input_ids"][:5] or [0]
+def check_words(model: Any, words: list[int], title: str) -> None:
+    """Raises SourceError where a model of several inputs does not run on a text alone, or sees words before it comes to them.
+
+    words: tokens of any text.
+    """
     row = torch.tensor([words, [*words[:-1], words[0]]], device=model.device)  # two ends
     try:
         scores = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, :-1].float()
