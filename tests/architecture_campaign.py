@@ -114,7 +114,7 @@ def _look_at(architecture: Architecture, base: Path, aligned: Path, folder: Path
     assert verify(out, base=base, aligned=aligned).ok, "verify finds a difference"
     report = _load(architecture, out, aligned)
     if report:
-        assert report != _load(architecture, aligned, aligned), f"not loaded whole: {report}"
+        assert report == _load(architecture, aligned, aligned), f"not loaded whole: {report}"
         raise NotBuilt("saved, and not loaded whole again")
     found.asked = _ask(out)
     tuned = finetune(aligned, folder / "tuned")
