@@ -65,6 +65,23 @@ def test_rounding_is_no_reason(architecture: str, dtype: torch.dtype, tmp_path: 
     assert allowed_together(source.model, rows[:1], 0) == "any"
 
 
+def test_a_generate_that_cannot_be_asked_for_scores_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path, "llama")
+    alone = replies(folder, 1)
+    source = LocalModel.load(folder, device="cpu", decoding=Decoding(max_new_tokens=8), rendering=PLAIN, batch_size=3)
+    generate, sizes = source.model.generate, []
+
+    def its_own(input_ids: Any, attention_mask: Any, logits_processor: Any = None) -> Any:
+        sizes.append(tuple(input_ids.shape))
+        return generate(input_ids=input_ids, attention_mask=attention_mask, logits_processor=logits_processor)
+
+    monkeypatch.setattr(source.model, "generate", its_own)
+    monkeypatch.setattr(source.tokenizer, "decode", lambda tokens, **_: " ".join(map(str, tokens)))
+    with pytest.warns(LoxMergeWarning, match="could not be tried .TypeError.* so only prompts of one length"):
+        assert [(reply.text, reply.tokens) for reply in source.replies(UNEQUAL)] == alone
+    assert sizes == [(1, 11), (3, 3), (1, 2), (2, 1)]
+
+
 def test_a_model_is_looked_at_once_and_memory_may_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = LocalModel.load(written(tmp_path, "llama"), device="cpu", rendering=PLAIN, batch_size=3, decoding=Decoding(max_new_tokens=2))
     calls: list[int] = []

@@ -158,18 +158,18 @@ class LocalModel:
         """Which of the prompts may be asked in one batch; other than any is said once."""
         if self.batch_size == 1:
             return "any"
-        found = allowed_together(self.model, rows, self.model.generation_config.pad_token_id)
+        name = type(self.model).__name__
+        reason = f"{name} says something else in a batch with other prompts than by itself"
+        try:
+            found = allowed_together(self.model, rows, self.model.generation_config.pad_token_id)
+        except (AttributeError, TypeError, ValueError) as error:  # a `generate` of the model's own, say
+            found, reason = "alike", f"whether {name} says the same in a batch as by itself could not be tried ({type(error).__name__}: {error})"
         if found is None:  # without padding nothing goes wrong, whatever the model
             return "alike"
         if found != "any" and not self._said:
             self._said = True
             asked = "prompts of one length are asked together" if found == "alike" else "one prompt is asked at a time"
-            warnings.warn(
-                f"{self.title}: {type(self.model).__name__} says something else in a batch with other prompts than by itself, so only {asked}. "
-                "That takes longer.",
-                LoxMergeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{self.title}: {reason}, so only {asked}. That takes longer.", LoxMergeWarning, stacklevel=2)
         return found
 
     def _tokens(self, prompts: PromptSet) -> list[list[int]]:
