@@ -122,8 +122,13 @@ def render(tokenizer: Any, prompt: str, rendering: Rendering) -> list[int]:
 
 def continued(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
     """A conversation up to the last word of its last turn, as the chat template writes it. Raises RequestError."""
+    return conversation_text(tokenizer, turns, continue_final_message=True)
+
+
+def conversation_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
+    """A conversation as the chat template writes it. options: of `apply_chat_template`. Raises RequestError."""
     try:
-        return apply_template(tokenizer, turns, continue_final_message=True)
+        return apply_template(tokenizer, turns, **options)
     except RequestError:
         raise
     except Exception as error:  # templates are programs: they raise whatever their own code runs into

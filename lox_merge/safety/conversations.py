@@ -11,7 +11,7 @@ from typing import Any
 
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
-from lox_merge.safety.chat import Rendering, apply_template
+from lox_merge.safety.chat import Rendering, conversation_text
 from lox_merge.safety.prompts import numbers, read_rows
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "input")
@@ -136,13 +136,7 @@ def _example(conversation: Sequence[Message], tokenizer: Any, rendering: Renderi
         if not template:
             text = "".join(turn["content"] for turn in turns[:count])
             return _encode(tokenizer, text, special=True, end=count == len(turns) and not asking)
-        try:
-            text = apply_template(tokenizer, turns[:count], add_generation_prompt=asking)
-        except RequestError:
-            raise
-        except Exception as error:  # templates are programs: they raise whatever their own code runs into
-            raise RequestError(f"the tokenizer's chat template cannot render a conversation: {error}. Correct its messages.") from error
-        return _encode(tokenizer, text, special=False)
+        return _encode(tokenizer, conversation_text(tokenizer, turns[:count], add_generation_prompt=asking), special=False)
 
     tokens = tokens_of(len(turns), asking=False)
     labels = [IGNORED] * len(tokens)

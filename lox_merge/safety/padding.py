@@ -85,8 +85,8 @@ def _distance(ones: list[tuple[Tensor, list[int]]], others: list[tuple[Tensor, l
     found = []
     for (first, tokens), (second, expected) in zip(ones, others, strict=True):
         same = 1 + next((step for step, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b), len(tokens) - 1)
-        allowed = (second.isfinite() & (second.abs() < _NEVER)).all(0)
-        first, second = first[:, allowed], second[:, allowed]
+        possible = (second.isfinite() & (second.abs() < _NEVER)).all(0)
+        first, second = first[:, possible], second[:, possible]
         spread = (second - second.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(torch.finfo(second.dtype).tiny)
         found += ((first - second).norm(dim=-1) / spread)[:same].tolist()
     return float(torch.tensor(found).median())
