@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from lox_merge.errors import LoxMergeError, NumericalError
 from lox_merge.safety.batches import is_out_of_memory, release_memory, right_padded
 from lox_merge.safety.log_probabilities import ROWS, can_choose
+
+# Before 5.21 transformers left the embeddings out of a list of layers, and counted the others from 0: all layers are kept there.
+_CHOOSES_LAYERS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 21)
 
 
 @torch.no_grad()
@@ -55,7 +59,8 @@ def _states(model: Any, rows: Sequence[Sequence[int]], layers: Sequence[int]) ->
     # No scores are asked for, so as few as can be are computed.
     options = {"logits_to_keep": 1} if can_choose(model) else {}
     try:
-        found = model(input_ids=tokens, attention_mask=mask, use_cache=False, output_hidden_states=sorted(set(layers)), **options).hidden_states
+        wanted = sorted(set(layers)) if _CHOOSES_LAYERS else True
+        found = model(input_ids=tokens, attention_mask=mask, use_cache=False, output_hidden_states=wanted, **options).hidden_states
         return [found[layer] for layer in layers]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
