@@ -43,7 +43,7 @@ def import_all() -> None:
     """All but what needs other packages, which most commands do without."""
     _import(_COMMON)
     _import(_WITH_HUB)
-    _import_below("lox_merge", leave_out=("mergekit", "inspect", "watch"))
+    _import_below("lox_merge", leave_out=("mergekit", "inspect", "watch", "thin_kernels"))
     from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList  # noqa: F401
 
     _settle()
@@ -53,7 +53,7 @@ def import_without_hub() -> None:
     """What reads no variable that says where the Hub is."""
     _import(_COMMON)
     for folder in ("checkpoint", "jobs", "maths", "publish"):
-        _import_below(f"lox_merge.{folder}")
+        _import_below(f"lox_merge.{folder}", leave_out=("thin_kernels",))
     _import(("lox_merge.cli.harden", "lox_merge.cli.adapter", "lox_merge.cli.verify"))
     assert "huggingface_hub" not in sys.modules
     _settle()

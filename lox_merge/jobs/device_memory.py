@@ -7,6 +7,8 @@ import traceback
 
 import torch
 
+from lox_merge.maths.krylov_spaces import forget_spaces
+
 # What batches do not count: a context per library, work spaces of products (32 MiB a stream on an H100), pieces of an edit, and the
 # holes between tensors.
 MARGIN_SHARE = 0.1
@@ -42,4 +44,5 @@ def make_room(error: BaseException, device: torch.device) -> None:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
     if device.type == "cuda":
+        forget_spaces(device)
         torch.cuda.empty_cache()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lox_merge.maths.batched_lanczos import Run, basis_rows, batched_lanczos, block_width
-from lox_merge.maths.krylov_spaces import LongSide
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
 from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE, truncated_svd
 from lox_merge.maths.subspace import Certificate, Subspace, empty_subspace
+from lox_merge.maths.thin_products import here
 
 # A basis for a larger rank, in float64 on the long side, takes more memory than the matrices, and its eigenproblems more time.
 LARGEST_RANK = 128
@@ -55,7 +54,7 @@ def batched_truncated_svd(
     if rank is None:
         raise ValueError(f"rank rule {rule} does not go in a batch of shape {tuple(matrices.shape)}")
     chosen = [index for index, norm in enumerate(norms) if norm]
-    with full_precision_matmul(matrices.device):
+    with full_precision_matmul(matrices.device), here(matrices.device):
         certified = _certified(matrices, rank, norms, chosen, tolerance, seed, run)
     results = []
     for index, norm in enumerate(norms):
@@ -72,25 +71,12 @@ def _certified(
     matrices: Tensor, rank: int, norms: Sequence[float], chosen: Sequence[int], tolerance: float, seed: int, run: Run
 ) -> dict[int, Subspace]:
     found = batched_lanczos(matrices, rank, chosen=chosen, tolerance=tolerance, seed=seed, run=run)
-    if not found:
-        return {}
-    product, indices = LongSide(matrices), sorted(found)
     wide = matrices.shape[1] <= matrices.shape[2]
-    inner = torch.zeros(len(matrices), rank, product.short, device=matrices.device)
-    outer = torch.zeros(len(matrices), rank, product.long, device=matrices.device)
-    values = torch.zeros(len(matrices), rank, dtype=torch.float64, device=matrices.device)
-    for index in indices:
-        inner[index], outer[index], values[index] = found[index].inner, found[index].outer, found[index].values
-    # The recurrences make one of the two residuals vanish by construction; the other one is the evidence.
-    explicit = product.to_short(outer, indices, torch.zeros_like(inner))
-    residuals = (explicit - inner * values.float()[:, :, None]).double().flatten(1).norm(dim=1)
-    evidence = torch.cat([values, residuals[:, None]], dim=1).cpu()
     subspaces = {}
-    for index in indices:
-        singular_values = evidence[index, :rank].clone()
-        smallest = float(singular_values[-1])
-        certificate = Certificate("lanczos", float(evidence[index, rank]) / smallest, smallest, found[index].following, found[index].passes + 1)
-        # One memory layout wherever triplets come from: products of another layout add in another order.
-        rows, columns = (inner, outer) if wide else (outer, inner)
-        subspaces[index] = Subspace(rows[index].T.contiguous(), singular_values, columns[index].T.contiguous(), norms[index], certificate)
+    for index, one in found.items():
+        triplets = one.triplets
+        smallest = float(triplets.values[-1])
+        certificate = Certificate("lanczos", triplets.residual / smallest, smallest, one.following, one.passes)
+        left, right = (triplets.inner, triplets.outer) if wide else (triplets.outer, triplets.inner)
+        subspaces[index] = Subspace(left, triplets.values, right, norms[index], certificate)
     return subspaces

@@ -23,6 +23,7 @@ from lox_merge.maths.rank import RankRule
 from lox_merge.maths.rounding import Rounding, round_stochastic
 from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
+from lox_merge.maths.transport import to_device
 from lox_merge.maths.update import Update
 
 # Rounding again after adding back what is missing inside the subspace: rank 6 needs 4 to 8 rounds, high ranks more.
@@ -50,7 +51,7 @@ class Realised:
 
 def lox_update(subspace: Subspace, alpha: float) -> Update:
     """T = alpha * U_k S_k V_k^T as thin factors: (d_out, k) and (d_in, k)."""
-    return Update(subspace.left * (alpha * subspace.singular_values).to(subspace.left), subspace.right)
+    return Update(subspace.left * to_device((alpha * subspace.singular_values).to(subspace.left.dtype), subspace.left.device), subspace.right)
 
 
 def full_rank_update(alpha: float) -> Update:
@@ -134,8 +135,9 @@ def _write(
             product += intended.inner_product(kept)
             # Row norms in the working dtype, their sum in float64: the same care as frobenius_norm.
             torch.linalg.vector_norm(kept, dim=-1, out=norms)
-        intended_norm = target.norm(delta)
-    overlap, kept_norm = float(product), float(row_norms.double().norm())
+        # One tensor to wait for, not three.
+        figures = torch.stack([product, row_norms.double().norm(), target.squared_norm(delta).sqrt()])
+    overlap, kept_norm, intended_norm = figures.tolist()
     if not math.isfinite(kept_norm):
         raise NumericalError(
             f"the edited matrix of shape {tuple(aligned.shape)} overflows {str(out.dtype).removeprefix('torch.')}; "

@@ -8,6 +8,7 @@ restart: Wu & Simon 2000; block start: Halko, Martinsson & Tropp 2011, alg. 4.5 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,17 +55,17 @@ class LanczosResult:
     reason: str = ""  # 'stalled' or 'rank too large'
 
 
-def residual_target(tolerance: float, leading: Tensor, following: float) -> float:
+def residual_target(tolerance: float, leading: Sequence[float], following: float) -> float:
     """The residual eta = ||A V - U S||_F / s_k to reach for a relative error `tolerance` of Proj_k(A).
 
     From ||(P - P_hat) A||_F <= s_k eta sqrt(1 + r²)/(1 - r²), r = s_{k+1}/s_k, wherever s_k/s_{k+1} >= SMALLEST_GAP.
-    leading: (k,) float64 singular values; following: s_{k+1}.
+    leading: k singular values; following: s_{k+1}.
     """
-    smallest, largest = float(leading[-1]), float(leading[0])
+    smallest, largest = leading[-1], leading[0]
     target = tolerance
     ratio = following / smallest
     if ratio < 1 / SMALLEST_GAP:
-        target = min(target, tolerance * float(leading.norm()) / smallest * (1 - ratio**2) / math.sqrt(1 + ratio**2))
+        target = min(target, tolerance * math.hypot(*leading) / smallest * (1 - ratio**2) / math.sqrt(1 + ratio**2))
     return max(target, RESIDUAL_FLOOR * largest / smallest)
 
 
@@ -157,7 +158,7 @@ def block_lanczos(
             last = vectors[size - width : size, :settled]
             residual = ((last * (coupling @ last)).sum(0).clamp_min(0).sqrt() / values).norm() / values[-1]
             following = float(squares[settled].sqrt()) if settled < meaningful else 0.0
-            if float(residual) <= residual_target(tolerance, values, following):
+            if float(residual) <= residual_target(tolerance, values.tolist(), following):
                 return LanczosResult(_triplets(basis[:size], images[:size], squares, vectors, k, wide, passes), True)
         if exhausted or passes >= LARGEST_PASSES or size >= stop_at:
             # Without an answer to how many directions are wanted, a larger space is needed, not more patience.

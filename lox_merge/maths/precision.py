@@ -61,10 +61,16 @@ def frobenius_norm(matrix: Tensor) -> float:
 
     One float32 accumulation over 16.7 million entries was off by 1e-3; rows are short enough.
     """
+    return float(frobenius_norm_here(matrix))
+
+
+def frobenius_norm_here(matrix: Tensor) -> Tensor:
+    """The same, float64, on the matrix's device: nothing is waited for."""
     if matrix.numel() == 0:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=matrix.device)
     rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float32 if matrix.dtype != torch.float64 else None)
-    return float(rows.double().norm())
+    norm: Tensor = rows.double().norm()
+    return norm
 
 
 # Integer of the same size, and the bits of the exponent in it.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lox_merge.maths.precision import frobenius_norm
+from lox_merge.maths.precision import frobenius_norm_here
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,15 @@ class Update:
         return whole.inner_product(kept)
 
     def norm(self, delta: Tensor | None) -> float:
-        """||T||_F, accumulated in float64. Through the factors: ||L R^T||² = <L^T L, R^T R>."""
+        """||T||_F, accumulated in float64."""
+        return math.sqrt(float(self.squared_norm(delta)))
+
+    def squared_norm(self, delta: Tensor | None) -> Tensor:
+        """||T||²_F, float64, on its device. Through the factors: ||L R^T||² = <L^T L, R^T R>."""
         if self.left is None or self.right is None:
-            return abs(self.scale) * frobenius_norm(_needed(delta))
+            return self.scale**2 * frobenius_norm_here(_needed(delta)).square()
         left, right = self.left.double(), self.right.double()
-        return math.sqrt(float(((left.T @ left) * (right.T @ right)).sum()))
+        return ((left.T @ left) * (right.T @ right)).sum()
 
 
 @dataclass(frozen=True)
