@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from torch import Tensor
 from lox_merge import Recipe
 from lox_merge.jobs.batches import Batch, batch_bytes, batches_of
 from lox_merge.jobs.harden import plan_hardening
-from lox_merge.jobs.pipeline import Pipeline
+from lox_merge.jobs.pipeline import EDITORS, Pipeline
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.transfers import Transfers, mark_here
 from lox_merge.jobs.triplets import TakenNow
 from lox_merge.jobs.work import form_deltas
 from lox_merge.maths.batched_spectral import batched_rank, batched_truncated_svd
 from lox_merge.maths.edits import lox_edit
+from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import truncated_svd
 
 Kind = tuple[tuple[int, int], int]
@@ -129,8 +131,7 @@ def measure(plan: Plan, batch: Batch, weights: Weights, device: torch.device, ru
     stacked = {role: torch.empty((members, *batch.shape), dtype=torch.bfloat16, device=device) for role in ("base", "aligned")}
     out = torch.empty_like(stacked["base"])
     fetched = [torch.empty(batch.shape, dtype=torch.bfloat16) for _ in range(members)]
-    rule, tolerance = batch.members[0].tensor.rank, plan.recipe.tolerance
-    assert rule is not None
+    rule, tolerance = _rule(batch), plan.recipe.tolerance
     up, down = Transfers(device), Transfers(device)
 
     def upload() -> None:
@@ -163,6 +164,48 @@ def measure(plan: Plan, batch: Batch, weights: Weights, device: torch.device, ru
         up.close()
         down.close()
     return stage
+
+
+def svds_together(plan: Plan, weights: Weights, device: torch.device, run: Any) -> tuple[float, float]:
+    """Seconds of every SVD of a model, as many at a time as the pipeline takes, each in a stream of its own; deltas are there before.
+    Twice: at first each shape is made ready, with memory and recorded steps, and then no more."""
+    batches = [batch for position in range(len(plan.shards)) for batch in batches_of(plan, position)]
+    deltas: dict[Kind, tuple[Tensor, list[float]]] = {}
+    for batch in batches:
+        kind = batch.shape, len(batch.members)
+        if kind not in deltas and batched_rank(batch.shape, _rule(batch)) is not None:
+            stacked = [torch.stack([roles[role] for roles in weights.of(batch)]).to(device) for role in ("base", "aligned")]
+            deltas[kind] = form_deltas(*stacked)[:2]
+            del stacked
+    own = threading.local()
+
+    def decompose(batch: Batch) -> None:
+        given, norms = deltas[batch.shape, len(batch.members)]
+        if device.type != "cuda":
+            batched_truncated_svd(given, _rule(batch), norms=norms, tolerance=plan.recipe.tolerance, run=run)
+            return
+        if not hasattr(own, "stream"):
+            own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(own.stream):
+            batched_truncated_svd(given, _rule(batch), norms=norms, tolerance=plan.recipe.tolerance, run=run)
+
+    todo = [batch for batch in batches if (batch.shape, len(batch.members)) in deltas]
+    taken = []
+    with ThreadPoolExecutor(EDITORS) as pool:
+        for _ in range(2):
+            settle(device)
+            started = time.perf_counter()
+            list(pool.map(decompose, todo))
+            settle(device)
+            taken.append(time.perf_counter() - started)
+    deltas.clear()
+    return taken[0], taken[1]
+
+
+def _rule(batch: Batch) -> RankRule:
+    rule = batch.members[0].tensor.rank
+    assert rule is not None
+    return rule
 
 
 def stream(plan: Plan, weights: Weights, device: torch.device) -> tuple[float, int | None]:
