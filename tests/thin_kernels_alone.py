@@ -1,0 +1,146 @@
+"""Programs for test_thin_kernels.py, each in a process of its own: how Triton runs kernels is settled when it is imported.
+
+TRITON_INTERPRET=1 python tests/thin_kernels_alone.py run        what the kernels give on a CPU, as JSON
+python tests/thin_kernels_alone.py build                         whether they can be built for GPUs that are not here
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lox_merge.maths import batched_spectral, thin_kernels, thin_products
+from lox_merge.maths.block_qr import NEARLY, orthonormal_rows
+from lox_merge.maths.rank import RankRule
+
+MULTIPROCESSORS = 5
+
+
+def normal(*sides: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sides, generator=torch.Generator().manual_seed(seed))
+
+
+def product_errors() -> dict[str, float]:
+    """Largest relative error of a row, by shape (b, i, j, w, first); NaN where something was not written."""
+    found = {}
+    for count, summed, kept, width, first in [(3, 1300, 410, 8, 0), (2, 700, 130, 16, 0), (2, 64, 128, 8, 1), (1, 5, 7, 3, 2), (1, 1, 300, 1, 0)]:
+        stored = normal(first + count, summed, kept)
+        address = torch.tensor([stored.data_ptr()])
+        for name, matrices, side, other in (("stored", stored, summed, kept), ("swapped", stored.mT, kept, summed)):
+            rows, out = normal(count, width, side, seed=1), torch.full((count, width, other), math.nan)
+            thin_kernels.rows_times(rows, matrices, out, address, first)
+            expected = rows.double() @ matrices[first:].double()
+            found[f"{name} {count} {summed} {kept} {width} {first}"] = float(((out - expected).norm(dim=2) / expected.norm(dim=2)).max())
+    return found
+
+
+def blocks(width: int, columns: int) -> Tensor:
+    """A plain one, a badly conditioned one, one with dependent rows, zeros, NaN, and one that was lost before."""
+    given = normal(6, width, columns)
+    given[1] *= torch.logspace(0, -5, width)[:, None]
+    given[2, 1] = given[2, 0]
+    given[2, 2] = 0
+    given[3] = 0
+    given[4, 0, 0] = math.nan
+    return given
+
+
+def orthonormal(width: int, columns: int) -> dict[str, Any]:
+    """Two rounds by the kernel and by torch."""
+    results = []
+    for fast in (True, False):
+        lost, block = torch.tensor([False] * 5 + [True]), blocks(width, columns)
+        grams = []
+        for nearly in (None, NEARLY):
+            if fast:
+                block, gram = thin_kernels.orthonormal_rows(block, lost, nearly)
+            else:
+                block, gram = orthonormal_rows(block, lost, nearly=nearly is not None)
+            grams.append(gram)
+        results.append((block, lost, grams[0]))
+    (rows, lost, gram), (expected, expected_lost, expected_gram) = results
+    good = ~expected_lost
+    return {
+        "lost": lost.tolist(),
+        "expected_lost": expected_lost.tolist(),
+        "of_lost": float(rows[lost].abs().max()),
+        "difference": float((rows[good] - expected[good]).abs().max()),
+        "skew": float((rows[good].double() @ rows[good].double().mT - torch.eye(width)).abs().max()),
+        "gram": float((gram[:4] - expected_gram[:4]).abs().max() / expected_gram[:4].abs().max()),
+    }
+
+
+def whole() -> dict[str, Any]:
+    """SVDs of a batch that go through the kernels, against full ones."""
+    shape, rank = (130, 150), 6
+    planted = torch.arange(1, 131, dtype=torch.float32) ** -1.5
+    matrices = torch.stack([torch.linalg.qr(normal(130, 130, seed=seed)).Q * planted @ normal(*shape, seed=seed) for seed in (1, 2)])
+    found = {}
+    for name, given in (("wide", matrices), ("tall", matrices.mT.contiguous())):
+        norms = [float(matrix.double().norm()) for matrix in given]
+        errors = []
+        for matrix, subspace in zip(given, batched_spectral.batched_truncated_svd(given, RankRule("fixed", rank), norms=norms), strict=True):
+            left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+            exact = (left[:, :rank] * values[:rank]) @ right[:rank]
+            errors.append(float((subspace.low_rank().double() - exact).norm()) / float(exact.norm()))
+            assert subspace.certificate.method == "lanczos"
+        found[name] = max(errors)
+    return found
+
+
+def run() -> dict[str, Any]:
+    # As on a GPU: the summed side is split among multiprocessors, and the kernels are taken.
+    thin_kernels._multiprocessors = lambda device: MULTIPROCESSORS
+    splits = set[int]()
+    chosen = thin_kernels._splits
+
+    def noted(*arguments: int) -> int:
+        splits.add(chosen(*arguments))
+        return chosen(*arguments)
+
+    thin_kernels._splits = noted
+    report: dict[str, Any] = {"products": product_errors(), "orthonormal": [orthonormal(8, 500), orthonormal(16, 257), orthonormal(3, 70)]}
+    report["splits"] = sorted(splits)
+    taken = []
+    original = thin_kernels.rows_times
+    thin_kernels.rows_times = lambda *arguments: (taken.append(1), original(*arguments))[1]
+    thin_products._built = lambda device: thin_kernels
+    report["svd"], report["calls"] = whole(), len(taken)
+    return report
+
+
+def build() -> dict[str, Any]:
+    """Shared memory and whether the matrix units are used, by kernel and architecture."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found = {}
+    for architecture in (86, 90):
+        target = GPUTarget("cuda", architecture, 32)
+        for swapped in (False, True):
+            types = {"rows": "*fp32", "address": "*i64", "out": "*fp32", "first": "i32", "summed": "i32", "kept": "i32", "width": "i32"}
+            constants = {"SUMMED": thin_kernels._SUMMED, "KEPT": thin_kernels._KEPT, "SPLITS": 2, "SWAPPED": swapped}
+            found[f"product {architecture} {swapped}"] = _built(ASTSource, compile_kernel, thin_kernels._rows_times, types, constants, target)
+        types = {"rows": "*fp32", "out": "*fp32", "gram": "*fp64", "lost": "*i8", "width": "i32", "columns": "i32"}
+        constants = {"CHECK": True, "TOLERANCE": NEARLY, "COLUMNS": thin_kernels._COLUMNS}
+        found[f"orthonormal {architecture}"] = _built(ASTSource, compile_kernel, thin_kernels._orthonormal, types, constants, target)
+    return found
+
+
+def _built(source: Any, compile_kernel: Any, kernel: Any, types: dict[str, str], constants: dict[str, Any], target: Any) -> dict[str, Any]:
+    signature = types | dict.fromkeys(constants, "constexpr")
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name not in ("first", "width")}
+    built = compile_kernel(source(kernel, signature, constexprs=constants, attrs=aligned), target=target, options=thin_kernels._OPTIONS)
+    return {"shared": built.metadata.shared, "matrix_units": built.asm["ptx"].count("mma")}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of what is lost
+    print(json.dumps({"run": run, "build": build}[sys.argv[1]]()))
