@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from gpu_checks import check_certificates, check_job
-from gpu_stages import Weights, bandwidth, disk, kinds, measure, outline, stream, svds_together
+from gpu_stages import Weights, bandwidth, disk, kinds, measure, outline, products, stream, svds_together
 from synthetic import SIZES
 
 from lox_merge.jobs.batches import batches_of
 from lox_merge.jobs.work import available_cores
+from lox_merge.maths.precision import full_precision_matmul
 
 # The disk that the targets are set against, bytes per second.
 NOMINAL_READ = 3e9
@@ -117,6 +118,12 @@ def main() -> None:
         written, read = disk(folder, 2**31 if on_gpu else 2**26)
         report["rates"] = rates = {"memory": bandwidth(device), "disk_write": written, "disk_read": read}
         print(", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items()), flush=True)
+        large = [(16, 4096, 4096), (4, 4096, 14336), (4, 14336, 4096), (16, 1024, 4096)]
+        with full_precision_matmul(device):
+            report["products"] = products(large if on_gpu else [(2, 256, 512)], 8, device)
+        for row in report["products"]:
+            rates_of = ", ".join(f"{way} {row[way] / 1e9:.0f} GB/s" for way in ("torch", "kernels") if way in row)
+            print(f"  8 rows times {row['shape']}, {row['side']}: {rates_of}", flush=True)
         report["sizes"] = []
         for size in arguments.size or ["1B", "8B", "70B"]:
             report["sizes"].append(measure_size(size, folder, device, arguments, rates))

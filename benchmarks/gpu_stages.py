@@ -7,9 +7,10 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lox_merge.maths.batched_spectral import batched_rank, batched_truncated_svd
 from lox_merge.maths.edits import lox_edit
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import truncated_svd
+from lox_merge.maths.thin_products import fast_kernels
 
 Kind = tuple[tuple[int, int], int]
 
@@ -91,6 +93,24 @@ def pair(shape: tuple[int, int], device: torch.device, seed: int = 0) -> tuple[T
     low *= 0.006 * torch.linalg.vector_norm(base, dtype=torch.float32) / low.norm()
     aligned = low.add_(normal(rows, columns), alpha=8e-5).add_(base).bfloat16()
     return base.cpu(), aligned.cpu()
+
+
+def products(shapes: Iterable[tuple[int, int, int]], width: int, device: torch.device) -> list[dict[str, Any]]:
+    """Bytes per second at which matrices (b, d_out, d_in) are read by products with `width` rows, by torch and by the kernels, to either side."""
+    found = []
+    for count, rows, columns in shapes:
+        matrices = torch.randn(count, rows, columns, device=device)
+        for name, stored in (("to columns", matrices), ("to rows", matrices.mT)):
+            thin = torch.randn(count, width, stored.shape[1], device=device)
+            out = torch.empty(count, width, stored.shape[2], device=device)
+            rate: dict[str, Any] = {"shape": [count, rows, columns], "side": name}
+            rate["torch"] = 4 * matrices.numel() / seconds(partial(torch.bmm, thin, stored, out=out), device, 10)
+            fast = fast_kernels(device)
+            if fast is not None:
+                address = torch.tensor([matrices.data_ptr()], device=device)
+                rate["kernels"] = 4 * matrices.numel() / seconds(partial(fast.rows_times, thin, stored, out, address), device, 10)
+            found.append(rate)
+    return found
 
 
 class Weights:
