@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from lox_merge.errors import LoxMergeWarning
 
 
 class Replayed:
@@ -13,12 +17,13 @@ class Replayed:
 
     Starting thirty small kernels one by one takes a host longer than a GPU needs for them; so the second call records them, and later ones
     replay what was recorded. The first call has made ready by then what may not be made while recording. All calls are on one stream, not
-    the default one: recorded products use the work space of that stream, and CUDA does not record the default one. On a CPU it is a call.
+    the default one: recorded products use the work space of that stream, and CUDA does not record the default one. On a CPU it is a call,
+    and so it is, with a warning, where recording does not work.
     """
 
     def __init__(self, work: Callable[[], None], device: torch.device) -> None:
         self._work, self._recordable = work, device.type == "cuda"
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Any = None
         self._ready = False
 
     def __call__(self) -> None:
@@ -30,16 +35,28 @@ class Replayed:
         self._work()
         self._ready = True
 
-    def _recorded(self) -> torch.cuda.CUDAGraph:
+    def _recorded(self) -> Any:
+        """The graph, or None where there is none to be had."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on allocating and waiting meanwhile.
-        graph.capture_begin(capture_error_mode="thread_local")
         try:
-            self._work()
-        except BaseException:
-            self._recordable = False
-            with contextlib.suppress(Exception):
-                graph.capture_end()
+            # Other threads go on allocating and waiting meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._work()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        except torch.OutOfMemoryError:
             raise
-        graph.capture_end()
+        except RuntimeError as error:
+            # Nothing of it was done yet: what is recorded is not run.
+            self._recordable = False
+            warnings.warn(
+                f"steps of SVDs cannot be recorded ({str(error).splitlines()[0]}); they are started one by one, which takes longer",
+                LoxMergeWarning,
+                stacklevel=3,
+            )
+            return None
         return graph
