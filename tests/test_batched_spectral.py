@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -189,6 +192,19 @@ def test_the_host_waits_for_nothing_but_the_stop_test(monkeypatch: pytest.Monkey
     # Once a step at most, and less often while the slow one is far from its target; those that are done are not told of again.
     assert len(told) <= (passes[2] - 1) / 2
     assert told[0] == 3 and told[-1] == 1 and sorted(told, reverse=True) == told
+
+
+def test_what_is_kept_of_a_shape_does_not_hold_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = krylov_spaces.KrylovSpaces(2, krylov_spaces.FIRST_ROWS, 8, 6, 300, 400, torch.device("cpu"))
+    monkeypatch.setattr(batched_lanczos, "spaces_for", lambda *_: nullcontext(kept))
+    for seed in (1, 2):  # the second time all that was there of the first is gone
+        matrices = torch.stack([noisy(300, 400, seed), matrix_with(spectrum("power law", 300), 300, 400, seed)])
+        found = decompose(matrices)
+        torch.testing.assert_close(found[1].low_rank(), reference(matrices[1], 6)[0].float(), rtol=0, atol=1e-3)
+        held = weakref.ref(matrices)
+        del matrices
+        gc.collect()
+        assert held() is None
 
 
 def test_products_leave_out_what_is_done() -> None:

@@ -92,7 +92,10 @@ def batched_lanczos(
     user = torch.cuda.current_stream(matrices.device) if matrices.device.type == "cuda" else None
     rows = FIRST_ROWS if rank + 2 * width <= FIRST_ROWS else capacity
     with spaces_for(matrices, rows, width, rank) as space:
-        return _Lockstep(space, list(chosen), min(matrices.shape[1:]), rank, capacity, tolerance, run, user).results(matrices, seed)
+        try:
+            return _Lockstep(space, list(chosen), min(matrices.shape[1:]), rank, capacity, tolerance, run, user).results(matrices, seed)
+        finally:
+            space.let_go()
 
 
 class _Lockstep:

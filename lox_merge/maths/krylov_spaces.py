@@ -54,7 +54,7 @@ class KrylovSpaces:
             return torch.zeros(count, *sides, dtype=dtype, device=device)
 
         self._basis, self._images = zeros(rows, short), zeros(rows, long, dtype=torch.float64)
-        self._gram, self._coupling = zeros(rows, rows, dtype=torch.float64), zeros(width, width, dtype=torch.float64)
+        self._gram = zeros(rows, rows, dtype=torch.float64)
         self._block, self._lost = zeros(width, short), zeros(dtype=torch.bool)
         # Zeros, not empty: rows of matrices that are done, or were never chosen, stay finite.
         self._short_rows, self._long_rows = zeros(width, short), zeros(width, long)
@@ -134,6 +134,10 @@ class KrylovSpaces:
         arrived()
         values, residuals = self._evidence_here[:, : self.rank].clone(), self._evidence_here[:, self.rank].tolist()
         return {index: Triplets(inner[index], values[index], outer[index], residuals[index]) for index in chosen}
+
+    def let_go(self) -> None:
+        """The matrices are not held any longer: they take far more memory than what is kept of their shape."""
+        self._product = None
 
     @property
     def _padded(self) -> bool:
