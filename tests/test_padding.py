@@ -65,6 +65,20 @@ def test_rounding_is_no_reason(architecture: str, dtype: torch.dtype, tmp_path: 
     assert allowed_together(source.model, rows[:1], 0) == "any"
 
 
+def test_who_pads_by_itself_is_given_one_example_where_padding_matters(tmp_path: Path) -> None:
+    sees = LocalModel.load(written(tmp_path / "sees", "deepseek_v4"), device="cpu", rendering=PLAIN)
+    with pytest.warns(LoxMergeWarning, match="DeepseekV4ForCausalLM says something else .* lm-eval is given one example at a time") as caught:
+        assert sees.padded_batch_size() == 1
+        assert sees.padded_batch_size() == 1
+    assert len([one for one in caught if issubclass(one.category, LoxMergeWarning)]) == 1
+    plain = LocalModel.load(written(tmp_path / "plain", "llama"), device="cpu", rendering=PLAIN, batch_size=7)
+    before = plain.model.generation_config
+    assert plain.padded_batch_size() == 7
+    assert plain.model.generation_config is before
+    plain.batch_size = None
+    assert plain.padded_batch_size() is None
+
+
 def test_a_generate_that_cannot_be_asked_for_scores_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = written(tmp_path, "llama")
     alone = replies(folder, 1)

@@ -22,6 +22,9 @@ from lox_merge.safety.progress import ProgressFactory, no_progress
 from lox_merge.safety.reply_store import ReplyStore
 from lox_merge.safety.types import Prompt, PromptSet, Reply
 
+# Tokens, drawn at random, on which padding is tried where no prompts are at hand.
+_TRIED_TOKENS = 24
+
 
 class LocalModel:
     """A ReplySource over a transformers model and its tokenizer.
@@ -53,7 +56,7 @@ class LocalModel:
         self.store = store
         self._progress = progress or no_progress
         self._title, self._source = title, source
-        self._said = False
+        self._said = self._said_of_padding = False
         self._rendered: dict[tuple[str, Rendering], list[list[int]]] = {}
         check_rendering(tokenizer, self.rendering)
 
@@ -171,6 +174,32 @@ class LocalModel:
             asked = "prompts of one length are asked together" if found == "alike" else "one prompt is asked at a time"
             warnings.warn(f"{self.title}: {reason}, so only {asked}. That takes longer.", LoxMergeWarning, stacklevel=2)
         return found
+
+    def padded_batch_size(self) -> int | None:
+        """The batch size for whoever pads prompts in a way of its own: 1, which is said once, where padding changes what this model says."""
+        if self.batch_size == 1:
+            return 1
+        special = set(self.tokenizer.all_special_ids)
+        ordinary = [token for token in range(min(len(self.tokenizer), self.model.config.get_text_config().vocab_size)) if token not in special]
+        chosen = torch.randint(len(ordinary), (_TRIED_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+        row = [ordinary[index] for index in chosen]
+        with _plain(self.model, clean_config(self.model, self.tokenizer, self.decoding)):
+            try:
+                free = allowed_together(self.model, [row, row[: _TRIED_TOKENS // 2]], self.model.generation_config.pad_token_id) == "any"
+            except (AttributeError, TypeError, ValueError):
+                free = False
+        if free:
+            return self.batch_size
+        if not self._said_of_padding:
+            self._said_of_padding = True
+            name = type(self.model).__name__
+            warnings.warn(
+                f"{self.title}: {name} says something else where shorter prompts are padded, so lm-eval is given one example at a time. "
+                "That takes longer.",
+                LoxMergeWarning,
+                stacklevel=2,
+            )
+        return 1
 
     def _tokens(self, prompts: PromptSet) -> list[list[int]]:
         """Token numbers of each prompt; kept, because a search or an attack asks one set again and again, of a model that changes."""

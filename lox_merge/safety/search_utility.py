@@ -65,7 +65,7 @@ class UtilityMeasures:
                 self._reference = reference_log_probabilities(source.model, source.tokenizer, self._harmless, source.rendering, last=_LAST_POSITIONS)
             found["KL"] = kl_divergence(self._reference, source.model).value
         if self._tasks:
-            scores = lm_eval_scores(source.model, source.tokenizer, self._tasks, batch_size=source.batch_size, limit=self._task_limit)
+            scores = lm_eval_scores(source.model, source.tokenizer, self._tasks, batch_size=source.padded_batch_size(), limit=self._task_limit)
             found |= {f"{task} {metric}": value for task, metrics in scores.items() for metric, value in metrics.items()}
         return found
 
