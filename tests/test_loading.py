@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import RunCli
 from safetensors.torch import load_file, save_file
-from tiny_models import make_pair
+from small_architectures import Architecture, small_model
+from tiny_models import make_pair, tokenizer
 
 from lox_merge.errors import CheckpointFormatError, LoxMergeWarning, SourceError
 from lox_merge.safety.loading import load_model
@@ -91,6 +93,24 @@ def test_other_shapes_are_refused_with_both(configured: Callable[..., Path]) -> 
 def test_tensors_without_a_place_are_named_in_a_warning(configured: Callable[..., Path]) -> None:
     with pytest.warns(LoxMergeWarning, match=r"9 tensor\(s\) have no place in LlamaForCausalLM.*layers\.1\.input_layernorm\.weight.* 6 more"):
         load_model(configured(num_hidden_layers=LAYERS - 1), device="cpu")
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_model_that_fills_gaps_is_asked_only_as_a_decoder(decoder: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = small_model(Architecture("bert"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # freshly drawn weights hardly look at other words
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": decoder}), encoding="utf-8")
+    if decoder:
+        assert type(load_model(tmp_path, device="cpu").model).__name__ == "BertLMHeadModel"
+    else:
+        with pytest.raises(SourceError, match=r"BertLMHeadModel\) is no causal language model: its scores for a word depend on the words behind it"):
+            load_model(tmp_path, device="cpu")
 
 
 def test_every_command_that_runs_a_model_refuses(configured: Callable[..., Path], pair: tuple[Path, Path], tmp_path: Path, run_cli: RunCli) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lox_merge.checkpoint.checkpoint import open_checkpoint
@@ -107,7 +108,9 @@ def load_model(
     check_report(report, model, checkpoint.title)
     if device_map is None:
         model = model.to(target)
-    if kind is not AutoModelForCausalLM:
+    # What is made to fill gaps, too, reads in both directions unless its config.json says that it is a decoder.
+    fills_gaps = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model.config, "is_decoder", False)
+    if kind is not AutoModelForCausalLM or fills_gaps:
         check_words(model.eval(), tokenizer("how do you do it", add_special_tokens=False)["input_ids"][:5] or [0], checkpoint.title)
     return LoadedModel(model.eval(), tokenizer, checkpoint.title, checkpoint.source.identity() | output_identity(checkpoint) | form_of(checkpoint))
 
