@@ -1,4 +1,4 @@
-"""The kernels of the GPU without one: run by Triton's interpreter on a CPU, built for architectures that are not here."""
+"""The kernels of the GPU without one: run by Triton's interpreter on a CPU, built for one that is not here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 
 from lox_merge.errors import LoxMergeWarning
 from lox_merge.maths import thin_products
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux")
 
 PROGRAM = Path(__file__).with_name("thin_kernels_alone.py")
 # Of a block of data-centre and consumer GPUs since Ampere.
@@ -50,13 +52,15 @@ def test_rows_become_orthonormal_as_with_torch(ran: Any) -> None:
 
 def test_whole_svds_go_through_them(ran: Any) -> None:
     assert ran["calls"] > 20
-    assert set(ran["svd"]) == {"wide", "tall"} and all(error <= 1e-3 for error in ran["svd"].values())
+    assert len(ran["svd"]) == 2 and all(error <= 1e-3 for error in ran["svd"])
 
 
-def test_they_are_built_for_gpus_from_ampere_on(tmp_path: Path) -> None:
-    for kernel, found in program("build", TRITON_CACHE_DIR=str(tmp_path)).items():
+def test_they_are_built_for_a_gpu(tmp_path: Path) -> None:
+    built = program("build", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(built) == 3
+    for kernel, found in built.items():
         assert 0 < found["shared"] <= SHARED_MEMORY, kernel
-        assert found["matrix_units"] or kernel == "orthonormal 86", kernel  # consumer GPUs have no float64 units
+        assert found["matrix_units"], kernel
 
 
 def test_where_they_do_not_work_products_go_through_torch_and_a_warning_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
