@@ -26,6 +26,7 @@ from sparse import make_sparse_pair
 
 from lox_merge.jobs.estimate import PROCESS_BYTES, peak_memory
 from lox_merge.jobs.harden import plan_hardening
+from lox_merge.jobs.hashing import hashing_threads
 
 START_SECONDS = 3.0  # interpreter and imports
 RAY_WORKERS, RAY_CORES = 8, 16
@@ -85,10 +86,10 @@ class Work:
         return cls(dict(stages), 2 * size, size, new / entries)
 
     def on(self, cores: int, rates: Rates) -> tuple[float, str]:
-        """Seconds on one machine with the measured disk, and what bounds them. One thread hashes the sources, one the output."""
+        """Seconds on one machine with the measured disk, and what bounds them. A thread of four cores each hashes the sources, one the output."""
         bounds = {
             "arithmetic": sum(self.core_seconds.values()) / cores,
-            "hashing": self.read * (1 / rates.sha256 + 1 / rates.moved),
+            "hashing": self.read * (1 / rates.sha256 + 1 / rates.moved) / hashing_threads(cores),
             "disk": self.read / rates.read + self.written / rates.write,
         }
         bound = max(bounds, key=lambda name: bounds[name])

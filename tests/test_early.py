@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lox_merge.jobs import early
+from lox_merge.jobs import early, hashing
 from lox_merge.jobs.early import _Early, begin_early, begun_early
-from lox_merge.jobs.hashing import SourceHasher
+from lox_merge.jobs.hashing import SourceHasher, hashing_threads
 from lox_merge.jobs.stamps import stamp_of
 
 
@@ -81,3 +81,19 @@ def test_the_hasher_takes_over_what_was_begun(files: list[Path], tmp_path: Path,
     assert hasher.hashes(0) == {("base", files[0].name): "read before", ("base", files[1].name): digest(files[1])}
     hasher.close()
     assert begun_early(files[1], stamp_of(files[1])) is None, "it was taken"
+
+
+def test_many_cores_hash_several_files_at_a_time(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be read on holds up no other one."""
+    assert [hashing_threads(cores) for cores in (1, 2, 7, 8, 15, 16, 128)] == [1, 1, 1, 2, 3, 4, 4]
+    monkeypatch.setattr(hashing, "available_cores", lambda: 8)
+    stuck = tmp_path / "stuck.safetensors"
+    os.mkfifo(stuck)
+    hasher = SourceHasher([[("base", stuck.name), ("base", files[0].name)]], lambda file: tmp_path / file[1])
+    hasher.start_shard(0)
+    deadline = time.monotonic() + 60
+    while ("base", files[0].name) not in hasher.known() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {file: value for file, (value, _) in hasher.known().items()} == {("base", files[0].name): digest(files[0])}
+    os.close(os.open(stuck, os.O_WRONLY))
+    hasher.close()

@@ -1,4 +1,4 @@
-"""sha256 of source files, computed beside the work: the hashing thread reads ahead, so it is also the prefetch."""
+"""sha256 of source files, computed beside the work: the threads that hash read ahead, so they are also the prefetch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from pathlib import Path
 from lox_merge.jobs.atomic import sha256_of
 from lox_merge.jobs.early import begun_early
 from lox_merge.jobs.stamps import SourceFile, Stamp, check_stamp, stamp
+from lox_merge.jobs.work import available_cores
+
+# A core hashes 1.5 GB/s, which many cores or a GPU would wait for; a few files at a time are as much as most disks like to read.
+_CORES_EACH, _MOST_THREADS = 4, 4
+
+
+def hashing_threads(cores: int) -> int:
+    return max(1, min(_MOST_THREADS, cores // _CORES_EACH))
 
 
 class SourceHasher:
@@ -24,7 +32,7 @@ class SourceHasher:
         self._needed = needed
         self._futures: dict[SourceFile, Future[str]] = {}
         self._stamps: dict[SourceFile, Stamp] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._pool = ThreadPoolExecutor(hashing_threads(available_cores()), thread_name_prefix="hash")
         self._lock = threading.Lock()
         self._stop = threading.Event()
         if ahead:
