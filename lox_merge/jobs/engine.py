@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -20,6 +21,9 @@ from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lookahead import LooksAhead
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
+
+# Bytes that are hashed in a thread: 0.5 ms, far more than handing them over takes.
+_WORTH_A_THREAD = 2**20
 
 
 class Progress(Protocol):
@@ -56,16 +60,16 @@ def typical_cost(plan: Plan) -> int:
 def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
     """Writes one shard to its temporary file `path`. Returns it open (not yet synced) and its record without hashes of sources."""
     shard = plan.shards[position]
-    digest = hashlib.sha256()
     tensors: list[dict[str, Any]] = []
+    output = _Hashed()
     try:
         file = path.open("wb", buffering=0)
         try:
-            _put(file, shard.header.raw, digest)
+            output.put(file, shard.header.raw)
             for tensor in shard.tensors:
                 size = shard.header.tensors[tensor.written].bytes
                 for data, record in _tensor_data(plan, shard, tensor, ahead):
-                    _put(file, data, digest)
+                    output.put(file, data)
                     tensors.append(record)
                 if tensor.action == "edit":
                     ahead.release(tensor, shard.bytes_in_memory(tensor))
@@ -77,15 +81,37 @@ def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progre
             raise
     except OSError as error:
         raise write_error(path, error) from error
-    output = {"file": shard.file, "size": shard.header.file_size, "sha256": digest.hexdigest()}
-    return file, {"output": output, "sources": {}, "tensors": tensors}
+    finally:
+        output.close()
+    described = {"file": shard.file, "size": shard.header.file_size, "sha256": output.sha256}
+    return file, {"output": described, "sources": {}, "tensors": tensors}
 
 
-def _put(file: IO[bytes], data: bytes | memoryview, digest: Any) -> None:
-    view = memoryview(data)
-    digest.update(view)
-    while view:
-        view = view[file.write(view) :]
+class _Hashed:
+    """Writes pieces of a file and hashes them meanwhile: a core does either at about 1.5 GB/s."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash output")
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def put(self, file: IO[bytes], data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        beside = self._pool.submit(self._digest.update, view) if view.nbytes >= _WORTH_A_THREAD else None
+        try:
+            if beside is None:
+                self._digest.update(view)
+            while view:
+                view = view[file.write(view) :]
+        finally:
+            if beside is not None:
+                beside.result()  # also when the disk is full: it reads memory that is given back then
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksAhead) -> Iterator[tuple[memoryview, dict[str, Any]]]:
