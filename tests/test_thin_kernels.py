@@ -18,8 +18,8 @@ from lox_merge.maths import thin_products
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is made for Linux")
 
 PROGRAM = Path(__file__).with_name("thin_kernels_alone.py")
-# Of a block of data-centre and consumer GPUs since Ampere.
-SHARED_MEMORY = 99 * 1024
+# Of a block, by how many stages a GPU takes that has it: data-centre GPUs since Ampere, consumer ones.
+SHARED_MEMORY = {3: 120_000, 2: 99 * 1024}
 
 
 def program(what: str, **environment: str) -> Any:
@@ -57,9 +57,9 @@ def test_whole_svds_go_through_them(ran: Any) -> None:
 
 def test_they_are_built_for_a_gpu(tmp_path: Path) -> None:
     built = program("build", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(built) == 3
+    assert len(built) == 6
     for kernel, found in built.items():
-        assert 0 < found["shared"] <= SHARED_MEMORY, kernel
+        assert 0 < found["shared"] <= SHARED_MEMORY[int(kernel.split()[1])], kernel
         assert found["matrix_units"], kernel
 
 

@@ -114,27 +114,31 @@ def run() -> dict[str, Any]:
 
 
 def build() -> dict[str, Any]:
-    """Shared memory and whether the matrix units are used, by kernel."""
+    """Shared memory and whether the matrix units are used, by kernel, as for a data-centre GPU (3 stages) and for a consumer one (2)."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     found = {}
-    target = GPUTarget("cuda", ARCHITECTURE, 32)
-    for swapped in (False, True):
+    for stages in (3, 2):
+        options = thin_kernels.options_for(torch.device("cpu")) | {"num_stages": stages}
+        settings = ASTSource, compile_kernel, options, GPUTarget("cuda", ARCHITECTURE, 32)
         types = {"rows": "*fp32", "address": "*i64", "out": "*fp32", "first": "i32", "summed": "i32", "kept": "i32", "width": "i32"}
-        constants = {"SUMMED": thin_kernels._SUMMED, "KEPT": thin_kernels._KEPT, "SPLITS": 2, "SWAPPED": swapped}
-        found[f"product {swapped}"] = _built(ASTSource, compile_kernel, thin_kernels._rows_times, types, constants, target)
-    types = {"rows": "*fp32", "out": "*fp32", "gram": "*fp64", "lost": "*i8", "width": "i32", "columns": "i32"}
-    constants = {"CHECK": True, "TOLERANCE": NEARLY, "COLUMNS": thin_kernels._COLUMNS}
-    found["orthonormal"] = _built(ASTSource, compile_kernel, thin_kernels._orthonormal, types, constants, target)
+        sides = {"SUMMED": thin_kernels._SUMMED, "KEPT": thin_kernels._KEPT, "SPLITS": 2}
+        for swapped in (False, True):
+            found[f"product {stages} {swapped}"] = _built(*settings, thin_kernels._rows_times, types, sides | {"SWAPPED": swapped})
+        types = {"rows": "*fp32", "out": "*fp32", "gram": "*fp64", "lost": "*i8", "width": "i32", "columns": "i32"}
+        constants = {"CHECK": True, "TOLERANCE": NEARLY, "COLUMNS": thin_kernels._COLUMNS}
+        found[f"orthonormal {stages}"] = _built(*settings, thin_kernels._orthonormal, types, constants)
     return found
 
 
-def _built(source: Any, compile_kernel: Any, kernel: Any, types: dict[str, str], constants: dict[str, Any], target: Any) -> dict[str, Any]:
+def _built(
+    source: Any, compile_kernel: Any, options: dict[str, Any], target: Any, kernel: Any, types: dict[str, str], constants: dict[str, Any]
+) -> dict[str, Any]:
     signature = types | dict.fromkeys(constants, "constexpr")
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name not in ("first", "width")}
-    built = compile_kernel(source(kernel, signature, constexprs=constants, attrs=aligned), target=target, options=thin_kernels._OPTIONS)
+    built = compile_kernel(source(kernel, signature, constexprs=constants, attrs=aligned), target=target, options=options)
     return {"shared": built.metadata.shared, "matrix_units": built.asm["ptx"].count("mma")}
 
 

@@ -8,6 +8,7 @@ Imported only where Triton is there; with TRITON_INTERPRET=1 the same code runs 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -18,10 +19,11 @@ from torch import Tensor
 LARGEST_WIDTH = 16
 # Steps through the summed side that a program takes at least: splitting that side further costs more than idle multiprocessors.
 _FEWEST_STEPS = 8
-# Sides of what a program reads at a time, 74 and 51 kB of shared memory with a pipeline of three; warps for it.
+# Sides of what a program reads at a time.
 _SUMMED, _KEPT = 64, 128
 _COLUMNS = 256
-_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+# Shared memory of a block that a pipeline of three needs, by any release of Triton; consumer GPUs have 99 kB, and take one of two.
+_NEEDED_FOR_THREE = 120_000
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -62,10 +64,18 @@ def rows_times(rows: Tensor, matrices: Tensor, out: Tensor, address: Tensor, fir
     parts = out if splits == 1 else torch.empty(count, splits, width, kept, device=out.device)
     swapped = matrices.stride(2) != 1
     _rows_times[(blocks, splits, count)](
-        rows, address, parts, first, summed, kept, width, SUMMED=_SUMMED, KEPT=_KEPT, SPLITS=splits, SWAPPED=swapped, **_OPTIONS
+        rows, address, parts, first, summed, kept, width, SUMMED=_SUMMED, KEPT=_KEPT, SPLITS=splits, SWAPPED=swapped, **options_for(rows.device)
     )
     if splits > 1:
         torch.sum(parts, dim=1, out=out)
+
+
+@cache
+def options_for(device: torch.device) -> dict[str, Any]:
+    """How kernels are built for a device."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    room = getattr(properties, "shared_memory_per_block_optin", 0)
+    return {"num_warps": 8, "num_stages": 3 if room >= _NEEDED_FOR_THREE else 2, "enable_fp_fusion": True}
 
 
 @cache
@@ -135,7 +145,9 @@ def orthonormal_rows(block: Tensor, lost: Tensor, nearly: float | None) -> tuple
     out = torch.empty_like(block)
     gram = torch.empty(count, width, width, dtype=torch.float64, device=block.device)
     check, tolerance = nearly is not None, nearly or 0.0
-    _orthonormal[(count,)](block, out, gram, lost.view(torch.int8), width, columns, CHECK=check, TOLERANCE=tolerance, COLUMNS=_COLUMNS, **_OPTIONS)
+    _orthonormal[(count,)](
+        block, out, gram, lost.view(torch.int8), width, columns, CHECK=check, TOLERANCE=tolerance, COLUMNS=_COLUMNS, **options_for(block.device)
+    )
     return out, gram
 
 
