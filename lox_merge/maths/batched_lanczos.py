@@ -3,9 +3,8 @@
 The mathematics and the stop test of maths.lanczos: same start block, same recurrences, same residual, same target. What differs is
 who waits for whom. All matrices step together; everything but the small eigenproblems stays on the device; and once per tested step
 one small tensor goes to the host. Eigenproblems are solved there: a GPU takes longer for them beyond 32 × 32, and its solvers check for
-failure behind the host's back. Matrices that are done are left out of the products with
-the large matrices, which are all that costs. What needs more than lockstep is handed back to maths.lanczos, unfinished: matrices of
-exactly low rank, and those that do not converge.
+failure behind the host's back. Matrices that are done are left out of the products with the large matrices, which are all that costs. What
+needs more than lockstep is handed back to maths.lanczos, unfinished: matrices of exactly low rank, and those that do not converge.
 """
 
 from __future__ import annotations

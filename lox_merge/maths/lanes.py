@@ -83,19 +83,25 @@ def borrowed(lanes: Lanes[Kept], key: Hashable, make: Callable[[], Kept]) -> Ite
     stream was told before, and before what it is told next. After an error it is not used again."""
     with lanes.lend(key) as lane:
         item = lane.kept.pop(key, None)
-        if lane.stream is None:
+        with _on(lane.stream):
             item = item or make()
             yield item
-        else:
-            here = torch.cuda.current_stream(lane.stream.device)
-            lane.stream.wait_stream(here)
-            try:
-                with torch.cuda.stream(lane.stream):
-                    item = item or make()
-                    yield item
-            finally:
-                here.wait_stream(lane.stream)
         lane.keep(key, item)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work for this stream, in its place in the order of what this thread's stream is told. None: where there are no streams."""
+    if stream is None:
+        yield
+        return
+    here = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(here)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        here.wait_stream(stream)
 
 
 def lanes_of(device: torch.device) -> Lanes[Kept]:

@@ -161,12 +161,7 @@ class LocalModel:
         """Which of the prompts may be asked in one batch; other than any is said once."""
         if self.batch_size == 1:
             return "any"
-        name = type(self.model).__name__
-        reason = f"{name} says something else in a batch with other prompts than by itself"
-        try:
-            found = allowed_together(self.model, rows, self.model.generation_config.pad_token_id)
-        except (AttributeError, TypeError, ValueError) as error:  # a `generate` of the model's own, say
-            found, reason = "alike", f"whether {name} says the same in a batch as by itself could not be tried ({type(error).__name__}: {error})"
+        found, reason = self._allowed(rows)
         if found is None:  # without padding nothing goes wrong, whatever the model
             return "alike"
         if found != "any" and not self._said:
@@ -174,6 +169,17 @@ class LocalModel:
             asked = "prompts of one length are asked together" if found == "alike" else "one prompt is asked at a time"
             warnings.warn(f"{self.title}: {reason}, so only {asked}. That takes longer.", LoxMergeWarning, stacklevel=2)
         return found
+
+    def _allowed(self, rows: list[list[int]]) -> tuple[Together | None, str]:
+        """As `allowed_together` of the model as it is set now, and what is said of it where that is not any."""
+        name = type(self.model).__name__
+        try:
+            found = allowed_together(self.model, rows, self.model.generation_config.pad_token_id)
+        except (AttributeError, TypeError, ValueError) as error:  # a `generate` of the model's own, say
+            return "alike", f"whether {name} says the same in a batch as by itself could not be tried ({type(error).__name__}: {error})"
+        if found is None:
+            return None, f"memory was too short to try whether {name} says the same in a batch as by itself"
+        return found, f"{name} says something else in a batch with other prompts than by itself"
 
     def padded_batch_size(self) -> int | None:
         """The batch size for whoever pads prompts in a way of its own: 1, which is said once, where padding changes what this model says."""
@@ -184,21 +190,12 @@ class LocalModel:
         chosen = torch.randint(len(ordinary), (_TRIED_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
         row = [ordinary[index] for index in chosen]
         with _plain(self.model, clean_config(self.model, self.tokenizer, self.decoding)):
-            try:
-                free = allowed_together(self.model, [row, row[: _TRIED_TOKENS // 2]], self.model.generation_config.pad_token_id) == "any"
-            except (AttributeError, TypeError, ValueError):
-                free = False
-        if free:
+            found, reason = self._allowed([row, row[: _TRIED_TOKENS // 2]])
+        if found == "any":
             return self.batch_size
         if not self._said_of_padding:
             self._said_of_padding = True
-            name = type(self.model).__name__
-            warnings.warn(
-                f"{self.title}: {name} says something else where shorter prompts are padded, so lm-eval is given one example at a time. "
-                "That takes longer.",
-                LoxMergeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{self.title}: {reason}, so lm-eval is given one example at a time. That takes longer.", LoxMergeWarning, stacklevel=2)
         return 1
 
     def _tokens(self, prompts: PromptSet) -> list[list[int]]:
