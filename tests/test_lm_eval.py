@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RunCli
+from conftest import RunCli, run_program
 
 from lox_merge.errors import RequestError
 from lox_merge.lab.checkpoints import ToyPair
@@ -30,6 +30,16 @@ doc_to_choice: ["sure", "sorry"]
 doc_to_target: label
 metric_list:
   - metric: acc
+"""
+
+
+# lm-eval reads the files of the fourteen thousand tasks that it comes with before it knows one: half a minute. Here it comes with a folder.
+WITH_TASKS = """
+import sys
+import lm_eval.tasks.manager
+import lox_merge.cli.main
+lm_eval.tasks.manager.__file__ = sys.argv[1] + "/manager.py"
+lox_merge.cli.main.main(sys.argv[2:])
 """
 
 
@@ -78,18 +88,21 @@ def test_beside_attack_success_from_the_command_line(task: Path, toy_pair_seed0:
         tmp_path / "questions.csv",
     )
     common = ("--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 2, "--no-cache", "--device", "cpu", "--replies", tmp_path / "replies")
-    done = run_cli("asr", toy_pair_seed0.aligned, *common, *utility, "--json", tmp_path / "r.json", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    asked = ("asr", toy_pair_seed0.aligned, *common, *utility, "--json", tmp_path / "r.json")
+    done = run_cli(*asked, cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
+    assert "fatal" not in done.stderr, "outside a repository nobody asks git for a version"
     (evaluation,) = json.loads((tmp_path / "r.json").read_text())["evaluations"]
     model = load_model(toy_pair_seed0.aligned, device="cpu").model
     assert evaluation["utility"] == {"exact match": 0.0, "KL": 0.0, "toy_opening acc": pytest.approx(expected_accuracy(model, task))}
     assert "toy_opening acc" in " ".join(done.stdout.split()) and max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_what_cannot_be_run_is_named_before_any_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli) -> None:
+def test_what_cannot_be_run_is_named_before_any_model_is_loaded(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli) -> None:
     (tmp_path / "prompts.txt").write_text("v1\n")
-    done = run_cli("asr", tmp_path / "no-model", "--prompts", tmp_path / "prompts.txt", "--lm-eval", "hellaswag,no_such_task")
-    assert done.returncode == 2 and "lm-eval knows no task no_such_task" in done.stderr, done.stderr
+    asked = ("asr", tmp_path / "no-model", "--prompts", tmp_path / "prompts.txt", "--lm-eval", "toy_opening,no_such_task")
+    done = run_program(WITH_TASKS, task, *asked)
+    assert done.returncode == 2 and "lm-eval knows no task no_such_task." in done.stderr, done.stderr
     done = run_cli("asr", tmp_path / "no-model", "--prompts", tmp_path / "prompts.txt", "--lm-eval-limit", 3)
     assert done.returncode == 2 and "--lm-eval-limit is for" in done.stderr
     served = run_cli(

@@ -41,18 +41,19 @@ def lm_eval_scores(
     training = model.training
     with _quiet():
         try:
-            result = package.simple_evaluate(
-                model=wrapper(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=rows),
-                tasks=list(tasks),
+            # Not its `simple_evaluate`: that goes on to ask git, pip and the compilers for their versions, takes seconds over it for
+            # every model, and what git says outside a repository is seen in the terminal.
+            loaded = _manager(not all(map(_is_file, tasks))).load(list(tasks))
+            for task in loaded["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=seed)
+            result = package.evaluate(
+                lm=wrapper(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=rows),
+                task_dict=loaded,
                 limit=limit,
-                task_manager=_manager(not all(map(_is_file, tasks))),
                 bootstrap_iters=0,  # its standard errors are not shown
                 log_samples=False,
-                # None: the caller's random numbers go on as if nothing had been measured.
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-                fewshot_random_seed=seed,
             )
         except (KeyError, ValueError, OSError) as error:
             raise RequestError(f"lm-eval cannot run {', '.join(tasks)}: {error}. `lm-eval ls tasks` lists the tasks it knows.") from error
