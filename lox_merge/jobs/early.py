@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from itertools import zip_longest
 from pathlib import Path
 
+from lox_merge.checkpoint.stamps import Stamp, stamp_of
 from lox_merge.jobs.atomic import sha256_of
-from lox_merge.jobs.stamps import Stamp, stamp_of
 
 _SUFFIX = ".safetensors"
 

@@ -14,6 +14,7 @@ from lox_merge.jobs.engine import finish_sent_shard, finish_shard
 from lox_merge.jobs.executors.protocol import ShardJob
 from lox_merge.jobs.executors.sources import ledger_of
 from lox_merge.jobs.executors.writer import WorkerTask
+from lox_merge.jobs.stamps import SourceFile
 
 # A shard whose workers are lost this often is not done again.
 ATTEMPTS = 3
@@ -21,7 +22,7 @@ _NONE = -1  # what a worker holds that is lost before it is given a shard
 
 
 class Worker(Protocol):
-    """held: the shards that it was given and has not written to the disk yet."""
+    """held: the shards that it was given and has not written to the disk yet, or has not read all the sources of that it is to hash."""
 
     task: WorkerTask
     held: list[int]
@@ -41,6 +42,7 @@ class Collected:
         self._waiting = deque(self.order)
         self._ledger = ledger_of(self.job, self.order)
         self._written: dict[int, tuple[Path, dict[str, Any]]] = {}
+        self._to_hash: dict[int, set[SourceFile]] = {}  # of shards that are held: what their workers have not hashed yet
         self._idle: list[Worker] = []
         self._advanced: Counter[int] = Counter()
         self._attempts: Counter[int] = Counter()
@@ -54,7 +56,9 @@ class Collected:
         if self._waiting:
             position = self._waiting.popleft()
             worker.held.append(position)
-            worker.send((position, self._ledger.to_hash(position)))
+            files = self._ledger.to_hash(position)
+            self._to_hash[position] = set(files)
+            worker.send((position, files))
         else:
             self._idle.append(worker)
 
@@ -72,12 +76,20 @@ class Collected:
             warnings.warn(values[0], LoxMergeWarning, stacklevel=2)
         elif kind == "hashed":
             self._ledger.found(*values)
+            for position in list(worker.held):
+                self._to_hash[position].discard(values[0])
+                self._let_go(worker, position)
             self._finish()
         elif kind == "written":
             position, record = values
             self._written[position] = self._partial(worker, position), record
-            worker.held.remove(position)
+            self._let_go(worker, position)
             self._finish()
+
+    def _let_go(self, worker: Worker, position: int) -> None:
+        """Nothing is lost with this worker any more: until its sources are hashed, nobody else would read them."""
+        if (position in self._written or position in self.records) and not self._to_hash[position]:
+            worker.held.remove(position)
 
     def _finish(self) -> None:
         """Names and records every written shard whose sources are hashed; one that was sent to a store keeps no file here."""
@@ -93,7 +105,7 @@ class Collected:
     def lost(self, worker: Worker, how: str, remedy: str = "") -> None:
         """Takes back what a worker held that is gone. how: 'signal SIGKILL'. Raises LoxMergeError for a shard that lost its worker
         ATTEMPTS times."""
-        plan, held = self.job.plan, worker.held
+        plan, held = self.job.plan, [position for position in worker.held if position not in self.records]
         files = ", ".join(plan.shards[position].file for position in held)
         for position in held or [_NONE]:
             self._attempts[position] += 1
@@ -105,6 +117,7 @@ class Collected:
                 )
             self.job.progress.advance(-self._advanced.pop(position, 0))
         for position in held:
+            self._written.pop(position, None)
             self._partial(worker, position).unlink(missing_ok=True)
         self._waiting.extendleft(reversed(held))
         # Those that found nothing to do: on a cluster another worker may be long in coming.
