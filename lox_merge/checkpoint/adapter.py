@@ -137,7 +137,8 @@ class AdaptedCheckpoint(Checkpoint):
         return self.base.stored_bytes(name)
 
     def made_bytes(self, name: str) -> int:
-        return self.base.made_bytes(name)
+        # What the adapter changes is made anew, wider than it is stored.
+        return self.base.made_bytes(name) + (self.info(name).bytes if name in self.changes else 0)
 
     def info(self, name: str) -> TensorInfo:
         info = self.base.info(name)
