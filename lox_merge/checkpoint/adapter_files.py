@@ -12,6 +12,7 @@ from typing import Any
 from lox_merge.checkpoint.adapter_config import CONFIG
 from lox_merge.checkpoint.files import FileSource
 from lox_merge.checkpoint.safetensors_format import Header
+from lox_merge.checkpoint.stamps import Stamp
 
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 # What an adapter may bring along for the tokenizer; everything else in its folder belongs to its training.
@@ -52,6 +53,12 @@ class OverBase:
 
     def header(self, name: str) -> Header:
         return self.holder(name).header(name)
+
+    def seen(self, name: str) -> Stamp | None:
+        return self.holder(name).seen(name)
+
+    def look_at(self, name: str) -> None:
+        self.holder(name).look_at(name)
 
     def fetch(self, names: Sequence[str]) -> None:
         for source in (self.adapter, self.base):

@@ -144,7 +144,7 @@ class Checkpoint:
                 if self.pickled:
                     self._open[file] = TorchFile(path, f"{self.title}/{file}")
                 else:
-                    self._open[file] = SafetensorsFile(path, self.headers[file])
+                    self._open[file] = SafetensorsFile(path, self.headers[file], f"{self.role}: {self.title}/{file}")
             return self._open[file]
 
     def release(self, file: str) -> None:
@@ -223,6 +223,8 @@ def assemble(role: str, source: FileSource, shards: list[str], index: dict[str, 
             problems.append(f"{role}: {source.title} lacks the shard {file}, which the index gives {counts[file]} tensor(s). Download it again.")
             continue
         try:
+            if pickled:
+                source.look_at(file)
             headers[file] = checkpoint.weight_file(file).header if pickled else source.header(file)
         except SourceError as error:
             problems.append(f"{role}: {error}")

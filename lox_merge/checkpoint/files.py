@@ -6,11 +6,13 @@ Both answer the same questions: which files, how long, what is in a safetensors 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lox_merge.checkpoint.safetensors_format import Header, parse_header, read_header
+from lox_merge.checkpoint.stamps import Stamp, stamp_of
 from lox_merge.errors import CheckpointFormatError, SourceError
 
 if TYPE_CHECKING:
@@ -47,6 +49,14 @@ class FileSource(Protocol):
         """The safetensors header, without fetching the whole file."""
         ...
 
+    def seen(self, name: str) -> Stamp | None:
+        """What a weight file looked like just before its header was read, where it was on this machine then; None elsewhere."""
+        ...
+
+    def look_at(self, name: str) -> None:
+        """A weight file is about to be read for the first time: `seen` is from now."""
+        ...
+
     def fetch(self, names: Sequence[str]) -> None:
         """Make these files available on disk."""
         ...
@@ -62,6 +72,11 @@ class LocalFolder:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._names: dict[str, int] | None = None
+        self._seen: dict[str, Stamp] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, maybe on another machine, where one file on shared storage may have another number."""
+        return self.__dict__ | {"_seen": {}}
 
     @property
     def title(self) -> str:
@@ -108,7 +123,15 @@ class LocalFolder:
         return self.root.parent.parent / "blobs" if self.root.parent.name == "snapshots" else self.root
 
     def header(self, name: str) -> Header:
+        self.look_at(name)
         return read_header(self.path(name), f"{self.title}/{name}")
+
+    def seen(self, name: str) -> Stamp | None:
+        return self._seen.get(name)
+
+    def look_at(self, name: str) -> None:
+        with suppress(OSError):  # whoever reads it says what is wrong with it
+            self._seen[name] = stamp_of(self.path(name))
 
     def fetch(self, names: Sequence[str]) -> None:
         pass
@@ -152,6 +175,12 @@ class HubFiles:
         from lox_merge.checkpoint import hub
 
         return parse_header(hub.read_safetensors_header(self.snapshot, name, self.cache_dir), self.snapshot.files[name].size, f"{self.title}/{name}")
+
+    def seen(self, name: str) -> Stamp | None:
+        return None  # its commit fixes every byte, and most files come later
+
+    def look_at(self, name: str) -> None:
+        pass
 
     def fetch(self, names: Sequence[str]) -> None:
         from lox_merge.checkpoint import hub

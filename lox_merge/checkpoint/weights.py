@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
-from lox_merge.errors import CheckpointFormatError, LoxMergeWarning
+from lox_merge.errors import CheckpointFormatError, LoxMergeWarning, SourceChangedError
 
 
 class WeightFile(Protocol):
@@ -27,21 +28,31 @@ class WeightFile(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file mapped into memory. Tensors share the mapping (private: nothing written to them reaches the file)."""
+    """A safetensors file mapped into memory. Tensors share the mapping (private: nothing written to them reaches the file).
 
-    def __init__(self, path: Path, header: Header) -> None:
+    where: the file, for messages. Raises SourceChangedError where it no longer has this header and length.
+    """
+
+    def __init__(self, path: Path, header: Header, where: str) -> None:
         self.header = header
-        with path.open("rb") as file:
-            # ACCESS_COPY: torch wants a writable buffer; pages stay the kernel's as long as nobody writes.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:
+            with path.open("rb") as file:
+                same = os.fstat(file.fileno()).st_size == header.file_size and file.read(len(header.raw)) == header.raw
+                # ACCESS_COPY: torch wants a writable buffer; pages stay the kernel's as long as nobody writes.
+                self._map = mmap.mmap(file.fileno(), header.file_size, access=mmap.ACCESS_COPY) if same else None
+        except OSError as error:
+            raise SourceChangedError(f"{where} can no longer be read ({error.strerror}). Restore it and run the same command again.") from error
+        if self._map is None:
+            raise SourceChangedError(f"{where} is not the file that it was when its header was read. Leave it alone and run the same command again.")
 
     def tensor(self, name: str) -> Tensor:
+        assert self._map is not None
         info = self.header.tensors[name]
         dtype = dtypes.torch_dtype(info.dtype)
         if info.size == 0:
             return torch.empty(info.shape, dtype=dtype)
         if info.begin % dtype.itemsize:  # headers of odd length exist; copy rather than read across alignment
-            return torch.frombuffer(bytearray(self._map[info.begin : info.end]), dtype=dtype).view(info.shape)
+            return torch.frombuffer(bytearray(memoryview(self._map)[info.begin : info.end]), dtype=dtype).view(info.shape)
         return torch.frombuffer(self._map, dtype=dtype, count=info.size, offset=info.begin).view(info.shape)
 
     def close(self) -> None:

@@ -16,11 +16,11 @@ from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError
 from lox_merge.jobs.atomic import write_error
-from lox_merge.jobs.hashing import SourceFile
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lookahead import LooksAhead
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.stamps import SourceFile, Stamp, stamp
 
 # Bytes that are hashed in a thread: 0.5 ms, far more than handing them over takes.
 _WORTH_A_THREAD = 2**20
@@ -36,6 +36,12 @@ def source_path(plan: Plan, file: SourceFile) -> Path:
     """Where a source file of the plan is on disk."""
     role, name = file
     return plan.checkpoints[role].source.path(name)
+
+
+def first_stamp(plan: Plan, file: SourceFile) -> Stamp:
+    """What a source file of the plan looked like before anything of it was read. Raises SourceChangedError where it is gone."""
+    role, name = file
+    return plan.checkpoints[role].source.seen(name) or stamp(file, source_path(plan, file))
 
 
 def by_role(hashes: dict[SourceFile, str], roles: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 
 from lox_merge.checkpoint.checkpoint import SINGLE_INDEX
-from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError
+from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.executors.choose import PROCESSES, check_executor, choose_executor
 from lox_merge.jobs.executors.run import run
 from lox_merge.jobs.executors.sizing import Workers, check_workers
+from lox_merge.jobs.factors import source_difference
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.low_disk import Passing
 from lox_merge.jobs.manifest import build_manifest, job_description
@@ -139,22 +141,31 @@ def carry_out(
             journal.begin(job, plan.store)
             if plan.store:
                 plan.store.prepare()
-            begin(plan, journal)
+            with abandoned_where_not_finite(journal):
+                begin(plan, journal)
             resumed = sum(bool(journal.sent(shard.file)) if plan.store else (plan.out / shard.file).is_file() for shard in plan.shards)
             check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
-            records = run(plan, journal, target, progress or Silent(), chosen)
+            with abandoned_where_not_finite(journal):
+                records = run(plan, journal, target, progress or Silent(), chosen)
             manifest = build_manifest(plan, job, records, _write_side_files(plan, journal))
             write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
             sync_folder(plan.out)
             if plan.store is None:  # else what is in the store is still to be shown
                 journal.end()
-    except NonFiniteDeltaError:
-        journal.abandon()
-        raise
     except KeyboardInterrupt:
         kept = "Shards that were sent are kept out of sight on the Hub" if plan.store else f"Finished shards are kept in {plan.out}"
         raise Interrupted(f"interrupted. {kept}; run the same command again to go on, or pass --overwrite to start anew.") from None
     return JobResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, plan.bytes_written, chosen.workers)
+
+
+@contextmanager
+def abandoned_where_not_finite(journal: Journal) -> Iterator[None]:
+    """Takes the job back where a delta is not finite: it can never be finished as asked. The output has to be locked, or it may be another's."""
+    try:
+        yield
+    except NonFiniteDeltaError:
+        journal.abandon()
+        raise
 
 
 def _check_passing(plan: Plan, passing: Passing, journal: Journal, check: Callable[[Plan, Journal], None]) -> None:
@@ -181,9 +192,29 @@ def already_done(plan: Plan, journal: Journal) -> dict[str, Any] | None:
         raise OutputError(
             f"{plan.out} is a finished output, but {', '.join(damaged[:4])} is missing or not what was written. Pass --overwrite to make it again."
         )
+    if changed := _changed_sources(plan, manifest):
+        raise SourceChangedError(
+            f"{plan.out} is a finished output, and was made from other files: {'; '.join(changed[:4])}. "
+            "Restore them, choose another folder, or pass --overwrite to make it again."
+        )
     if plan.store is None and journal.folder.exists():  # stopped between manifest and clean-up
-        shutil.rmtree(journal.folder, ignore_errors=True)
+        with journal.locked():
+            journal.end()
     return manifest
+
+
+def _changed_sources(plan: Plan, manifest: dict[str, Any]) -> list[str]:
+    """What shows that files of local folders are not those that a finished output was made from. They are read through."""
+    found = [text for role, checkpoint in plan.checkpoints.items() if (text := source_difference(manifest["sources"][role], checkpoint))]
+    mirrored, written = plan.mirrored, manifest["output"]["files"]
+    if mirrored.source.identity().get("commit") is not None:
+        return found
+    config = output_config(plan)
+    for name in plan.side_files:
+        own = name == "config.json" and config is not None
+        if name in written and (hashlib.sha256(config or b"").hexdigest() if own else sha256_of(mirrored.source.path(name))) != written[name]:
+            found.append(f"{mirrored.role}: {name} has other contents")
+    return found
 
 
 def _write_side_files(plan: Plan, journal: Journal) -> dict[str, str]:

@@ -80,7 +80,7 @@ class Factors:
         damage = factors_damage(document) or _missing_vectors(document, header)
         if damage:
             raise RequestError(f"{file.name} is damaged ({damage}). Make it again: lox-merge decompose BASE ALIGNED FILE --overwrite")
-        return cls(file, document, SafetensorsFile(file, header))
+        return cls(file, document, SafetensorsFile(file, header, file.name))
 
     @property
     def recipe(self) -> Recipe:

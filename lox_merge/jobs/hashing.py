@@ -23,12 +23,20 @@ def hashing_threads(cores: int) -> int:
 class SourceHasher:
     """Hashes files in the order in which shards need them, at most `ahead` shards ahead of the work.
 
+    path_of: where a file is. stamp_first: what it looked like before anything of it was read; by default, what it looks like now.
     Reading further ahead than one would push what is about to be used out of the page cache on a machine with little memory.
     """
 
-    def __init__(self, needed: list[list[SourceFile]], path_of: Callable[[SourceFile], Path], ahead: int = 1) -> None:
+    def __init__(
+        self,
+        needed: list[list[SourceFile]],
+        path_of: Callable[[SourceFile], Path],
+        stamp_first: Callable[[SourceFile], Stamp] | None = None,
+        ahead: int = 1,
+    ) -> None:
         self._ahead = ahead
         self._path_of = path_of
+        self._stamp_first = stamp_first or (lambda file: stamp(file, path_of(file)))
         self._needed = needed
         self._futures: dict[SourceFile, Future[str]] = {}
         self._stamps: dict[SourceFile, Stamp] = {}
@@ -38,7 +46,7 @@ class SourceHasher:
         if ahead:
             # Tensors are read further ahead than files are hashed: what changes in between would be written under the hash of another file.
             for file in dict.fromkeys(file for files in needed for file in files):
-                self._stamps[file] = stamp(file, path_of(file))
+                self._stamps[file] = self._stamp_first(file)
 
     def start_shard(self, position: int) -> None:
         """Shard number `position` is about to be worked on: queue its files and the next shard's."""
@@ -49,7 +57,7 @@ class SourceHasher:
             for file in files:
                 if file not in self._futures:
                     if file not in self._stamps:
-                        self._stamps[file] = stamp(file, self._path_of(file))
+                        self._stamps[file] = self._stamp_first(file)
                     path = self._path_of(file)
                     self._futures[file] = begun_early(path, self._stamps[file]) or self._pool.submit(sha256_of, path, self._stop)
 

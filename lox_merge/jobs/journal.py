@@ -11,11 +11,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lox_merge.checkpoint.checkpoint import SINGLE, SINGLE_INDEX
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.low_disk import DOWNLOADS
-from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
+from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, check_work_folder
 from lox_merge.jobs.store import WEIGHTS_NOTE, Store
 
 _JOB = "job.json"
@@ -36,6 +37,7 @@ class Journal:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the output for this process; the lock goes with the process, however it ends. Raises OutputError."""
+        check_work_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / _LOCK)
         try:
@@ -49,7 +51,8 @@ class Journal:
 
     def clear(self) -> None:
         """Empties an output of this program, finished or not, but for the lock that is being held."""
-        for entry in list(self.out.iterdir()):
+        # What makes a folder load as a model goes first: killed halfway, this leaves none that lacks its chat template.
+        for entry in sorted(self.out.iterdir(), key=lambda entry: (entry.name not in (MANIFEST, SINGLE_INDEX, SINGLE, "config.json"), entry.name)):
             if entry != self.folder:
                 _remove(entry)
         for entry in list(self.folder.iterdir()):
@@ -161,7 +164,7 @@ class Journal:
     def withdraw(self) -> None:
         """Takes the working state back, and an output that is empty without it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if not any(self.out.iterdir()):
+        if not any(self.out.iterdir()) and not self.out.is_symlink():  # a link is the user's
             self.out.rmdir()
 
     def partial(self, file: str, writer: str = "") -> Path:

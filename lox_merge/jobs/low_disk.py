@@ -13,7 +13,7 @@ from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.checkpoint.files import HubFiles
 from lox_merge.checkpoint.passing_files import PassingFiles
 from lox_merge.errors import RequestError, SourceChangedError
-from lox_merge.jobs.hashing import SourceFile
+from lox_merge.jobs.stamps import SourceFile
 
 # In the working state of an unfinished output, so that --overwrite and the end of the job clear it away.
 DOWNLOADS = "downloads"

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lox_merge.checkpoint.safetensors_format import build_header
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import LoxMergeWarning, NonFiniteDeltaError, NumericalError
 from lox_merge.jobs.atomic import json_bytes, sync_folder, write_error
-from lox_merge.jobs.engine import Progress, by_role, count_non_finite, source_path, typical_cost
+from lox_merge.jobs.engine import Progress, by_role, count_non_finite, first_stamp, source_path, typical_cost
 from lox_merge.jobs.factors import METADATA_KEY
 from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.jobs.journal import Journal
@@ -57,7 +58,7 @@ def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: P
     Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished pieces stay.
     """
     shards = [shard for shard in plan.shards if _edited(shard)]
-    hasher = SourceHasher([shard.sources(plan.checkpoints) for shard in shards], lambda file: source_path(plan, file))
+    hasher = SourceHasher([shard.sources(plan.checkpoints) for shard in shards], partial(source_path, plan), partial(first_stamp, plan))
     records: list[dict[str, Any]] = []
     crew = Crew(device, CrewSize.of(device, typical_cost(plan)))
     try:

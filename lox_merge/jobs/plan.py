@@ -275,6 +275,7 @@ def _output_problems(out: Path, checkpoints: Iterable[Checkpoint]) -> list[str]:
 
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Raises OutputError when `out` holds anything that is not an output of this program."""
+    check_work_folder(out / WORK_FOLDER)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():
@@ -282,6 +283,12 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     if not (out / MANIFEST).is_file() and not (out / WORK_FOLDER).is_dir():
         hint = "--overwrite replaces only folders that lox-merge wrote. " if overwrite else ""
         raise OutputError(f"the output {out} exists and was not written by lox-merge. {hint}Choose another folder, or empty it yourself.")
+
+
+def check_work_folder(folder: Path) -> None:
+    """Raises OutputError for a link: starting anew would empty the folder that it points to."""
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a link, and working files have to be in the folder itself. Remove the link, or choose another output.")
 
 
 def output_config(plan: Plan) -> bytes | None:

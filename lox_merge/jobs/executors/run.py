@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from lox_merge.jobs.engine import Progress, by_role, source_path
+from lox_merge.jobs.engine import Progress, by_role, first_stamp, source_path
 from lox_merge.jobs.executors.protocol import Executor, ShardJob
 from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.jobs.journal import Journal
@@ -20,7 +21,8 @@ def run(plan: Plan, journal: Journal, device: torch.device, progress: Progress, 
     Raises NonFiniteDeltaError, WriteError, SourceChangedError, NumericalError; finished shards stay.
     """
     needed = [shard.sources(plan.checkpoints) for shard in plan.shards]
-    hasher = SourceHasher(needed, lambda file: source_path(plan, file), ahead=executor.reads_ahead if plan.passing is None else 0)
+    ahead = executor.reads_ahead if plan.passing is None else 0
+    hasher = SourceHasher(needed, partial(source_path, plan), partial(first_stamp, plan), ahead)
     records: dict[int, dict[str, Any]] = {}
     try:
         for position, shard in enumerate(plan.shards):

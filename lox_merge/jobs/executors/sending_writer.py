@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.jobs.executors.writer import ShardWriter, Tell, WorkerTask
-from lox_merge.jobs.hashing import SourceFile
 from lox_merge.jobs.plan import check_room
+from lox_merge.jobs.stamps import SourceFile
 
 
 class SendingWriter(ShardWriter):

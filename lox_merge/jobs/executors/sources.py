@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from lox_merge.jobs.engine import source_path
+from lox_merge.jobs.engine import first_stamp, source_path
 from lox_merge.jobs.executors.protocol import ShardJob
-from lox_merge.jobs.hashing import SourceFile, check_stamp, stamp
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.stamps import SourceFile, check_stamp
 from lox_merge.jobs.store import changed_on_the_way, check_stated
 
 
@@ -75,7 +75,7 @@ class SourceLedger:
                 self._reader.setdefault(file, position)
                 if file not in self._stamps:
                     # Taken before anybody reads: whatever is written to it from now on shows.
-                    self._stamps[file] = stamp(file, source_path(self._plan, file))
+                    self._stamps[file] = first_stamp(self._plan, file)
 
     def to_hash(self, position: int) -> list[SourceFile]:
         return [file for file in self._needed[position] if self._reader[file] == position and file not in self._hashes]

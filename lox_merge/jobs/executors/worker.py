@@ -16,7 +16,7 @@ from typing import Any
 from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
 from lox_merge.jobs.executors.sending_writer import SendingWriter
 from lox_merge.jobs.executors.writer import ShardWriter, Tell, WorkerTask
-from lox_merge.jobs.hashing import SourceFile
+from lox_merge.jobs.stamps import SourceFile
 
 Order = tuple[int, list[SourceFile]] | None
 

@@ -14,10 +14,10 @@ import torch
 from lox_merge.errors import Interrupted
 from lox_merge.jobs.atomic import sha256_of
 from lox_merge.jobs.engine import make_durable, source_path, write_shard
-from lox_merge.jobs.hashing import SourceFile
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lookahead import look_ahead
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.stamps import SourceFile
 from lox_merge.jobs.work import Crew, CrewSize
 
 # What a worker tells: its kind and its values.
