@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint.adapter_config import CONFIG
-from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError
+from lox_merge.errors import Interrupted, LoxMergeWarning
 from lox_merge.jobs.adapter_file import Triplets, Written, write_factors
 from lox_merge.jobs.adapter_plan import AdapterPlan, Source
 from lox_merge.jobs.atomic import json_bytes, sync_folder, write_atomically
 from lox_merge.jobs.engine import Progress
-from lox_merge.jobs.execute import Silent, already_done, resolve_device
+from lox_merge.jobs.execute import Silent, abandoned_where_not_finite, already_done, resolve_device
 from lox_merge.jobs.harden import HardenResult, check_some_delta
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.layout import MatrixView
@@ -51,6 +51,7 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
         journal.check(job)
         done = already_done(plan, journal)
         if done is not None:
+            remove_pieces(plan)  # stopped between manifest and clean-up
             return HardenResult(plan.out, done, time.perf_counter() - started, len(plan.shards), 0, 0)
     # Vectors of all edited tensors while it runs, and the adapter beside them; a disk that fills up later loses nothing.
     check_room(plan.out, 2 * (made.largest_bytes or 0))
@@ -64,20 +65,17 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
                 journal.clear()
             journal.begin(job)
             resumed = sum((plan.out / piece_name(shard)).is_file() for shard in plan.shards)
-            records = write_pieces(plan, journal, target, progress or Silent(), examine=partial(_nearest_rounding, plan))
+            with abandoned_where_not_finite(journal):
+                records = write_pieces(plan, journal, target, progress or Silent(), examine=partial(_nearest_rounding, plan))
             pieces = Pieces(plan, records, plan.out)
             config = json_bytes(made.config(pieces.ranks))
             weights, outcome = write_factors(made, pieces.ranks, pieces.read, journal)
             files = {CONFIG: write_atomically(plan.out / CONFIG, config, journal.folder)}
             manifest = _manifest(made, job, pieces, weights, files, outcome)
-            for shard in plan.shards:
-                (plan.out / piece_name(shard)).unlink(missing_ok=True)
             write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
             sync_folder(plan.out)
+            remove_pieces(plan)
             journal.end()
-    except NonFiniteDeltaError:
-        journal.abandon()
-        raise
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted. Finished pieces are kept in {plan.out}; run the same command again to go on, or pass --overwrite to start anew."
@@ -85,6 +83,11 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
     if manifest["adapter"]["left_out_share"]:
         warnings.warn(left_out_text(manifest), LoxMergeWarning, stacklevel=2)
     return HardenResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, weights["size"])
+
+
+def remove_pieces(plan: Plan) -> None:
+    for shard in plan.shards:
+        (plan.out / piece_name(shard)).unlink(missing_ok=True)
 
 
 def adapter_job(made: AdapterPlan, device: torch.device) -> dict[str, Any]:

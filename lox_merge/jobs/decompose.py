@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lox_merge.checkpoint.safetensors_format import read_header
-from lox_merge.errors import CheckpointFormatError, Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError
+from lox_merge.errors import CheckpointFormatError, Interrupted, LoxMergeWarning, OutputError, RequestError
 from lox_merge.jobs.atomic import sync_folder
 from lox_merge.jobs.engine import Progress
+from lox_merge.jobs.execute import abandoned_where_not_finite
 from lox_merge.jobs.factors import FORMAT, SELECTION, Factors, read_document
 from lox_merge.jobs.harden import Silent, check_some_delta, plan_hardening, resolve_device
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.manifest import job_description
 from lox_merge.jobs.pieces import assemble, write_pieces
-from lox_merge.jobs.plan import Plan, check_room
+from lox_merge.jobs.plan import Plan, check_room, check_work_folder
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.recorded import factors_damage
 from lox_merge.maths.rank import parse_rank
@@ -104,6 +105,7 @@ def execute_decomposition(
         "recipe": {key: settings[key] for key in ("rank", "tolerance", "seed", *SELECTION)},
     }
     journal = Journal(plan.out)
+    check_work_folder(plan.out)
     if path.exists():
         there = _document(path)
         if there is None:
@@ -114,7 +116,9 @@ def execute_decomposition(
                 raise OutputError(f"{path} holds the factors of another job ({changed} differ). Choose another name, or pass --overwrite.")
             found = Factors.open(path)
             found.check(plan.base, plan.aligned)
-            shutil.rmtree(plan.out, ignore_errors=True)  # stopped between the last rename and the clean-up
+            if plan.out.exists():  # stopped between the last rename and the clean-up
+                with journal.locked():
+                    shutil.rmtree(plan.out, ignore_errors=True)
             return DecomposeResult(path, found, time.perf_counter() - started, computed=False)
     if not overwrite:
         journal.check(job)
@@ -128,13 +132,11 @@ def execute_decomposition(
             if overwrite:
                 journal.clear()
             journal.begin(job)
-            records = write_pieces(plan, journal, target, progress or Silent())
+            with abandoned_where_not_finite(journal):
+                records = write_pieces(plan, journal, target, progress or Silent())
             assemble(path, records, _build_document(plan, job, records), journal)
             shutil.rmtree(plan.out, ignore_errors=True)
             sync_folder(path.parent)
-    except NonFiniteDeltaError:
-        journal.abandon()
-        raise
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted. Finished pieces are kept in {plan.out}; run the same command again to go on, or pass --overwrite to start anew."

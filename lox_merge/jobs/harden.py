@@ -179,7 +179,9 @@ def execute(
     settings: dict[str, Any] = {"device": device, "workers": workers, "executor": executor, "overwrite": overwrite, "progress": progress}
     result = HardenResult(**vars(carry_out(plan, check=lambda plan, _: check_some_delta(plan), **settings)))
     if plan.store and result.summary.zero_deltas == len(plan.edited):
-        Journal(plan.out).abandon()
+        journal = Journal(plan.out)
+        with journal.locked():
+            journal.abandon()
         raise no_difference(plan)
     if result.bytes_written:
         summary = result.summary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +35,8 @@ def publish_sent(folder: Path, store: HubStore, *, public: bool, revision: str |
             result = push(plan)
             note = store.identity | {"commit": result.commit, "weights": "on the Hub, in this commit; everything else is here too"}
             write_atomically(output.folder / WEIGHTS_NOTE, json_bytes(note), journal.folder)
+            journal.end()
     except UploadsGoneError as error:
         journal.forget(error.files)
         raise
-    shutil.rmtree(journal.folder, ignore_errors=True)
     return plan, replace(result, created=not store.target.exists)
