@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RunCli
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import make_pair, read_tensors
 
 from lox_merge import Recipe, harden
 from lox_merge.errors import OutputError, RequestError
 from lox_merge.jobs import triplets
+from lox_merge.jobs.adapter import execute_adapter
+from lox_merge.jobs.adapter_plan import plan_adapter
 from lox_merge.jobs.decompose import decompose
-from lox_merge.jobs.harden import plan_hardening
+from lox_merge.jobs.factors import open_factors
+from lox_merge.jobs.harden import execute, plan_hardening
 from lox_merge.jobs.verify import verify
 
 HELD = 8
@@ -101,3 +106,21 @@ def test_a_stacked_expert_takes_its_own_triplets(pair: tuple[Path, Path, Path], 
             found = plan.triplets.subspace(tensor, view, delta, earlier, stored)
             left, values, right = torch.linalg.svd(delta.double())
             torch.testing.assert_close(found.low_rank().double(), (left[:, :3] * values[:3]) @ right[:3], rtol=0, atol=1e-5)
+
+
+CHANGES = [("left", -1.0), ("right", -1.0), ("values", -1.0), ("values", 3.0), ("left", 2.0), ("right", torch.nan)]
+
+
+@pytest.mark.parametrize("what, factor", CHANGES, ids=str)
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_factors_that_were_changed_write_nothing(pair: tuple[Path, Path, Path], tmp_path: Path, what: str, factor: float, as_adapter: bool) -> None:
+    """With flipped signs an edit would take alignment away; nobody has to believe a file that came from elsewhere."""
+    base, aligned, factors = pair
+    with safe_open(factors, "pt") as file:
+        metadata = file.metadata()
+    changed = {name: values * factor if name.endswith(f".{what}") else values for name, values in load_file(factors).items()}
+    save_file(changed, tmp_path / "changed.safetensors", metadata=metadata)
+    with open_factors(tmp_path / "changed.safetensors") as held, pytest.raises(RequestError, match="does not hold singular triplets of the delta of"):
+        plan = plan_hardening(base, aligned, tmp_path / "out", recipe=Recipe(rank=4), factors=held, form="adapter" if as_adapter else "model")
+        execute_adapter(plan_adapter(plan)) if as_adapter else execute(plan, device="cpu")
+    assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -17,9 +17,13 @@ from lox_merge.jobs.noise import PLAIN, PairNoise
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.settings import Settings
 from lox_merge.maths.factored import factored_svd
+from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
+
+# Triplets in float32 agree with their delta to about 1e-6, on any device and number of threads; the tolerance of an SVD is 1e-3.
+_SAME = 1e-3
 
 
 class TripletSource(Protocol):
@@ -88,7 +92,13 @@ class FromFactors:
 
     def subspace(self, tensor: TensorPlan, view: MatrixView, delta: Tensor, base: Tensor, aligned: Tensor) -> Subspace:
         found = self.factors.subspace(tensor.name, view.label)
-        return _truncated(found, _rule(tensor), view, self.factors.matrices[tensor.name, view.label].noise_edge, delta.device)
+        kept = _truncated(found, _rule(tensor), view, self.factors.matrices[tensor.name, view.label].noise_edge, delta.device)
+        if not spans_part_of(delta, kept):
+            raise RequestError(
+                f"{self.factors.path.name} does not hold singular triplets of the delta of {tensor.name}{view.label}: it was changed since it was "
+                "made, and what it holds could weaken the model. Make it again: lox-merge decompose BASE ALIGNED FILE --overwrite"
+            )
+        return kept
 
     def record(self) -> dict[str, Any]:
         settings = self.factors.document["job"]["recipe"]
@@ -142,6 +152,25 @@ def _truncated(found: Subspace, rule: RankRule, view: MatrixView, noise_edge: fl
     part = found if kept is None else found.truncate(min(kept, found.rank))
     # One memory layout wherever the triplets come from: products of another layout add in another order.
     return replace(part, left=part.left.to(device).contiguous(), right=part.right.to(device).contiguous())
+
+
+def spans_part_of(delta: Tensor, subspace: Subspace) -> bool:
+    """Whether U is orthonormal and V S = ΔᵀU, V with columns of norm 1: then U S Vᵀ = U Uᵀ Δ, an edit along the delta and none against it.
+
+    One product with the delta, a tenth of what an SVD takes at least. Files of factors come from elsewhere, and nothing else compares them
+    with the weights before an edit is written.
+    """
+    if subspace.rank == 0:
+        return True
+    left, right, values = subspace.left, subspace.right, subspace.singular_values.to(delta.device)
+    with full_precision_matmul(delta.device):
+        image = (left.T @ delta).T.double()
+        gram = (left.T @ left).double()
+    apart = (image - right.double() * values).norm()
+    skew = (gram - torch.eye(subspace.rank, dtype=torch.float64, device=delta.device)).abs().max()
+    uneven = (right.double().norm(dim=0) - 1).abs().max()
+    # Not >, or NaN would pass.
+    return bool(((apart <= _SAME * values.norm()) & (skew <= _SAME) & (uneven <= _SAME)).item())
 
 
 def _kept(found: Subspace, rule: RankRule, view: MatrixView, noise_edge: float) -> int | None:
