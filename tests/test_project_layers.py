@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from finetuned import filtered_tensor
 from project_fixtures import Three
 from reference import assert_equals_to_rounding, load
+from safetensors.torch import load_file, save_file
 
 from lox_merge import FilterRecipe, project
+from lox_merge.errors import Interrupted, RequestError, SourceChangedError
 from lox_merge.jobs.verify import verify
 
 
@@ -76,3 +80,64 @@ def test_the_authors_projector(floats: Three, tmp_path: Path) -> None:
             assert torch.equal(out[name], tensor)
     assert projected > 3
     assert verify(tmp_path / "out", base=floats[0], aligned=floats[1], finetuned=floats[2]).ok
+
+
+class Interrupting:
+    """Ctrl-C at the first bytes."""
+
+    def advance(self, count: int) -> None:
+        raise KeyboardInterrupt
+
+
+def begun(models: Three, out: Path, recipe: FilterRecipe) -> None:
+    with pytest.raises(Interrupted):
+        project(*models, out, recipe=recipe, progress=Interrupting())
+
+
+def save_again(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        changed = {name: change(name, tensor).contiguous() for name, tensor in load_file(file).items()}
+        save_file(changed, file.with_suffix(".new"), metadata={"format": "pt"})
+        file.with_suffix(".new").replace(file)
+
+
+@pytest.fixture
+def own(floats: Three, tmp_path: Path) -> Three:
+    """Models that a test may change."""
+    base, aligned, finetuned = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in floats)
+    return base, aligned, finetuned
+
+
+def test_layers_belong_to_the_sources_they_were_found_in(own: Three, tmp_path: Path) -> None:
+    """Training went on after an interruption, and was saved over the same files: the layers of then are not those of now."""
+    recipe, out = FilterRecipe(fraction=0.25, layers=3), tmp_path / "out"
+    base, aligned = load(own[0]), load(own[1])
+    before = sorted(cosines(own, 0.25), key=cosines(own, 0.25).__getitem__)
+    begun(own, out, recipe)
+    # What was least similar is now along the alignment delta.
+    save_again(own[2], lambda name, tensor: tensor + 5 * (aligned[name] - base[name]) if name in before[:3] else tensor)
+    now = cosines(own, 0.25)
+    assert set(sorted(now, key=now.__getitem__)[:3]) != set(before[:3])
+    with pytest.raises(SourceChangedError, match="least similar are not those"):
+        project(*own, out, recipe=recipe)
+    project(*own, out, recipe=recipe, overwrite=True)
+    expected = project(*own, tmp_path / "expected", recipe=recipe).out
+    assert all(torch.equal(tensor, load(expected)[name]) for name, tensor in load(out).items())
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"least_similar": 5}', '{"least_similar": [[1]], "sources": {}}'])
+def test_layers_whose_file_is_damaged_are_found_again(own: Three, tmp_path: Path, text: str) -> None:
+    recipe, out = FilterRecipe(fraction=0.25, layers=3), tmp_path / "out"
+    begun(own, out, recipe)
+    (out / ".lox_merge" / "layers.json").write_text(text)
+    project(*own, out, recipe=recipe)
+    assert verify(out, base=own[0], aligned=own[1], finetuned=own[2]).problems == []
+
+
+def test_a_direction_that_was_turned_after_an_interruption_is_seen(own: Three, tmp_path: Path) -> None:
+    recipe, out = FilterRecipe(fraction=0.25), tmp_path / "out"
+    base, aligned = load(own[0]), load(own[1])
+    begun(own, out, recipe)
+    save_again(own[2], lambda name, tensor: aligned[name] - 0.9 * (aligned[name] - base[name]))
+    with pytest.raises(RequestError, match="points back"):
+        project(*own, out, recipe=recipe)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lox_merge.errors import RecipeError
+from lox_merge.errors import RecipeError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, write_atomically
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import JobResult, carry_out, resolve_device, warn_about_gain
@@ -24,7 +24,8 @@ from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.plan import Plan, make_plan
 from lox_merge.jobs.triplets import FromFactors
 
-_LAYERS = "layers.json"
+# Working files: layers that were selected, and sources whose direction was found right.
+_LAYERS, _CHECKED = "layers.json", "checked.json"
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,12 @@ def execute_projection(
     target = resolve_device(device)
 
     def prepare(plan: Plan, journal: Journal) -> None:
-        # Seen to be right before the first byte of this very job was written: not read again to go on.
-        if overwrite or not journal.begun:
+        # Seen to be right before the first byte of this very job was written: not read again to go on, unless a file was replaced since.
+        if overwrite or not journal.begun or (journal.read(_CHECKED) or {}).get("sources") != _seen(plan):
             check_direction(plan)
 
     def begin(plan: Plan, journal: Journal) -> None:
+        write_atomically(journal.folder / _CHECKED, json_bytes({"sources": _seen(plan)}), journal.folder)
         settle_layers(plan, journal, target)
 
     done = carry_out(plan, device=device, workers=workers, executor=executor, overwrite=overwrite, progress=progress, check=prepare, begin=begin)
@@ -125,13 +127,34 @@ def execute_projection(
 
 
 def settle_layers(plan: Plan, journal: Journal, device: torch.device) -> None:
-    """Finds the layers that `recipe.layers` selects, once for a job: an interrupted one goes on with what it found."""
+    """Finds the layers that `recipe.layers` selects, once for a job: an interrupted one goes on with what it found.
+
+    Raises SourceChangedError where sources were replaced since, and other layers are selected now.
+    """
     edit = plan.edit
     assert isinstance(edit, FilterEdit)
     if edit.recipe.layers is None:
         return
-    known = journal.read(_LAYERS)
-    if known is None:
-        known = {"least_similar": sorted(find_least_similar(plan, edit, device))}
-        write_atomically(journal.folder / _LAYERS, json_bytes(known), journal.folder)
-    plan.edit = replace(edit, least_similar=frozenset(known["least_similar"]))
+    known, seen = journal.read(_LAYERS) or {}, _seen(plan)
+    found = known.get("least_similar")
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        found = None
+    if found is None or known.get("sources") != seen:
+        again = sorted(find_least_similar(plan, edit, device))
+        if found is not None and again != found:
+            raise SourceChangedError(
+                f"the layers that are least similar are not those that {plan.out} was begun with: a source was changed meanwhile. "
+                "Restore it, or pass --overwrite to start anew."
+            )
+        found = again
+        write_atomically(journal.folder / _LAYERS, json_bytes({"least_similar": found, "sources": seen}), journal.folder)
+    plan.edit = replace(edit, least_similar=frozenset(found))
+
+
+def _seen(plan: Plan) -> dict[str, dict[str, list[int] | None]]:
+    """What the weight files of every source looked like when their headers were read, as JSON has it; null for those of a commit on the Hub."""
+    seen: dict[str, dict[str, list[int] | None]] = {}
+    for role, file in dict.fromkeys(source for shard in plan.shards for source in shard.sources(plan.checkpoints)):
+        stamp = plan.checkpoints[role].source.seen(file)
+        seen.setdefault(role, {})[file] = None if stamp is None else list(stamp)
+    return seen
