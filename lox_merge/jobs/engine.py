@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.weights import tensor_bytes
-from lox_merge.errors import NonFiniteDeltaError
+from lox_merge.errors import NonFiniteDeltaError, NumericalError
 from lox_merge.jobs.atomic import write_error
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lookahead import LooksAhead
@@ -24,6 +25,8 @@ from lox_merge.jobs.stamps import SourceFile, Stamp, stamp
 
 # Bytes that are hashed in a thread: 0.5 ms, far more than handing them over takes.
 _WORTH_A_THREAD = 2**20
+# Entries that are looked at together: their masks take this many bytes.
+_RANGE_PIECE = 2**22
 
 
 class Progress(Protocol):
@@ -127,10 +130,14 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksA
     if tensor.action == "copy":
         stored = plan.stored(tensor)
         if target.dtype != tensor.info.dtype and not tensor.stored:
-            stored = stored.to(dtypes.torch_dtype(target.dtype))
+            converted = stored.to(dtypes.torch_dtype(target.dtype))
+            check_range(tensor.name, stored, converted)
+            stored = converted
         yield tensor_bytes(stored), record | {"action": "copied", "reason": tensor.reason}
         return
     out, results = ahead.take(tensor)
+    if target.dtype != tensor.info.dtype and not tensor.stored:
+        check_range(tensor.name, plan.mirrored.tensor(tensor.name), out)
     if any(result.bad for result in results) and not plan.recipe.skip_non_finite:
         raise NonFiniteDeltaError(count_non_finite(plan))
     if any(result.changed for result in results):
@@ -143,6 +150,21 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksA
     if skipped:
         record["non_finite"] = {"parts": skipped, "count": sum(result.bad for result in results)}
     yield tensor_bytes(plan.requantised.encode(tensor.name, out) if plan.requantised and tensor.stored else out), record
+
+
+def check_range(name: str, read: Tensor, written: Tensor) -> None:
+    """Raises NumericalError where a number became Inf because another dtype holds no number as large."""
+    if not (read.is_floating_point() and written.is_floating_point()) or torch.finfo(written.dtype).max >= torch.finfo(read.dtype).max:
+        return
+    lost = 0
+    for before, after in zip(*(torch.split(tensor.reshape(-1), _RANGE_PIECE) for tensor in (read, written)), strict=True):
+        lost += int((torch.isfinite(before) & ~torch.isfinite(after)).sum())
+    if lost:
+        dtype = str(written.dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"tensor {name} holds {lost:,} number(s) that {dtype} cannot hold (its largest is {torch.finfo(written.dtype).max:.4g}). "
+            "Leave --dtype out, or take one with a larger range: bfloat16, float32."
+        )
 
 
 def count_non_finite(plan: Plan) -> dict[str, int]:
