@@ -18,7 +18,7 @@ from tiny_models import make_pair
 
 from lox_merge import Recipe, harden
 from lox_merge.errors import PlanError, RequestError, SourceError
-from lox_merge.jobs.verify import verify
+from lox_merge.jobs.verify import _difference, verify
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -181,3 +181,24 @@ def test_output_and_sources_on_the_hub(
     done = run_cli("verify", "owner/hardened", "--sample", 5, **environment)
     assert done.returncode == 0, done.stderr
     assert "5 tensors made again from the sources: equal" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_copy_may_not_differ_at_all(tmp_path: Path, dtype: str) -> None:
+    """What rounding on another machine explains of an edit explains nothing of a tensor that nothing was computed of."""
+    base, aligned = make_pair(tmp_path, "llama", dtype)
+    out = harden(base, aligned, tmp_path / "out", recipe=Recipe(rank=4, exclude=("lm_head",))).out
+    copied = load(out)["lm_head.weight"].clone()
+    flat = copied.view(-1)
+    few = flat[: flat.numel() // 60]
+    few.copy_(torch.nextafter(few, torch.full_like(few, torch.inf)))
+    rewrite(out, "lm_head.weight", copied)
+    (problem,) = verify(out, base=base, aligned=aligned).problems
+    assert problem.startswith("tensor lm_head.weight") and f"{few.numel():,} of {copied.numel():,} values differ" in problem
+
+
+def test_infinity_hides_no_other_difference() -> None:
+    expected = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0, 2.0])
+    assert _difference(expected + torch.tensor([0, 0, 0, 1e-5, 0]), expected, exact=False) == ""
+    assert "2 of 5 values differ, by up to 1" in _difference(expected + torch.tensor([0, 0, 0, 1.0, 1.0]), expected, exact=False)
+    assert "1 of 5 values differ" in _difference(torch.tensor([torch.inf, torch.inf, torch.nan, 1.0, 2.0]), expected, exact=False)
