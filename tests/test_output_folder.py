@@ -95,3 +95,19 @@ def test_an_adapter_stopped_before_its_pieces_went(pair: Pair, tmp_path: Path) -
     (plan.out / ".lox_merge").mkdir()
     result = execute_adapter(plan_adapter(plan_hardening(*pair, tmp_path / "out", recipe=Recipe(rank=4))))
     assert not result.bytes_written and sorted(path.name for path in plan.out.iterdir()) == there
+
+
+def test_a_job_that_is_taken_back_leaves_the_files_of_others(pair: Pair, tmp_path: Path) -> None:
+    file = sorted(pair[1].glob("*.safetensors"))[-1]
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    next(tensor for tensor in tensors.values() if tensor.ndim == 2)[0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    out = tmp_path / "out"
+    (out / ".lox_merge").mkdir(parents=True)  # as an interruption leaves it
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("x")
+    for call in (lambda: harden(*pair, out, recipe=Recipe(rank=4)), lambda: execute_adapter(plan_adapter(plan_hardening(*pair, out)))):
+        with pytest.raises(NonFiniteDeltaError):
+            call()
+        assert [path.name for path in out.rglob("*")] == ["notes", "mine.txt"]
+        (out / ".lox_merge").mkdir()

@@ -65,7 +65,7 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
                 journal.clear()
             journal.begin(job)
             resumed = sum((plan.out / piece_name(shard)).is_file() for shard in plan.shards)
-            with abandoned_where_not_finite(journal):
+            with abandoned_where_not_finite(journal, [piece_name(shard) for shard in plan.shards]):
                 records = write_pieces(plan, journal, target, progress or Silent(), examine=partial(_nearest_rounding, plan))
             pieces = Pieces(plan, records, plan.out)
             config = json_bytes(made.config(pieces.ranks))

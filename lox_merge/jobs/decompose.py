@@ -19,7 +19,7 @@ from lox_merge.jobs.factors import FORMAT, SELECTION, Factors, read_document
 from lox_merge.jobs.harden import Silent, check_some_delta, plan_hardening, resolve_device
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.manifest import job_description
-from lox_merge.jobs.pieces import assemble, write_pieces
+from lox_merge.jobs.pieces import assemble, piece_name, write_pieces
 from lox_merge.jobs.plan import Plan, check_room, check_work_folder
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.recorded import factors_damage
@@ -132,7 +132,7 @@ def execute_decomposition(
             if overwrite:
                 journal.clear()
             journal.begin(job)
-            with abandoned_where_not_finite(journal):
+            with abandoned_where_not_finite(journal, [piece_name(shard) for shard in plan.shards]):
                 records = write_pieces(plan, journal, target, progress or Silent())
             assemble(path, records, _build_document(plan, job, records), journal)
             shutil.rmtree(plan.out, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,11 +141,11 @@ def carry_out(
             journal.begin(job, plan.store)
             if plan.store:
                 plan.store.prepare()
-            with abandoned_where_not_finite(journal):
+            with abandoned_where_not_finite(journal, plan.files):
                 begin(plan, journal)
             resumed = sum(bool(journal.sent(shard.file)) if plan.store else (plan.out / shard.file).is_file() for shard in plan.shards)
             check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
-            with abandoned_where_not_finite(journal):
+            with abandoned_where_not_finite(journal, plan.files):
                 records = run(plan, journal, target, progress or Silent(), chosen)
             manifest = build_manifest(plan, job, records, _write_side_files(plan, journal))
             write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
@@ -159,12 +159,15 @@ def carry_out(
 
 
 @contextmanager
-def abandoned_where_not_finite(journal: Journal) -> Iterator[None]:
-    """Takes the job back where a delta is not finite: it can never be finished as asked. The output has to be locked, or it may be another's."""
+def abandoned_where_not_finite(journal: Journal, files: Sequence[str]) -> Iterator[None]:
+    """Takes the job back where a delta is not finite: it can never be finished as asked. files: what it may have written.
+
+    The output has to be locked, or it may be another's by then.
+    """
     try:
         yield
     except NonFiniteDeltaError:
-        journal.abandon()
+        journal.abandon(files)
         raise
 
 

@@ -181,7 +181,7 @@ def execute(
     if plan.store and result.summary.zero_deltas == len(plan.edited):
         journal = Journal(plan.out)
         with journal.locked():
-            journal.abandon()
+            journal.abandon(plan.files)
         raise no_difference(plan)
     if result.bytes_written:
         summary = result.summary

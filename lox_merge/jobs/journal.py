@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -156,9 +156,13 @@ class Journal:
         """The manifest is in place: the working state has served."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def abandon(self) -> None:
-        """Takes back everything this job wrote: it can never be finished as asked."""
-        self.clear()
+    def abandon(self, files: Iterable[str]) -> None:
+        """Takes back what this job wrote, and nothing else: it can never be finished as asked. files: all that it may have written."""
+        for file in files:
+            (self.out / file).unlink(missing_ok=True)
+        for folder in sorted({self.out / parent for file in files for parent in PurePosixPath(file).parents[:-1]}, reverse=True):
+            with suppress(OSError):  # not there, or not empty
+                folder.rmdir()
         self.withdraw()
 
     def withdraw(self) -> None:

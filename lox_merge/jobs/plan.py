@@ -141,6 +141,11 @@ class Plan:
     def keeps_index(self) -> bool:
         return self.recipe.dtype is None and not self.mirrored.pickled and self.mirrored.index is not None
 
+    @property
+    def files(self) -> list[str]:
+        """Everything that a run writes into the output, but for the manifest."""
+        return [*(shard.file for shard in self.shards), *self.side_files, SINGLE_INDEX]
+
     def fetch(self) -> None:
         """Makes every file that the run reads here available on disk, but for weight files that pass through it."""
         needed = [] if self.passing or self.store else [pair for shard in self.shards for pair in shard.sources(self.checkpoints)]
