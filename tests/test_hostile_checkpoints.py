@@ -137,6 +137,8 @@ def test_architectures_name_models_and_nothing_else(materials: Materials, tmp_pa
         ({"base_model_name_or_path": ["base"]}, "stands where a text belongs"),
         ({"target_parameters": [5]}, "stands where a text belongs"),
         ({"lora_alpha": 10**400}, "cannot be understood"),
+        ({"lora_alpha": -7}, "lora_alpha below 0"),
+        ({"alpha_pattern": {"q_proj": -0.5}}, "lora_alpha below 0"),
         ({"rank_pattern": {"(": 3}}, "is not a regular expression"),
         ({"rank_pattern": []}, "gives model.layers.0.mlp.down_proj rank 2"),
     ],

@@ -97,6 +97,11 @@ def read_config(values: Mapping[str, Any], where: str) -> AdapterConfig:
     ranks, alphas = (config.rank, *config.rank_pattern.values()), (config.alpha, *config.alpha_pattern.values())
     if min(ranks) < 1 or not all(math.isfinite(alpha) for alpha in alphas):
         raise SourceError(f"{where} has a rank below 1 or a lora_alpha that is no finite number. Save the adapter again with peft.")
+    if min(alphas) < 0:
+        raise SourceError(
+            f"{where} has a lora_alpha below 0: it takes away what was trained, and an edit along that would take away more. "
+            "Give the adapter as training wrote it."
+        )
     return config
 
 
