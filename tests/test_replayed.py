@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 from lox_merge.errors import LoxMergeWarning
-from lox_merge.maths.replayed import Replayed
+from lox_merge.maths.replayed import Replayed, no_recording
 
 CUDA = torch.device("cuda", 0)
 
@@ -61,6 +62,25 @@ def calls(device: torch.device, count: int, fails: Exception | None = None) -> l
 def test_the_second_call_is_recorded_and_replayed_from_then_on() -> None:
     assert calls(CUDA, 5) == [False, True]
     assert Graph.replays == 4
+
+
+def test_nobody_gives_memory_back_while_work_is_recorded() -> None:
+    """torch fails an assertion where it is asked to let go of cached memory meanwhile."""
+    seen: list[bool] = []
+
+    def look() -> None:
+        # As another thread that has run out of memory would.
+        other = threading.Thread(target=lambda: seen.append(no_recording().acquire(blocking=False)))  # type: ignore[attr-defined]
+        other.start()
+        other.join()
+
+    replayed = Replayed(look, CUDA)
+    replayed()
+    no_recording().release()  # type: ignore[attr-defined]
+    replayed()
+    assert seen == [True, False]
+    with no_recording():
+        pass
 
 
 def test_on_a_cpu_it_is_a_call() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lox_merge.jobs.device_memory import MARGIN_BYTES, is_out_of_memory, make_room, within_margin
+from lox_merge.errors import LoxMergeWarning
+from lox_merge.jobs.device_memory import MARGIN_BYTES, is_out_of_memory, make_room, on_cpu_where_too_large, within_margin
 from lox_merge.jobs.transfers import HostLane, Mark, Transfers, mark_here
 
 CPU = torch.device("cpu")
@@ -158,6 +159,23 @@ def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")])
+def test_what_a_device_has_no_room_for_is_done_on_the_cpu(error: RuntimeError) -> None:
+    def work(device: torch.device) -> str:
+        if device.type == "meta":
+            raise error
+        return device.type
+
+    with pytest.warns(LoxMergeWarning, match=r"w \(\[3, 4\]\) did not fit on meta; it was edited on the CPU"):
+        assert on_cpu_where_too_large(work, torch.device("meta"), "w ([3, 4])", "edited") == "cpu"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        on_cpu_where_too_large(lambda device: bad(device), torch.device("meta"), "w", "edited")
+
+
+def bad(device: torch.device) -> None:
+    raise RuntimeError(f"CUDA error: an illegal memory access was encountered on {device}")
 
 
 def test_room_is_made_by_forgetting_what_an_attempt_held() -> None:

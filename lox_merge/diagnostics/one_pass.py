@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -14,7 +13,8 @@ from torch import Tensor
 from lox_merge.diagnostics.measures import Measures, measure
 from lox_merge.diagnostics.settings import InspectSettings
 from lox_merge.diagnostics.sources import Compared, Sources
-from lox_merge.errors import LoxMergeWarning, NumericalError
+from lox_merge.errors import NumericalError
+from lox_merge.jobs.device_memory import on_cpu_where_too_large
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.layout import MatrixView
@@ -150,11 +150,7 @@ def _measure_matrix(
         return measure(base, aligned, others, settings, label=label, transposed=transposed, device=device, noises=noises, known=known)
 
     try:
-        try:
-            return measured(device)
-        except torch.cuda.OutOfMemoryError:
-            warnings.warn(f"{label} ({list(view.shape)}) did not fit on {device}; it was measured on the CPU", LoxMergeWarning, stacklevel=2)
-            return measured(torch.device("cpu"))
+        return on_cpu_where_too_large(measured, device, f"{label} ({list(view.shape)})", "measured")
     except NumericalError as error:
         raise NumericalError(f"tensor {label}: {error}.") from error
 

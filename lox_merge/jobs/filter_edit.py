@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lox_merge.errors import LoxMergeWarning, NumericalError
+from lox_merge.errors import NumericalError
+from lox_merge.jobs.device_memory import on_cpu_where_too_large
 from lox_merge.jobs.filter_recipe import FilterRecipe
 from lox_merge.jobs.filter_record import FilterOutcome, filter_figures, summarise_filter
 from lox_merge.jobs.layout import MatrixView, is_vector
@@ -72,13 +72,12 @@ class FilterEdit:
         grid: Grid | None = None,
     ) -> FilterOutcome:
         assert grid is None, "the filter writes plain weights only"
-        try:
+
+        def edit(device: torch.device) -> FilterOutcome:
             return self._matrix(sources, out, view, tensor, device, triplets)
-        except torch.cuda.OutOfMemoryError:
-            warnings.warn(
-                f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was edited on the CPU", LoxMergeWarning, stacklevel=2
-            )
-            return self._matrix(sources, out, view, tensor, torch.device("cpu"), triplets)
+
+        try:
+            return on_cpu_where_too_large(edit, device, f"{tensor.name}{view.label} ({list(view.shape)})", "edited")
         except NumericalError as error:
             raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lox_merge.errors import LoxMergeWarning, NumericalError
+from lox_merge.errors import NumericalError
+from lox_merge.jobs.device_memory import on_cpu_where_too_large
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
@@ -136,13 +136,12 @@ def edit_matrix(
     triplets: where the delta's leading triplets come from; None takes an SVD of it. grid: as in `apply_update`.
     """
     source = triplets or TakenNow(recipe.tolerance, recipe.seed)
-    try:
+
+    def edit(device: torch.device) -> MatrixResult:
         return _edit(base, aligned, out, view, tensor, recipe, device, source, grid)
-    except torch.cuda.OutOfMemoryError:
-        warnings.warn(
-            f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was edited on the CPU", LoxMergeWarning, stacklevel=2
-        )
-        return _edit(base, aligned, out, view, tensor, recipe, torch.device("cpu"), source, grid)
+
+    try:
+        return on_cpu_where_too_large(edit, device, f"{tensor.name}{view.label} ({list(view.shape)})", "edited")
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -23,8 +22,9 @@ from torch import Tensor
 
 from lox_merge.checkpoint.safetensors_format import build_header
 from lox_merge.checkpoint.weights import tensor_bytes
-from lox_merge.errors import LoxMergeWarning, NonFiniteDeltaError, NumericalError
+from lox_merge.errors import NonFiniteDeltaError, NumericalError
 from lox_merge.jobs.atomic import json_bytes, sync_folder, write_error
+from lox_merge.jobs.device_memory import on_cpu_where_too_large
 from lox_merge.jobs.engine import Progress, by_role, count_non_finite, first_stamp, source_path, typical_cost
 from lox_merge.jobs.factors import METADATA_KEY
 from lox_merge.jobs.hashing import SourceHasher
@@ -169,13 +169,11 @@ def _decompose(
     examine: Examine,
     device: torch.device,
 ) -> _Decomposed:
-    try:
+    def decompose(device: torch.device) -> _Decomposed:
         return _triplets(base.to(device), aligned.to(device), noise, tensor, view, triplets, examine)
-    except torch.cuda.OutOfMemoryError:
-        warnings.warn(
-            f"{tensor.name}{view.label} ({list(view.shape)}) did not fit on {device}; it was decomposed on the CPU", LoxMergeWarning, stacklevel=2
-        )
-        return _triplets(base, aligned, noise, tensor, view, triplets, examine)
+
+    try:
+        return on_cpu_where_too_large(decompose, device, f"{tensor.name}{view.label} ({list(view.shape)})", "decomposed")
     except NumericalError as error:
         raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
 

@@ -70,7 +70,7 @@ class KrylovSpaces:
         self._places = self._first_places.clone()
         self._start_rows, self._seed = zeros(width, long), -1
         self._address = torch.zeros(1, dtype=torch.int64, device=device)
-        self._basis_address = torch.tensor([self._basis.data_ptr()], device=device)
+        self._basis_address = to_device(torch.tensor([self._basis.data_ptr()]), device)
         self._product: LongSide | None = None
         everything = range(count)
         self._start_all = Replayed(lambda: self._start(everything), device)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from lox_merge.errors import LoxMergeWarning
+
+# While one thread records, no other may give cached memory back, and recordings take turns.
+_RECORDING = threading.Lock()
+
+
+def no_recording() -> AbstractContextManager[Any]:
+    """For what torch refuses while anything is recorded. Not for use within recorded work."""
+    return _RECORDING
 
 
 class Replayed:
@@ -39,15 +49,16 @@ class Replayed:
         """The graph, or None where there is none to be had."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads go on allocating and waiting meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._work()
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+            with _RECORDING:
+                # Other threads go on allocating and waiting meanwhile.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._work()
+                except BaseException:
+                    with contextlib.suppress(Exception):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
