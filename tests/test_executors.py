@@ -35,7 +35,7 @@ from lox_merge.jobs.executors.collect import Collected
 from lox_merge.jobs.executors.protocol import ShardJob
 from lox_merge.jobs.executors.sizing import check_workers, devices_of, in_turn, longest_first, parse_workers, settle_workers, shard_cost
 from lox_merge.jobs.executors.sources import SourceLedger
-from lox_merge.jobs.executors.worker import serve
+from lox_merge.jobs.executors.worker import _portable, serve
 from lox_merge.jobs.executors.writer import WorkerTask
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.hashing import SourceHasher
@@ -281,10 +281,10 @@ def test_warnings_of_a_worker_are_told(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "error", [PlanError(["one", "two"]), PlanError(["one"]), NonFiniteDeltaError({"a": 3}), NumericalError("no"), OutputError("there")]
+    "error", [PlanError(["one", "two"]), PlanError(["one"]), NonFiniteDeltaError({"a": 3}), NumericalError("no"), OutputError("there"), MemoryError()]
 )
-def test_errors_survive_the_way_between_processes(error: LoxMergeError) -> None:
-    arrived = pickle.loads(pickle.dumps(error))
+def test_errors_survive_the_way_between_processes(error: Exception) -> None:
+    arrived = pickle.loads(pickle.dumps(_portable(error)))
     assert type(arrived) is type(error) and str(arrived) == str(error) and vars(arrived) == vars(error)
 
 

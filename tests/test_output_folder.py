@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
 
 from lox_merge import Recipe, harden
-from lox_merge.errors import NonFiniteDeltaError, OutputError
+from lox_merge.errors import LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError
 from lox_merge.jobs.adapter import execute_adapter
 from lox_merge.jobs.adapter_plan import plan_adapter
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.pieces import piece_name
+from lox_merge.safety.line_store import LineStore
 
 Pair = tuple[Path, Path]
 
@@ -111,3 +114,24 @@ def test_a_job_that_is_taken_back_leaves_the_files_of_others(pair: Pair, tmp_pat
             call()
         assert [path.name for path in out.rglob("*")] == ["notes", "mine.txt"]
         (out / ".lox_merge").mkdir()
+
+
+@pytest.mark.parametrize("holder", ["output", "replies"])
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: str) -> None:
+    """As Lustre is unless it is mounted with -o flock."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(LoxMergeWarning, match="has no locks"):
+        if holder == "output":
+            with (
+                Journal(tmp_path / "out").locked(),
+                pytest.raises(OutputError, match="another process is writing"),
+                Journal(tmp_path / "out").locked(),
+            ):
+                pass
+        else:
+            with LineStore(tmp_path / "r.jsonl", "replies", {"model": "m"}, "reply"), pytest.raises(RequestError, match="another process"):
+                LineStore(tmp_path / "r.jsonl", "replies", {"model": "m"}, "reply")

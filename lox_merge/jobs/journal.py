@@ -15,6 +15,7 @@ from lox_merge.checkpoint.checkpoint import SINGLE, SINGLE_INDEX
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
+from lox_merge.jobs.locks import acquire
 from lox_merge.jobs.low_disk import DOWNLOADS
 from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, check_work_folder
 from lox_merge.jobs.store import WEIGHTS_NOTE, Store
@@ -41,7 +42,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / _LOCK)
         try:
-            lock.acquire(timeout=0)
+            acquire(lock, timeout=0)
         except Timeout:
             raise OutputError(f"another process is writing {self.out}. Wait for it, or choose another output folder.") from None
         try:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
 from lox_merge.jobs.atomic import write_error
+from lox_merge.jobs.locks import acquire
 
 
 class LineStore:
@@ -30,10 +31,10 @@ class LineStore:
         self.path, self._noun, self._kind = path, noun, kind
         self._header = {"format": f"lox-merge {kind} 1", **about, **(shown or {})}
         self._parts = tuple(about)
-        self._lock = FileLock(path.parent / f".{path.name}.lock", timeout=0, thread_local=False)
+        self._lock = FileLock(path.parent / f".{path.name}.lock", thread_local=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            acquire(self._lock, timeout=0)
             self.lines = self._open()
         except Timeout:
             raise RequestError(f"another process is writing {path.name}. Wait for it, or name another file or folder for {kind}.") from None

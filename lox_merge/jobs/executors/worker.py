@@ -85,6 +85,6 @@ def _portable(error: BaseException) -> BaseException:
         arrived = pickle.loads(pickle.dumps(error))
     except Exception:
         arrived = None
-    if isinstance(error, (LoxMergeError, OSError)) and type(arrived) is type(error) and str(arrived) == str(error):
+    if isinstance(error, (LoxMergeError, OSError, MemoryError)) and type(arrived) is type(error) and str(arrived) == str(error):
         return error
     return RuntimeError("in a worker:\n" + "".join(traceback.format_exception(error)))
