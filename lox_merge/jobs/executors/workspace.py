@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ class Workspace:
         user = os.getuid() if hasattr(os, "getuid") else "workers"
         root = Path(tempfile.gettempdir()) / f"lox-merge-{user}"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _own(root):  # in a folder that all may write to, whoever comes first may have made it
+            root = Path(tempfile.mkdtemp(prefix="lox-merge-"))
         with FileLock(root / _LOCK):
             for left in root.glob("worker-*"):
                 _remove_unused(left)
@@ -31,6 +34,12 @@ class Workspace:
     def remove(self) -> None:
         self._lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _own(folder: Path) -> bool:
+    """Whether a folder is this user's, no link, and closed to others."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and (not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022))
 
 
 def _remove_unused(folder: Path) -> None:
