@@ -34,10 +34,11 @@ _CODES = {
 }
 # Sub-byte packed formats: no torch dtype to read them as, and never editable.
 _PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_CODE_OF = {torch_name: code for code, (torch_name, _) in _CODES.items()}
 _BITS = _PACKED_BITS | {code: count for code, (_, count) in _CODES.items()}
 
-# What torch has a dtype for.
-READABLE = frozenset(_CODES)
+# What torch has a dtype for, by code and by its own name.
+READABLE, TORCH_NAMES = frozenset(_CODES), frozenset(_CODE_OF)
 EDITABLE = frozenset({"BF16", "F16", "F32", "F64"})
 FP8 = frozenset(code for code in _CODES if code.startswith("F8_"))
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
@@ -63,5 +64,4 @@ def torch_dtype(code: str) -> torch.dtype:
 
 def code_of(dtype: torch.dtype) -> str:
     """The safetensors code of a torch dtype. KeyError where there is none."""
-    name = str(dtype).removeprefix("torch.")
-    return next(code for code, (torch_name, _) in _CODES.items() if torch_name == name)
+    return _CODE_OF[str(dtype).removeprefix("torch.")]

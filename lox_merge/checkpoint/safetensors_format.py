@@ -153,8 +153,11 @@ def _whole(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
-    """Header for (name, dtype code, shape) in this order, data without gaps, JSON padded to 8 bytes as the library does."""
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], where: str = "the new shard") -> Header:
+    """Header for (name, dtype code, shape) in this order, data without gaps, JSON padded to 8 bytes as the library does.
+
+    where: names the file in the CheckpointFormatError for names and shapes that no header can hold.
+    """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, code, shape in tensors:
@@ -164,4 +167,4 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     raw = struct.pack("<Q", len(text)) + text
-    return parse_header(raw, len(raw) + offset, "the new shard")
+    return parse_header(raw, len(raw) + offset, where)

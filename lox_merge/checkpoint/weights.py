@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
@@ -74,9 +75,12 @@ class TorchFile:
             ) from None
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise CheckpointFormatError(f"{where} does not hold a plain dictionary of tensors. Convert the checkpoint to safetensors.")
+        for name, value in state.items():
+            if problem := _not_plain(name, value):
+                raise CheckpointFormatError(f"{where}: tensor {name!a} {problem}, then save the checkpoint again or convert it to safetensors.")
         self._state = state
         entries = [(name, dtypes.code_of(value.dtype), tuple(value.shape)) for name, value in state.items()]
-        self.header = build_header(entries, {"format": "pt"})
+        self.header = build_header(entries, {"format": "pt"}, where)
 
     def tensor(self, name: str) -> Tensor:
         value: Tensor = self._state[name]
@@ -84,6 +88,32 @@ class TorchFile:
 
     def close(self) -> None:
         self._state = {}
+
+
+def _not_plain(name: object, value: Tensor) -> str | None:
+    """Why a safetensors file could not hold this tensor under this name, and what to do; None for one that is written as it is.
+
+    torch.save keeps much that safetensors does not know. It would stop the run at this tensor's turn.
+    """
+    if not isinstance(name, str):
+        return f"has a name of type {type(name).__name__}, not a text: rename it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "has a name with half a surrogate pair: rename it"
+    if name == "__metadata__":
+        return "has the name that safetensors keeps for metadata: rename it"
+    if value.is_meta:
+        return "is on the meta device, without values: load the weights"
+    # Sparse ones say so in their layout, and a DTensor or another subclass may be anything.
+    if value.layout != torch.strided or value.is_nested or type(value) not in (Tensor, Parameter):
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        return f"is not dense ({type(value).__name__}, {kind}): make it dense (to_dense)"
+    if str(value.dtype).removeprefix("torch.") not in dtypes.TORCH_NAMES:
+        return f"is of dtype {str(value.dtype).removeprefix('torch.')}, which safetensors lacks: give it another dtype, or leave it out"
+    if value.is_conj() or value.is_neg():
+        return "is a conjugate or negative view: resolve it (resolve_conj, resolve_neg)"
+    return None
 
 
 def warn_pickle(names: list[str], where: str) -> None:
