@@ -94,6 +94,14 @@ def test_recipes_on_record(hardened: Path, changes: dict[str, Any]) -> None:
         FilterRecipe.from_json({"fraction": "x"})
 
 
+def test_seeds_are_what_torch_takes() -> None:
+    for seed in (-(2**63), 2**64 - 1):
+        assert Recipe(seed=seed).seed == seed
+    for seed in (-(2**63) - 1, 2**64, 10**30):
+        with pytest.raises(RecipeError, match="use a whole number from"):
+            Recipe(seed=seed)
+
+
 def test_an_output_of_another_command_has_no_card(materials: Materials, tmp_path: Path) -> None:
     finetuned = finetune(materials.aligned, tmp_path / "finetuned")
     project(materials.base, materials.aligned, finetuned, tmp_path / "out", recipe=FilterRecipe(fraction=0.1))

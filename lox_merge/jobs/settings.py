@@ -12,6 +12,8 @@ from lox_merge.errors import RecipeError
 from lox_merge.maths.rounding import ROUNDINGS, Rounding
 
 DEFAULT_TOLERANCE = 1e-3
+# What torch.Generator takes.
+_SEEDS = -(2**63), 2**64 - 1
 
 
 def compile_pattern(pattern: str, option: str) -> Any:
@@ -55,6 +57,8 @@ class Settings:
             raise RecipeError(f"fused {self.fused!r} is not known; use 'split' or 'whole'.")
         if not (math.isfinite(self.tolerance) and 0 < self.tolerance < 1):
             raise RecipeError(f"tolerance is {self.tolerance:g}; use a number in (0, 1), such as 1e-3.")
+        if not _SEEDS[0] <= self.seed <= _SEEDS[1]:
+            raise RecipeError(f"the seed is none of 64 bits; use a whole number from {_SEEDS[0]} to {_SEEDS[1]}.")
         for option, given in self.patterns().items():
             for pattern in given:
                 self._compiled[pattern] = compile_pattern(pattern, option)
