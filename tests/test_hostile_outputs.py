@@ -130,6 +130,10 @@ def test_an_output_of_other_shapes_is_not_compared_entry_by_entry(materials: Mat
     assert problems == [f"tensor {name} is BF16 [3], in aligned BF16 [16]"]
 
 
+def of_certificate(name: str, value: float | None) -> Change:
+    return lambda document: document["matrices"][0]["certificate"].update({name: value})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -141,6 +145,14 @@ def test_an_output_of_other_shapes_is_not_compared_entry_by_entry(materials: Mat
         (lambda d: d["matrices"][0].update(certificate=None), "matrices.0.certificate"),
         (lambda d: d.update(non_finite=None), "non_finite"),
         (lambda d: d["sources"]["base"].pop("files"), "sources.base.files: missing"),
+        *((lambda d, rank=rank: d["job"]["recipe"].update(rank=rank), "job.recipe.rank") for rank in ("x", "6.5", "0", "-1", "9" * 5000, "٣", 3)),
+        *((lambda d, seed=seed: d["job"]["recipe"].update(seed=seed), "job.recipe.seed") for seed in (2**64, -(2**63) - 1, 10**4000)),
+        *((lambda d, norm=norm: d["matrices"][0].update(norm=norm), "matrices.0.norm") for norm in (-1.0, 1e-200, 1e300, None)),
+        (lambda d: d["matrices"][0].update(norm=0.0), "directions of a matrix whose norm is 0"),
+        (lambda d: d["matrices"][0].update(noise_edge=-1.0), "matrices.0.noise_edge"),
+        *((of_certificate("residual", value), "certificate.residual") for value in (None, -1.0, 1e308)),
+        *((of_certificate("next_singular_value", value), "certificate.next_singular_value") for value in (-1.0, 1e300)),
+        (of_certificate("passes", -1), "certificate.passes"),
     ],
 )
 def test_factors(materials: Materials, tmp_path: Path, change: Change, words: str) -> None:
@@ -154,6 +166,20 @@ def test_factors(materials: Materials, tmp_path: Path, change: Change, words: st
     assert words in str(caught.value)
     with pytest.raises(RequestError):
         decompose(materials.base, materials.aligned, file, recipe=Recipe(rank=3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, 1e30])
+def test_singular_values_that_no_such_matrix_has(materials: Materials, tmp_path: Path, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    header, _ = split_header(materials.factors)
+    tensors = load_file(materials.factors)
+    name = next(key for key in tensors if key.endswith("q_proj.weight.values"))
+    tensors[name][-1] = value
+    save_file(tensors, tmp_path / "factors.safetensors", metadata=header["__metadata__"])
+    with pytest.raises(RequestError, match=r"is damaged \(the singular values of .*q_proj"):
+        harden(materials.base, materials.aligned, tmp_path / "out", recipe=Recipe(rank=2), factors=tmp_path / "factors.safetensors")
+    assert not (tmp_path / "out").exists()
 
 
 def test_records_of_a_working_state() -> None:

@@ -25,6 +25,8 @@ METADATA_KEY = "lox_merge_factors"
 FORMAT = 1
 # The settings of a recipe that decide which triplets there are; alpha, rounding and dtype come later.
 SELECTION = ("include", "exclude", "linear_only", "fused", "skip_non_finite")
+# No singular value is above the norm, but for the rounding of both.
+_ROUNDED = 1.001
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Factors:
 
         damage = factors_damage(document) or _missing_vectors(document, header)
         if damage:
-            raise RequestError(f"{file.name} is damaged ({damage}). Make it again: lox-merge decompose BASE ALIGNED FILE --overwrite")
+            raise _damaged(file.name, damage)
         return cls(file, document, SafetensorsFile(file, header, file.name))
 
     @property
@@ -121,6 +123,9 @@ class Factors:
             )
         found = record.certificate
         values = self._file.tensor(f"{name}{part}.values")
+        # Not > and not <, or NaN would pass.
+        if record.rank and not (float(values.min()) > 0 and float(values.max()) <= record.norm * _ROUNDED):
+            raise _damaged(self.path.name, f"the singular values of {name}{part} are none of a matrix of norm {record.norm:g}")
         smallest = float(values[-1]) if record.rank else 0.0
         certificate = Certificate(found["method"], found["residual"], smallest, found["next_singular_value"], found["passes"])
         left, right = self._file.tensor(f"{name}{part}.left"), self._file.tensor(f"{name}{part}.right")
@@ -192,6 +197,10 @@ def _missing_vectors(document: dict[str, Any], header: Header) -> str | None:
             if info is None or (info.dtype, info.shape) != (dtype, shape):
                 return f"its {what} of {entry['name']}{entry['part']} is not {dtype} {list(shape)}"
     return None
+
+
+def _damaged(file: str, damage: str) -> RequestError:
+    return RequestError(f"{file} is damaged ({damage}). Make it again: lox-merge decompose BASE ALIGNED FILE --overwrite")
 
 
 def _title(source: dict[str, Any]) -> str:

@@ -20,11 +20,29 @@ def _inside(name: str) -> str:
     return name
 
 
+def _with_a_square(norm: float) -> float:
+    if 0 < norm < _SMALLEST:
+        raise ValueError("a norm that no float32 matrix has")
+    return norm
+
+
+# Norms of float32 matrices: one entry of the smallest size, and far more entries of the largest than any matrix has. Squares of both are
+# float64 numbers, and quotients of those are.
+_SMALLEST, _LARGEST = 1e-45, 1e45
+# Of a singular value: what is reached is below 1. The bounds that are made of it are finite numbers, too.
+_LARGEST_RESIDUAL = 1e6
+
 FileName = Annotated[str, AfterValidator(_inside)]
 # Not '1', not true.
-Whole = Annotated[int, Strict()]
 Count = Annotated[int, Strict(), Field(ge=0)]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
+Size = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=_LARGEST)]
+Norm = Annotated[Size, AfterValidator(_with_a_square)]
+Residual = Annotated[float, Strict(), AllowInfNan(False), Field(ge=0, le=_LARGEST_RESIDUAL)]
+# A whole number as text, of no more digits than a finite float has: such a rank is never a share or an energy.
+FixedRank = Annotated[str, Strict(), Field(pattern=r"^[1-9][0-9]{0,307}$")]
+# What torch takes as a seed.
+Seed = Annotated[int, Strict(), Field(ge=-(2**63), lt=2**64)]
 Flag = Annotated[bool, Strict()]
 Sides = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
@@ -75,9 +93,9 @@ class _Tool(_Part):
 
 
 class _Triplets(_Part):
-    rank: str
+    rank: FixedRank
     tolerance: Number
-    seed: Whole
+    seed: Seed
 
 
 class _Job(_Part):
@@ -204,9 +222,9 @@ class _FilterManifest(_Manifest):
 
 
 class _Selection(_Part):
-    rank: str
+    rank: FixedRank
     tolerance: Number
-    seed: Whole
+    seed: Seed
     include: list[str]
     exclude: list[str]
     linear_only: Flag
@@ -220,9 +238,9 @@ class _FactorsJob(_Part):
 
 class _Spectral(_Part):
     method: str
-    residual: Number | None
-    next_singular_value: Number | None
-    passes: Whole
+    residual: Residual
+    next_singular_value: Size | None
+    passes: Count
 
 
 class _Decomposed(_Part):
@@ -230,10 +248,16 @@ class _Decomposed(_Part):
     part: str
     shape: Sides
     rank: Count
-    norm: Number
-    noise_edge: Number
+    norm: Norm
+    noise_edge: Size
     complete: Flag
     certificate: _Spectral
+
+    @model_validator(mode="after")
+    def _has_a_norm(self) -> _Decomposed:
+        if self.rank and not self.norm:
+            raise ValueError("directions of a matrix whose norm is 0")
+        return self
 
 
 class _Piece(_Decomposed):
