@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from lox_merge._version import __version__
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import Interrupted, RequestError
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.verify import raise_for_problems, verify
@@ -180,7 +180,7 @@ def validate_card(card: Card) -> None:
 def _reasons(answer: str) -> str:
     """The messages in the Hub's JSON, or the answer as it is."""
     try:
-        return "; ".join(str(problem["message"]) for problem in json.loads(answer)["errors"])
+        return "; ".join(str(problem["message"]) for problem in parse_json(answer)["errors"])
     except (ValueError, KeyError, TypeError):
         return answer.splitlines()[0] if answer else "it does not say why"
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import OutputError
 from lox_merge.jobs.atomic import write_atomically
 from lox_merge.publish.card import Card, CardSettings, build_card, text_hash
@@ -38,7 +38,7 @@ def existing_card(output: FinishedOutput) -> Existing | None:
     card = Card(content, picture.read_bytes() if picture.is_file() and PICTURE in content else None)
     match = _MARK.search(content)
     try:
-        mark = json.loads(match.group(1)) if match else None
+        mark = parse_json(match.group(1)) if match else None
     except ValueError:
         mark = None
     if match is None or not isinstance(mark, dict):

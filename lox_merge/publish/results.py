@@ -5,13 +5,14 @@ A result counts only if it is of this very output: by the hash of its manifest w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
+from lox_merge.publish.checked import count, interval, number, optional, prompts, text
 
 ROLES = ("base", "aligned", "hardened")
 HARDENED = "LoX"  # how robustness calls the hardened model
@@ -125,21 +126,21 @@ def read_results(files: Sequence[Path], subject: Subject) -> Measured:
     found = Measured()
     for file in files:
         document = _read(file)
-        reader = {"asr": _asr, "search": _search, "robustness": _robustness}.get(document.get("command", ""))
+        reader = {"asr": _asr, "search": _search, "robustness": _robustness}.get(str(document.get("command")))
         if reader is None:
             raise RequestError(
                 f'--results {file.name} is no result of lox-merge asr, search or robustness (its "command" is {document.get("command")!r}).'
             )
         try:
             reader(document, subject, found, file.name)
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
             raise RequestError(f"--results {file.name} is damaged, or of another version: {type(error).__name__}: {error}.") from error
     return found
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
         raise RequestError(f"--results {file.name} cannot be read: {reason}. Give the file that --json wrote.") from error
@@ -158,26 +159,27 @@ def _asr(document: Mapping[str, Any], subject: Subject, found: Measured, file: s
             continue
         titles[evaluation["title"]] = role
         for judge, figures in evaluation["attack_success"].items():
-            found.asr.append(AsrRow(role, judge, _smoke(evaluation["judges"][judge]), evaluation["prompts"], _rate(figures)))
-        found.utility += [UtilityRow(role, measure, value) for measure, value in evaluation.get("utility", {}).items()]
+            found.asr.append(AsrRow(role, judge, _smoke(evaluation["judges"][judge]), prompts(evaluation["prompts"]), _rate(figures)))
+        found.utility += _utility(role, evaluation.get("utility", {}))
     if "hardened" not in titles.values():
         others = ", ".join(str(evaluation["title"]) for evaluation in document["evaluations"])
         raise RequestError(f"--results {file} holds no evaluation of this output, only of {others}. Evaluate it: lox-merge asr ALIGNED OUT --json.")
     for one in document["comparisons"]:
         if (titles.get(one["first"]), titles.get(one["second"])) == ("aligned", "hardened"):
-            found.paired.append(Paired(one["judge"], one["n"], one["difference"], _pair(one["interval"]), one["p_value"]))
+            figures = optional(one["difference"], "difference", -1, 1), interval(one["interval"], -1, 1), optional(one["p_value"], "p_value", 0, 1)
+            found.paired.append(Paired(text(one["judge"], "judge"), count(one["n"], "n"), *figures))
 
 
 def _search(document: Mapping[str, Any], subject: Subject, found: Measured, file: str) -> None:
     if subject.role(document["model"].get("source")) != "aligned":
         raise RequestError(f"--results {file} is a search on another aligned model than the one this output was made from.")
     judge = judge_name(document["judge"])
-    found.asr.append(AsrRow("aligned", judge, _smoke(document["judge"]), document["prompts"], _rate(document["aligned"])))
+    found.asr.append(AsrRow("aligned", judge, _smoke(document["judge"]), prompts(document["prompts"]), _rate(document["aligned"])))
     used = str(subject.recipe["rank"])
     found.search.append(
         {
             "rank": document["effective_rank"],
-            "rho": document["rho"],
+            "rho": number(document["rho"], "rho"),
             "confident": document["confident"],
             "judge": judge,
             "prompts": document["prompts"],
@@ -196,20 +198,20 @@ def _robustness(document: Mapping[str, Any], subject: Subject, found: Measured, 
         raise RequestError(
             f"--results {file} compares other models, or another recipe, than this output's. Run lox-merge robustness BASE ALIGNED OUT --json."
         )
-    found.training.append(document["training"])
+    found.training.append(document["training"] | {"learning_rate": number(document["training"]["learning_rate"], "learning_rate")})
     curves = document["curves"]
     seeds: dict[tuple[str, str, int, str], list[tuple[Rate, float | None]]] = {}
     for curve in curves:
         for point in curve["points"]:
             for judge, figures in point["attack_success"].items():
-                key = (curve["attack"], curve["model"], point["step"], judge)
-                seeds.setdefault(key, []).append((_rate(figures), point["r_ft_over_r_align"]))
+                key = (text(curve["attack"], "attack"), text(curve["model"], "model"), count(point["step"], "step"), judge)
+                seeds.setdefault(key, []).append((_rate(figures), optional(point["r_ft_over_r_align"], "r_ft_over_r_align")))
     for (attack, model, step, judge), over in seeds.items():
         smoke, rates, ratios = _smoke(document["judges"][judge]), tuple(rate for rate, _ in over), tuple(ratio for _, ratio in over)
-        found.attacks.append(AttackPoint(attack, model, step, judge, smoke, document["prompts"], rates, ratios))
+        found.attacks.append(AttackPoint(attack, model, step, judge, smoke, prompts(document["prompts"]), rates, ratios))
     for role, model in (("aligned", "aligned"), ("hardened", HARDENED)):
         first = next((point for curve in curves if curve["model"] == model for point in curve["points"] if point["step"] == 0), None)
-        found.utility += [UtilityRow(role, measure, value) for measure, value in (first or {"utility": {}})["utility"].items()]
+        found.utility += _utility(role, (first or {"utility": {}})["utility"])
 
 
 def judge_name(identity: Mapping[str, Any]) -> str:
@@ -226,8 +228,9 @@ def _smoke(identity: Mapping[str, Any]) -> bool:
 
 
 def _rate(figures: Mapping[str, Any]) -> Rate:
-    return Rate(int(figures["n"]), int(figures["judged"]), int(figures["undecided"]), figures["rate"], _pair(figures["interval"]))
+    n, judged, undecided = (count(figures[name], name) for name in ("n", "judged", "undecided"))
+    return Rate(n, judged, undecided, optional(figures["rate"], "rate", 0, 1), interval(figures["interval"], 0, 1))
 
 
-def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    return None if interval is None else (float(interval[0]), float(interval[1]))
+def _utility(role: str, values: Mapping[str, Any]) -> list[UtilityRow]:
+    return [UtilityRow(role, measure, optional(value, measure)) for measure, value in values.items()]

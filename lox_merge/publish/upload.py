@@ -7,13 +7,13 @@ found out by looking, not by sending again.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lox_merge.checkpoint.hub_failures import server_message, status_of
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import PublishError
 from lox_merge.jobs.plan import MANIFEST
 from lox_merge.publish.access import WEIGHTS, check_xet, hub_api
@@ -121,7 +121,7 @@ def files_of_earlier_output(repo: str, there: Remote) -> frozenset[str]:
         return frozenset()
     path = insistently(lambda: hub_api().hf_hub_download(repo, MANIFEST, revision=there.head))
     try:
-        return frozenset(json.loads(Path(path).read_bytes())["output"]["files"]) | {PICTURE}
+        return frozenset(parse_json(Path(path).read_bytes())["output"]["files"]) | {PICTURE}
     except (ValueError, KeyError, TypeError):
         return frozenset()
 

@@ -47,12 +47,12 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         raise RequestError(f"{file} can't be read: {error.strerror or error}.") from error
     try:
-        document = json.loads(data.decode("utf-8-sig"))
+        document = _printable(json.loads(data.decode("utf-8-sig")))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise RequestError(f"{file} is not JSON ({error}). Give what a command wrote with --json.") from error
     if not isinstance(document, dict):
         raise RequestError(f"{file} holds no run: its JSON is not an object. Give what a command wrote with --json.")
-    return Run(file.name, hashlib.sha256(data).hexdigest(), _printable(document))
+    return Run(file.name, hashlib.sha256(data).hexdigest(), document)
 
 
 def _printable(value: Any) -> Any:
