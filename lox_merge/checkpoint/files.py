@@ -5,6 +5,7 @@ Both answer the same questions: which files, how long, what is in a safetensors 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Folders inside a checkpoint that are not part of the model.
 _SKIPPED_FOLDERS = {".git", ".cache", ".lox_merge", "__pycache__", "runs", "original", "onnx", "openvino", "coreml"}
+# Folders inside folders: models have two or three. A thousand are more than Python and many programs can go down.
+_DEEPEST = 64
 
 
 def check_file_name(name: str, where: str) -> None:
@@ -27,6 +30,17 @@ def check_file_name(name: str, where: str) -> None:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or (len(name) > 1 and name[1] == ":"):
         raise CheckpointFormatError(f"{where} names the file {name!r}, which is outside the checkpoint's folder. Fix the index, or do not use it.")
+
+
+def _check_text(name: str, what: str) -> None:
+    """Raises CheckpointFormatError for a name that is no UTF-8: neither the manifest nor a message could hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = ascii(os.fsencode(name))[2:-1]
+        raise CheckpointFormatError(
+            f"the name of {what} is not UTF-8: {shown}. Rename it, or move it elsewhere if the model works without."
+        ) from None
 
 
 class FileSource(Protocol):
@@ -71,6 +85,7 @@ class LocalFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
+        _check_text(self.root.name, "the folder")
         self._names: dict[str, int] | None = None
         self._seen: dict[str, Stamp] = {}
 
@@ -84,23 +99,29 @@ class LocalFolder:
 
     def names(self) -> dict[str, int]:
         if self._names is None:
-            self._names = {name: self.path(name).stat().st_size for name in sorted(self._walk(self.root, ""))}
+            try:
+                self._names = {name: self.path(name).stat().st_size for name in sorted(self._walk(self.root, ""))}
+            except OSError as error:
+                raise SourceError(f"{error.filename or self.root} cannot be read: {error.strerror or error}.") from error
         return self._names
 
     def _walk(self, folder: Path, prefix: str) -> list[str]:
         found: list[str] = []
-        try:
-            entries = sorted(folder.iterdir())
-        except OSError as error:
-            raise SourceError(f"the folder {folder} cannot be read: {error.strerror}.") from error
-        for entry in entries:
+        if prefix.count("/") > _DEEPEST:
+            raise CheckpointFormatError(
+                f"{self.title}/{prefix[:100]}… lies in more than {_DEEPEST} folders, which no model has. Move what does not belong to it elsewhere."
+            )
+        for entry in sorted(folder.iterdir()):
             if entry.is_dir():
                 # A linked folder is somebody else's tree; a checkpoint in the middle of training is not the model.
                 if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith("checkpoint-") and not entry.is_symlink():
+                    _check_text(entry.name, f"a folder in {self.title}/{prefix}")
                     found += self._walk(entry, f"{prefix}{entry.name}/")
-            elif entry.is_file():
-                found.append(prefix + entry.name)
-            elif entry.is_symlink():
+            elif entry.is_file() or entry.is_symlink():
+                _check_text(entry.name, f"a file in {self.title}/{prefix}")
+                if entry.is_file():
+                    found.append(prefix + entry.name)
+                    continue
                 raise CheckpointFormatError(
                     f"{self.title}/{prefix}{entry.name} is a link to a file that is not there. Restore the file or remove the link."
                 )
