@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fuzz.hostile import written
 from fuzz.materials import WEIGHTS, Materials, make_materials, split_header, with_header
+from safetensors.torch import load_file
 from tiny_models import INDEX
 
 from lox_merge import harden
@@ -18,7 +20,10 @@ from lox_merge.checkpoint.config_checks import check_depth
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.checkpoint.modules import map_model
 from lox_merge.checkpoint.safetensors_format import parse_header
-from lox_merge.errors import CheckpointFormatError, LoxMergeError, RequestError
+from lox_merge.errors import CheckpointFormatError, LoxMergeError, LoxMergeWarning, RequestError
+from lox_merge.jobs.decompose import decompose
+from lox_merge.jobs.journal import flat_name
+from lox_merge.jobs.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,49 @@ def test_index_with_metadata_of_another_kind(materials: Materials, folder: Path,
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(index | {"metadata": metadata}))
     assert "no weight_map" in refused(materials.base, folder, tmp_path / "out")
+
+
+def call_shards(folder: Path, names: list[str]) -> None:
+    """Gives the shards of an index other names, in order."""
+    index = json.loads((folder / INDEX).read_text())
+    renamed = dict(zip(sorted(set(index["weight_map"].values())), names, strict=True))
+    for before, after in renamed.items():
+        (folder / after).parent.mkdir(exist_ok=True)
+        (folder / before).rename(folder / after)
+    weight_map = {tensor: renamed[file] for tensor, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", ".safetensors", "model-2.bin", "x.safetensors/y", "x.SAFETENSORS"])
+def test_shards_that_are_called_as_side_files(materials: Materials, folder: Path, tmp_path: Path, name: str) -> None:
+    """Side files are copied after the shards: the edit would be written over."""
+    call_shards(folder, ["model-1.safetensors", name])
+    message = refused(materials.base, folder, tmp_path / "out")
+    assert f"puts tensors into {name!r}" in message and "end in .safetensors" in message
+
+
+def test_shards_with_names_that_were_one_in_the_journal(materials: Materials, folder: Path, tmp_path: Path) -> None:
+    call_shards(folder, ["a/b.safetensors", "a__b.safetensors"])
+    job = harden(materials.base, folder, tmp_path / "out")
+    assert job.resumed_shards == 0 and verify(tmp_path / "out", base=materials.base, aligned=folder).ok
+    decompose(materials.base, folder, tmp_path / "factors.safetensors").factors.close()
+    names = ["a/b", "a__b", "a%2Fb", "a%252Fb", "a", "a/b/c"]
+    assert len({flat_name(name) for name in names}) == len(names) and not any("/" in flat_name(name) for name in names)
+
+
+def test_pickles_that_would_be_written_as_one_file(materials: Materials, tmp_path: Path) -> None:
+    state = load_file(materials.single / WEIGHTS)
+    folder = tmp_path / "pickled"
+    (folder / "a").mkdir(parents=True)
+    shutil.copy(materials.single / "config.json", folder)
+    (first, tensor), *others = state.items()
+    index = {"weight_map": {first: "a/model-1.bin"} | {name: "pytorch_model-1.bin" for name, _ in others}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.save({first: tensor}, folder / "a" / "model-1.bin")
+    torch.save(dict(others), folder / "pytorch_model-1.bin")
+    with pytest.warns(LoxMergeWarning, match="read with"):
+        message = refused(materials.base, folder, tmp_path / "out")
+    assert "a/model-1.bin and pytorch_model-1.bin of pickled would both be written as model-1.safetensors" in message
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX])

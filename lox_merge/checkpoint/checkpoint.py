@@ -200,8 +200,15 @@ def _read_index(role: str, source: FileSource, name: str) -> dict[str, Any]:
         valid = False
     if not valid:
         raise CheckpointFormatError(f"{where} is damaged: no weight_map of tensor names to files. Download or save it again.")
+    suffix = ".bin" if name == PICKLE_INDEX else ".safetensors"
     for file in _shards(index):
         check_file_name(file, where)
+        # A shard of another name may be one of the side files, which are written last: over the edited weights.
+        if PurePosixPath(file).suffix != suffix:
+            raise CheckpointFormatError(
+                f"{where} puts tensors into {file!r}, and weights of such an index are in files that end in {suffix}. "
+                "Rename that file and correct the index, or save the checkpoint again."
+            )
     return dict(index)
 
 

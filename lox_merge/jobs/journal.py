@@ -174,7 +174,7 @@ class Journal:
 
     def partial(self, file: str, writer: str = "") -> Path:
         """Where a file is written first. writer: its mark, where several write: one that was given up may still be at it."""
-        return self.folder / (file.replace("/", "__") + writer + ".partial")
+        return self.folder / (flat_name(file) + writer + ".partial")
 
     def sweep(self) -> None:
         """Removes what writers left unfinished that are no more."""
@@ -182,7 +182,7 @@ class Journal:
             path.unlink(missing_ok=True)
 
     def _record(self, file: str) -> Path:
-        return self.folder / (file.replace("/", "__") + ".json")
+        return self.folder / (flat_name(file) + ".json")
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
@@ -191,6 +191,11 @@ class Journal:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         return value if isinstance(value, dict) else None
+
+
+def flat_name(file: str) -> str:
+    """A name without folders for what is kept of `file`: no two files have the same. Few characters are replaced: names have a longest length."""
+    return file.replace("%", "%25").replace("/", "%2F")
 
 
 def _recorded() -> ModuleType:

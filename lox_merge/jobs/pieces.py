@@ -28,7 +28,7 @@ from lox_merge.jobs.device_memory import on_cpu_where_too_large
 from lox_merge.jobs.engine import Progress, by_role, count_non_finite, first_stamp, source_path, typical_cost
 from lox_merge.jobs.factors import METADATA_KEY
 from lox_merge.jobs.hashing import SourceHasher
-from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.journal import Journal, flat_name
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.noise import PairNoise, RoundingNoise
 from lox_merge.jobs.plan import Plan, ShardPlan
@@ -83,7 +83,7 @@ def write_pieces(plan: Plan, journal: Journal, device: torch.device, progress: P
 
 
 def piece_name(shard: ShardPlan) -> str:
-    return shard.file.replace("/", "__") + ".piece"
+    return flat_name(shard.file) + ".piece"
 
 
 def _edited(shard: ShardPlan) -> list[TensorPlan]:

@@ -10,6 +10,7 @@ from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.checkpoint import PICKLE, SINGLE, Checkpoint
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo, build_header
+from lox_merge.errors import PlanError
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.settings import Settings
 
@@ -44,7 +45,16 @@ class ShardPlan:
 
 
 def plan_shards(mirrored: Checkpoint, tensors: Mapping[str, TensorPlan], recipe: Settings, *, keep_form: bool = False) -> list[ShardPlan]:
-    """The files of an output that mirrors a checkpoint. keep_form: write a quantised checkpoint's codes and scales, not plain weights."""
+    """The files of an output that mirrors a checkpoint. keep_form: write a quantised checkpoint's codes and scales, not plain weights.
+
+    Raises PlanError where two pickled files have one name in safetensors.
+    """
+    written: dict[str, str] = {}
+    for file in mirrored.headers if mirrored.pickled else ():
+        if (before := written.setdefault(_out_file(file), file)) != file:
+            raise PlanError(
+                [f"{mirrored.role}: {before} and {file} of {mirrored.title} would both be written as {_out_file(file)}. Rename one of them."]
+            )
     if keep_form and isinstance(mirrored, QuantisedCheckpoint):
         return [_quantised_shard(file, header, tensors, mirrored) for file, header in mirrored.stored.headers.items()]
     return [_plain_shard(file, header, tensors, mirrored, recipe) for file, header in mirrored.headers.items()]
