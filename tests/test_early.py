@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,55 @@ def test_the_hasher_takes_over_what_was_begun(files: list[Path], tmp_path: Path,
     assert hasher.hashes(0) == {("base", files[0].name): "read before", ("base", files[1].name): digest(files[1])}
     hasher.close()
     assert begun_early(files[1], stamp_of(files[1])) is None, "it was taken"
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, SystemExit])
+def test_whatever_ends_it_ends_the_wait_too(files: list[Path], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    def fail(path: Path) -> str:
+        raise error
+
+    monkeypatch.setattr(early, "sha256_of", fail)
+    early_hashes = _Early()
+    early_hashes.hash_all(files)
+    future = early_hashes.take(files[0], stamp_of(files[0]))
+    assert future is not None
+    with pytest.raises(error):
+        future.result(timeout=0)
+
+
+def begun_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Which files are hashed early, found without a thread."""
+    monkeypatch.setattr(early, "_EARLY", _Early())
+    monkeypatch.setattr(early.threading, "Thread", lambda target, args, **_: SimpleNamespace(start=lambda: target(*args)))
+    begin_early([folder])
+    return set(early._EARLY._begun)
+
+
+def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan has refused them yet."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "a.safetensors").write_text("weights")
+    assert begun_in(folder, monkeypatch) == {folder / "a.safetensors"}
+    for other in (tmp_path / "secret.txt", Path("/dev/zero"), folder / "evil.safetensors", tmp_path / "nothing"):
+        (folder / "evil.safetensors").symlink_to(other)
+        assert begun_in(folder, monkeypatch) == set()
+        (folder / "evil.safetensors").unlink()
+    os.mkfifo(folder / "b.safetensors")
+    assert begun_in(folder, monkeypatch) == {folder / "a.safetensors"}
+
+
+def test_links_of_the_hub_cache_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob, snapshot = tmp_path / "blobs" / "0", tmp_path / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.write_text("weights")
+    for name in ("a", "b"):
+        (snapshot / f"{name}.safetensors").symlink_to(blob)
+    assert begun_in(snapshot, monkeypatch) == {blob}
+    future = begun_early(snapshot / "a.safetensors", stamp_of(snapshot / "a.safetensors"))
+    assert future is not None and future.result(timeout=0) == digest(blob)
 
 
 def test_many_cores_hash_several_files_at_a_time(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from concurrent.futures import Future
 from itertools import zip_longest
 from pathlib import Path
 
+from lox_merge.checkpoint.files import LocalFolder
 from lox_merge.checkpoint.stamps import Stamp, stamp_of
+from lox_merge.errors import SourceError
 from lox_merge.jobs.atomic import sha256_of
 
 _SUFFIX = ".safetensors"
@@ -38,7 +40,7 @@ class _Early:
                     return  # the plan says what is wrong with it
             try:
                 future.set_result(sha256_of(path))
-            except OSError as error:
+            except BaseException as error:  # whoever waits for the hash would wait for ever
                 future.set_exception(error)
                 return
 
@@ -54,10 +56,20 @@ _EARLY = _Early()
 
 def begin_early(folders: Sequence[str | Path]) -> None:
     """Begins to hash the weights of local checkpoints, in the order in which shards will need them, in a thread that ends with the process."""
-    found = [sorted(Path(folder).resolve().glob(f"*{_SUFFIX}")) for folder in folders if Path(folder).is_dir()]
-    files = [path for row in zip_longest(*found) for path in row if path is not None]
+    found = [_weights(Path(folder)) for folder in folders if Path(folder).is_dir()]
+    files = list(dict.fromkeys(path for row in zip_longest(*found) for path in row if path is not None))
     if files:
         threading.Thread(target=_EARLY.hash_all, args=(files,), name="hash early", daemon=True).start()
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that a plan may read: it has not looked at the folder yet, where links may lead anywhere and a pipe never ends."""
+    try:
+        source = LocalFolder(folder)
+        paths = [source.path(file.name).resolve() for file in sorted(source.root.glob(f"*{_SUFFIX}"))]
+        return [path for path in paths if path.is_file()]
+    except (OSError, SourceError, RuntimeError):  # RuntimeError: a link to itself, in Python below 3.13
+        return []  # the plan says what is wrong with it
 
 
 def begun_early(path: Path, stamp: Stamp) -> Future[str] | None:
