@@ -7,10 +7,12 @@ import io
 import json
 import os
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lox_merge.errors import Interrupted, WriteError
+from lox_merge.errors import Interrupted, SourceError, WriteError
 
 _CHUNK = 2**22
 
@@ -37,17 +39,42 @@ def sync_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, data: bytes, scratch: Path) -> str:
     """Writes `data` to `path` through a temporary file in `scratch` (same file system). Returns its sha256."""
+    return _put(path, [data], scratch)
+
+
+def copy_atomically(source: Path, path: Path, scratch: Path) -> str:
+    """The same with the contents of `source`, a piece at a time: it may be larger than memory. Raises SourceError where it cannot be read."""
+    return _put(path, _pieces(source), scratch)
+
+
+def _put(path: Path, pieces: Iterable[bytes], scratch: Path) -> str:
     temporary = scratch / (path.name + ".partial")
+    digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):  # what is there of it may be all that fills the disk
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
+    return digest.hexdigest()
+
+
+def _pieces(source: Path) -> Iterator[bytes]:
+    try:
+        with source.open("rb", buffering=0) as file:
+            while piece := file.read(_CHUNK):
+                yield piece
     except OSError as error:
-        raise write_error(path, error) from error
-    return hashlib.sha256(data).hexdigest()
+        raise SourceError(f"{source.name} cannot be read: {error.strerror or error}. Restore it and run the same command again.") from error
 
 
 def write_error(path: Path, error: OSError) -> WriteError:

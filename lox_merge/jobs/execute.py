@@ -15,7 +15,7 @@ import torch
 
 from lox_merge.checkpoint.checkpoint import SINGLE_INDEX
 from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError, SourceChangedError
-from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
+from lox_merge.jobs.atomic import copy_atomically, json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.executors.choose import PROCESSES, check_executor, choose_executor
 from lox_merge.jobs.executors.run import run
@@ -225,12 +225,15 @@ def _write_side_files(plan: Plan, journal: Journal) -> dict[str, str]:
     config = output_config(plan)
     hashes = {}
     for name in sorted(plan.side_files, key=lambda name: name == "config.json"):
-        data = config if name == "config.json" and config is not None else plan.mirrored.source.path(name).read_bytes()
-        hashes[name] = write_atomically(plan.out / name, data, journal.folder)
+        if name == "config.json" and config is not None:
+            hashes[name] = write_atomically(plan.out / name, config, journal.folder)
+        else:
+            hashes[name] = copy_atomically(plan.mirrored.source.path(name), plan.out / name, journal.folder)
     index = plan.index()
-    if index is not None:
-        data = plan.mirrored.source.path(SINGLE_INDEX).read_bytes() if plan.keeps_index else json_bytes(index)
-        hashes[SINGLE_INDEX] = write_atomically(plan.out / SINGLE_INDEX, data, journal.folder)
+    if index is not None and plan.keeps_index:
+        hashes[SINGLE_INDEX] = copy_atomically(plan.mirrored.source.path(SINGLE_INDEX), plan.out / SINGLE_INDEX, journal.folder)
+    elif index is not None:
+        hashes[SINGLE_INDEX] = write_atomically(plan.out / SINGLE_INDEX, json_bytes(index), journal.folder)
     return dict(sorted(hashes.items()))
 
 

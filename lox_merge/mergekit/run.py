@@ -169,7 +169,10 @@ def _complete(plan: MergePlan, raw: Mapping[str, Any], partial: Path, name: str,
     for file, path in _side_files(plan, options).items():
         if options.copy_tokenizer or not file.startswith(_TOKENIZER_PREFIXES):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            (partial / file).write_bytes(changed if file == "config.json" and changed is not None else path.read_bytes())
+            if file == "config.json" and changed is not None:
+                (partial / file).write_bytes(changed)
+            else:
+                shutil.copyfile(path, partial / file)
     if options.write_model_card:
         configuration = yaml.safe_dump(without_paths(raw), sort_keys=False, allow_unicode=True)
         (partial / _CONFIGURATION).write_text(configuration, encoding="utf-8")
