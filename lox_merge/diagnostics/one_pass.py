@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -157,6 +157,13 @@ def _measure_matrix(
 
 def _measure_vector(tensor: Compared, stored: list[Tensor]) -> Vector:
     base, aligned, *others = (values.reshape(1, -1) for values in stored)
+    try:
+        return _products(tensor, base, aligned, others)
+    except NumericalError as error:
+        raise NumericalError(f"tensor {tensor.name}: {error}.") from error
+
+
+def _products(tensor: Compared, base: Tensor, aligned: Tensor, others: Sequence[Tensor]) -> Vector:
     delta, norm, bad = form_delta(base, aligned)
     counts, updates = [bad], list[Products]()
     for other in others:

@@ -184,8 +184,9 @@ def _non_finite(plan: Plan, tensor: TensorPlan) -> int:
     stored = [checkpoint.tensor(tensor.name_in(role)).reshape(-1) for role, checkpoint in plan.checkpoints.items()]
     bad, step = 0, 2**24
     for start in range(0, stored[0].numel(), step):
-        values = [part[start : start + step].float() for part in stored]
-        finite = [torch.isfinite(later - earlier) for earlier, later in itertools.pairwise(values)]
+        # float64 weights are subtracted as such, as form_delta does: what float32 cannot hold may cancel.
+        values = [piece if piece.dtype == torch.float64 else piece.float() for part in stored for piece in [part[start : start + step]]]
+        finite = [torch.isfinite((later - earlier).float()) for earlier, later in itertools.pairwise(values)]
         bad += int((~torch.stack(finite).all(0)).sum())
     return bad
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
-from lox_merge.errors import NonFiniteDeltaError, RequestError
+from lox_merge.errors import NonFiniteDeltaError, NumericalError, RequestError
 from lox_merge.jobs.engine import count_non_finite, typical_cost
 from lox_merge.jobs.filter_edit import FilterEdit
 from lox_merge.jobs.layout import MatrixView
@@ -48,13 +48,16 @@ def measure_direction(plan: Plan) -> Directedness:
 def _sums(plan: Plan, tensor: TensorPlan) -> tuple[float, float, float]:
     """⟨Δ_align, Δ_ft⟩, ‖Δ_align‖², ‖Δ_ft‖² of one tensor; zeros where it holds NaN or Inf and such tensors are left alone."""
     base, aligned, finetuned = (plan.checkpoints[role].tensor(tensor.name_in(role)).reshape(-1) for role in ("base", "aligned", "finetuned"))
-    sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, aligned.numel(), _PIECE):
-        piece = slice(start, start + _PIECE)
-        middle = aligned[piece].float()
-        delta, change = middle - base[piece], finetuned[piece] - middle
-        delta, change = delta.float(), change.float()
-        sums += torch.stack([delta.dot(change), delta.dot(delta), change.dot(change)]).double()
+    for dtype in (torch.float32, torch.float64):
+        sums = torch.zeros(3, dtype=torch.float64)
+        for start in range(0, aligned.numel(), _PIECE):
+            piece = slice(start, start + _PIECE)
+            middle = aligned[piece].float()
+            delta, change = middle - base[piece], finetuned[piece] - middle
+            delta, change = delta.float().to(dtype), change.float().to(dtype)
+            sums += torch.stack([delta.dot(change), delta.dot(delta), change.dot(change)]).double()
+        if bool(torch.isfinite(sums).all()):
+            break  # products of large finite entries are no number in float32 only
     if not bool(torch.isfinite(sums).all()) and plan.recipe.skip_non_finite:
         return 0.0, 0.0, 0.0
     return float(sums[0]), float(sums[1]), float(sums[2])
@@ -85,8 +88,11 @@ def find_least_similar(plan: Plan, edit: FilterEdit, device: torch.device) -> fr
 
     def cosine(tensor: TensorPlan, view: MatrixView, stored: list[Tensor]) -> float | None:
         base, aligned, finetuned = (matrix.to(crew.device) for matrix in stored)
-        delta, _, bad = form_delta(base, aligned)
-        change, change_norm, bad_change = form_delta(aligned, finetuned, slot=1)
+        try:
+            delta, _, bad = form_delta(base, aligned)
+            change, change_norm, bad_change = form_delta(aligned, finetuned, slot=1)
+        except NumericalError as error:
+            raise NumericalError(f"tensor {tensor.name}{view.label}: {error}.") from error
         if bad or bad_change:
             if not plan.recipe.skip_non_finite:
                 raise NonFiniteDeltaError(count_non_finite(plan))

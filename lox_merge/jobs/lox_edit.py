@@ -214,7 +214,10 @@ def edit_batch(
     run: Run,
 ) -> list[MatrixResult]:
     """As `edit_matrix`, for matrices (b, d_out, d_in) of one rank rule, all on one device; SVDs together where the rule allows it."""
-    delta, norms, bad = form_deltas(base, aligned)
+    try:
+        delta, norms, bad = form_deltas(base, aligned)
+    except NumericalError as error:
+        raise NumericalError(f"{members[0][0].name} or one of its shape in the same shard: {error}.") from error
     rule = members[0][0].rank
     subspaces: list[Subspace] | None = None
     if type(triplets) is TakenNow and rule is not None and batched_rank(members[0][1].shape, rule) is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lox_merge.maths.lanczos import BASIS, BLOCK
 from lox_merge.maths.pieces import piece_buffer, rows_at_once
 from lox_merge.maths.rank import RankRule
-from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE
+from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE, too_large
 from lox_merge.maths.subspace import Certificate
 
 # Matrices in flight may take this much memory together, beside the largest one: work goes on while that one is in the way.
@@ -56,20 +56,29 @@ def form_delta(base: Tensor, aligned: Tensor, slot: int = 0) -> tuple[Tensor, fl
     """W_align - W_base in float32, its Frobenius norm, and how many of its entries are NaN or Inf (then the norm is none).
 
     base, aligned: (d_out, d_in), on one device. On the CPU the delta's memory is this thread's until the next call with this `slot`.
+    Raises NumericalError for a delta of finite entries that is too large to be worked on.
     """
     delta = _scratch((aligned.shape[0], aligned.shape[1]), aligned.device, slot)
     norm = float(_subtract(base, aligned, delta).double().norm())
-    bad = 0 if norm < float("inf") else max(1, int((~torch.isfinite(delta)).sum()))
-    return delta, norm, bad
+    return delta, norm, _bad_entries(delta, norm)
 
 
 def form_deltas(base: Tensor, aligned: Tensor) -> tuple[Tensor, list[float], list[int]]:
-    """`form_delta` of matrices (b, d_out, d_in), with fresh memory. The host waits once for all of them."""
+    """`form_delta` of matrices (b, d_out, d_in), with fresh memory. The host waits once for all of them. Raises NumericalError as that does."""
     delta = torch.empty(aligned.shape, device=aligned.device)
     row_norms = [_subtract(earlier, later, one) for one, earlier, later in zip(delta, base, aligned, strict=True)]
     norms = torch.stack(row_norms).double().norm(dim=1).tolist()
-    bad = [0 if norm < float("inf") else max(1, int((~torch.isfinite(one)).sum())) for one, norm in zip(delta, norms, strict=True)]
-    return delta, norms, bad
+    return delta, norms, [_bad_entries(one, norm) for one, norm in zip(delta, norms, strict=True)]
+
+
+def _bad_entries(delta: Tensor, norm: float) -> int:
+    """How many entries are NaN or Inf, norm: of the delta. Raises NumericalError where none is, and their squares overflow."""
+    if norm < float("inf"):
+        return 0
+    bad = int((~torch.isfinite(delta)).sum())
+    if not bad:
+        raise too_large(delta)
+    return bad
 
 
 def _subtract(base: Tensor, aligned: Tensor, delta: Tensor) -> Tensor:

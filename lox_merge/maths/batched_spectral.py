@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lox_merge.maths.batched_lanczos import Run, basis_rows, batched_lanczos, block_width
-from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
+from lox_merge.maths.lanczos import DEFAULT_TOLERANCE, LARGEST_NORM
 from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE, truncated_svd
@@ -53,7 +53,7 @@ def batched_truncated_svd(
     rank = batched_rank((matrices.shape[1], matrices.shape[2]), rule)
     if rank is None:
         raise ValueError(f"rank rule {rule} does not go in a batch of shape {tuple(matrices.shape)}")
-    chosen = [index for index, norm in enumerate(norms) if norm]
+    chosen = [index for index, norm in enumerate(norms) if 0 < norm < LARGEST_NORM]
     with full_precision_matmul(matrices.device), here(matrices.device):
         certified = _certified(matrices, rank, norms, chosen, tolerance, seed, run)
     results = []

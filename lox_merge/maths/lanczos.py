@@ -33,6 +33,8 @@ RESIDUAL_FLOOR = 32 * torch.finfo(torch.float32).eps
 # the cache: a third faster at 14336×4096, where memory is what limits (benchmarks/svd.py --panels).
 _CACHED_ENTRIES = 2**21
 _PANEL = 256
+# Products with A Aᵀ are as large as the norm squared, and float32 ends at 3e38: from here on the Gram matrix, in float64, is safe.
+LARGEST_NORM = 1e18
 # With restarts a matrix that needs more products than this does not converge at all (all cases of FACTS need < 120).
 LARGEST_PASSES = 400
 

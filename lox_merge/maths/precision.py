@@ -59,13 +59,14 @@ def _without_tf32() -> Callable[[], None]:
 def frobenius_norm(matrix: Tensor) -> float:
     """||A||_F of a floating matrix: rows in float32, their sum in float64.
 
-    One float32 accumulation over 16.7 million entries was off by 1e-3; rows are short enough.
+    One float32 accumulation over 16.7 million entries was off by 1e-3; rows are short enough. Where their squares overflow: all in float64.
     """
-    return float(frobenius_norm_here(matrix))
+    norm = float(frobenius_norm_here(matrix))
+    return float(torch.linalg.vector_norm(matrix.double())) if math.isinf(norm) else norm
 
 
 def frobenius_norm_here(matrix: Tensor) -> Tensor:
-    """The same, float64, on the matrix's device: nothing is waited for."""
+    """The same, float64, on the matrix's device: nothing is waited for, so that it is infinite where float32 overflows."""
     if matrix.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=matrix.device)
     rows = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float32 if matrix.dtype != torch.float64 else None)
@@ -117,4 +118,7 @@ def rounding_variance(stored: Tensor) -> float:
         # The spacing of a dtype at w is eps times the power of two below |w|: w without its sign and mantissa.
         power = powers_of_two(stored[start : start + step]).clamp_min_(information.tiny)
         total += torch.linalg.vector_norm(power, dim=-1).double().square().sum()
+    if math.isinf(float(total)):  # squares of weights from 1e19 on
+        pieces = (powers_of_two(stored[start : start + step]).double() for start in range(0, rows, step))
+        return sum(float(power.square().sum()) for power in pieces) * information.eps**2 / max(1, stored.numel()) / 12
     return float(total) * information.eps**2 / max(1, stored.numel()) / 12

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lox_merge.errors import LoxMergeWarning, NumericalError
-from lox_merge.maths.lanczos import DEFAULT_TOLERANCE, RESIDUAL_FLOOR, Triplets, block_lanczos
-from lox_merge.maths.precision import frobenius_norm, full_precision_matmul
+from lox_merge.maths.lanczos import DEFAULT_TOLERANCE, LARGEST_NORM, RESIDUAL_FLOOR, Triplets, block_lanczos
+from lox_merge.maths.precision import frobenius_norm_here, full_precision_matmul
 from lox_merge.maths.rank import RankRule
 from lox_merge.maths.subspace import Certificate, Subspace, empty_subspace
 
@@ -42,10 +42,10 @@ def truncated_svd(
     """
     rule = RankRule("fixed", rank) if isinstance(rank, int) else rank
     short = min(matrix.shape)
-    norm = frobenius_norm(matrix)
+    norm = float(frobenius_norm_here(matrix))
     if not norm < float("inf"):
         bad = int((~torch.isfinite(matrix)).sum())
-        raise NumericalError(f"matrix of shape {tuple(matrix.shape)} holds {bad:,} NaN or Inf entries (or its norm overflows float32)")
+        raise NumericalError(f"matrix of shape {tuple(matrix.shape)} holds {bad:,} NaN or Inf entries") if bad else too_large(matrix)
     if norm == 0 or short == 0:
         return empty_subspace(matrix, norm)
     values = matrix if matrix.dtype == torch.float32 else matrix.float()
@@ -54,12 +54,21 @@ def truncated_svd(
         return _certify(values, triplets, method, norm)
 
 
+def too_large(matrix: Float[Tensor, "d_out d_in"]) -> NumericalError:
+    """The error for a matrix of finite entries whose norm is none in float32."""
+    return NumericalError(
+        f"a difference of weights of shape {tuple(matrix.shape)} has entries up to {float(matrix.abs().max()):.1e}: finite, but the sum of "
+        "their squares overflows float32, in which it would be decomposed. One of the checkpoints is likely damaged; leave the tensor out "
+        "with --exclude, or repair it"
+    )
+
+
 def _solve(matrix: Tensor, rule: RankRule, norm: float, noise_edge: float, tolerance: float, seed: int) -> tuple[Triplets, str]:
     short = min(matrix.shape)
     if short <= EXACT_SIDE:
         return _exact(matrix, rule, norm, noise_edge), "exact"
     wanted = rule.from_shape(short)
-    if wanted is None or wanted <= DENSE_SHARE * short:
+    if norm < LARGEST_NORM and (wanted is None or wanted <= DENSE_SHARE * short):
         found = block_lanczos(matrix, rule, norm=norm, noise_edge=noise_edge, tolerance=tolerance, seed=seed, largest_rank=int(DENSE_SHARE * short))
         if found.converged:
             return found.triplets, "lanczos"
