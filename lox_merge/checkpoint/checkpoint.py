@@ -22,7 +22,9 @@ from lox_merge.errors import CheckpointFormatError, PlanError, SourceError
 SINGLE, SINGLE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".tflite"}
-_NOT_THE_MODEL = {"lox_merge.json", "mergekit_config.yml", ".gitattributes", ".gitignore", "trainer_state.json"}
+_NOT_THE_MODEL = {"lox_merge.json", "mergekit_config.yml", "trainer_state.json"}
+# Where programs that watch a training write; their records hold settings and names of whoever trained.
+_RECORDS = {"wandb", "mlruns", "lightning_logs"}
 
 
 @dataclass
@@ -120,12 +122,15 @@ class Checkpoint:
         return bool((self.json("tokenizer_config.json") or {}).get("chat_template"))
 
     def side_files(self) -> list[str]:
-        """Files beside the weights that belong to the model: all but weights in any format, README and bookkeeping."""
+        """Files beside the weights that belong to the model: all but weights in any format, README, bookkeeping, and what its maker left.
+
+        Nothing that a model needs begins with a dot; keys and passwords (.env, .netrc, .git-credentials) do.
+        """
         names = []
         for name in self.source.names():
             path = PurePosixPath(name)
             weights = path.suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json")
-            if not weights and path.name not in _NOT_THE_MODEL and not path.name.upper().startswith("README"):
+            if not weights and path.name not in _NOT_THE_MODEL and not path.name.upper().startswith("README") and not _is_left_over(path):
                 names.append(name)
         return names
 
@@ -158,6 +163,12 @@ class Checkpoint:
             for file in self._open.values():
                 file.close()
             self._open.clear()
+
+
+def _is_left_over(path: PurePosixPath) -> bool:
+    """Hidden, a log, or the record of a training."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return hidden or path.suffix == ".log" or path.name.startswith("events.out.tfevents") or not _RECORDS.isdisjoint(path.parts[:-1])
 
 
 def open_checkpoint(text: str | Path | FileSource, role: str, cache_dir: Path | None = None) -> Checkpoint:
