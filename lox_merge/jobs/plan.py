@@ -189,9 +189,24 @@ def make_plan(
     if problems:
         raise PlanError(problems)
     warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
+    warnings += _left_behind(mirrored)
     shards = plan_shards(mirrored, selection.tensors, recipe, keep_form=edit.requantises)
     triplets = usual_triplets(ordered["base"], ordered["aligned"], recipe)
     return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), triplets, form=settled, warnings=warnings)
+
+
+def _left_behind(mirrored: Checkpoint) -> list[str]:
+    """What lies beside the weights, and may be meant to come along."""
+    notes = []
+    if large := mirrored.unknown_weights():
+        shown = f"{', '.join(large[:4])}{' …' if len(large) > 4 else ''} of {mirrored.title} {'is' if len(large) == 1 else 'are'}"
+        notes.append(f"{shown} not copied: weights that are not edited, by format and size. Copy them yourself if the model needs them.")
+    if "adapter_config.json" in mirrored.source.names() and not isinstance(mirrored, AdaptedCheckpoint):
+        notes.append(
+            f"{mirrored.title} holds an adapter beside whole weights, which transformers applies when it loads the folder. The weights alone are "
+            "edited, and the adapter is not copied."
+        )
+    return notes
 
 
 def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: bool = False) -> list[str]:
