@@ -39,6 +39,9 @@ _COMMANDS = {
 }
 
 
+_PREFIX = "LOX_MERGE"  # of environment variables
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on demand, so that --help stays fast."""
 
@@ -50,12 +53,24 @@ class LazyGroup(click.Group):
             return None
         module, attribute = _COMMANDS[cmd_name].split(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
+        name_variables(command, f"{ctx.auto_envvar_prefix or _PREFIX}_{cmd_name}")
         return command
+
+
+def name_variables(command: click.Command, prefix: str) -> None:
+    """Lets each option be set by prefix and its long name, as the help says: LOX_MERGE_ASR_JUDGE for --judge of asr.
+
+    click takes the name of the Python parameter (LOX_MERGE_ASR_JUDGES), which nobody can guess; it goes on counting, after this one.
+    """
+    for option in command.params:
+        if isinstance(option, click.Option):
+            names = [name.removeprefix("--") for name in option.opts if name.startswith("--")]
+            option.envvar = [f"{prefix}_{name}".upper().replace("-", "_") for name in names]
 
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LOX_MERGE", "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": _PREFIX, "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="lox-merge")
 def cli() -> None:
