@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lox_merge.publish.results import HARDENED, Measured
+from lox_merge.publish.documents.robustness import HARDENED
+from lox_merge.publish.documents.shape import Prompts
+from lox_merge.publish.evaluation import last_step
+from lox_merge.publish.results import Measured
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -67,28 +70,28 @@ def evaluation_results(measured: Measured) -> list[EvalResult]:
         for row in measured.asr
         if row.role == "hardened" and row.figures.rate is not None
     ]
-    last = max((point.step for point in measured.attacks), default=0)
-    for point in measured.attacks:
-        known = [figures for figures in point.figures if figures.rate is not None]
-        if point.model == HARDENED and point.step in (0, last) and len(known) == 1:
-            n = {"n": known[0].n, "judged": known[0].judged}
-            after = f"after {point.step} fine-tuning steps on {point.attack}"
-            found.append(_asr_result(point.prompts, point.judge, known[0].rate, n, known[0].interval, after))
+    for curves in measured.compared:
+        for point in curves:
+            figures = point.figures[0]
+            if point.model == HARDENED and point.step in (0, last_step(curves)) and len(point.figures) == 1 and figures.rate is not None:
+                n = {"n": figures.n, "judged": figures.judged}
+                after = f"after {point.step} fine-tuning steps on {point.attack}"
+                found.append(_asr_result(point.prompts, point.judge, figures.rate, n, figures.interval, after))
     return found
 
 
 def _asr_result(
-    prompts: Mapping[str, Any], judge: str, rate: float | None, counts: dict[str, int], interval: tuple[float, float] | None, after: str | None
+    prompts: Prompts, judge: str, rate: float | None, counts: dict[str, int], interval: tuple[float, float] | None, after: str | None
 ) -> EvalResult:
     from huggingface_hub import EvalResult
 
     low, high = interval or (None, None)
     return EvalResult(
         task_type="text-generation",
-        dataset_type=str(prompts["source"]),
-        dataset_name=f"{prompts['source']} ({prompts['n']} prompts)",
+        dataset_type=prompts.source,
+        dataset_name=f"{prompts.source} ({prompts.n} prompts)",
         dataset_config=after,
-        dataset_revision=str(prompts["sha256"]),
+        dataset_revision=prompts.sha256,
         metric_type="attack_success_rate",
         metric_name=f"attack success rate, judged by {judge} (lower is safer)",
         metric_value=rate,

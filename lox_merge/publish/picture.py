@@ -7,7 +7,8 @@ import warnings
 from typing import Any
 
 from lox_merge.errors import LoxMergeWarning
-from lox_merge.publish.results import HARDENED, AttackPoint, Measured
+from lox_merge.publish.documents.robustness import HARDENED
+from lox_merge.publish.results import AttackPoint, Measured
 
 PICTURE = "lox_merge_asr.svg"
 _STYLES = {
@@ -29,15 +30,16 @@ def draw(measured: Measured) -> bytes | None:
     except ImportError:
         warnings.warn("the card has no picture: matplotlib is missing; pip install 'lox-merge[plot]'.", LoxMergeWarning, stacklevel=2)
         return None
-    # Without a fixed salt every SVG would hold other identifiers, and the same results another file.
-    with matplotlib.rc_context({"svg.hashsalt": "lox-merge", "font.size": 10}):
-        attacks = list(dict.fromkeys((point.attack, point.judge) for point in measured.attacks))
+    # Without a fixed salt every SVG would hold other identifiers, and the same results another file. Names come from outside: a dollar
+    # in one is no formula.
+    with matplotlib.rc_context({"svg.hashsalt": "lox-merge", "font.size": 10, "text.parse_math": False}):
+        attacks = measured.compared
         figure = Figure(figsize=(max(6.0, 4.8 * len(attacks)), 4.0), layout="constrained")
         if attacks:
             panels = figure.subplots(1, len(attacks), sharey=True, squeeze=False)[0]
-            for panel, (attack, judge) in zip(panels, attacks, strict=True):
-                _curves(panel, [point for point in measured.attacks if (point.attack, point.judge) == (attack, judge)])
-                panel.set(title=f"{attack}, judged by {judge}", xlabel="fine-tuning steps")
+            for panel, points in zip(panels, attacks, strict=True):
+                _curves(panel, points)
+                panel.set(title=f"{points[0].attack}, judged by {points[0].judge}", xlabel="fine-tuning steps")
         else:
             panels = [figure.subplots()]
             _bars(panels[0], measured)
@@ -54,8 +56,10 @@ def draw(measured: Measured) -> bytes | None:
 def _curves(panel: Any, points: list[AttackPoint]) -> None:
     for model in dict.fromkeys(point.model for point in points):
         colour, marker, line, label = _STYLES.get(model, ("#000000", ".", "-", model))
-        for seed in range(len(points[0].figures)):
-            known = [(point.step, figures) for point in points if point.model == model and (figures := point.figures[seed]).rate is not None]
+        own = [point for point in points if point.model == model]
+        for seed in range(max(len(point.figures) for point in own)):
+            at_seed = [(point.step, point.figures[seed]) for point in own if seed < len(point.figures)]
+            known = [(step, figures) for step, figures in at_seed if figures.rate is not None]
             rates = [figures.rate for _, figures in known]
             bounds = [figures.interval or (figures.rate, figures.rate) for _, figures in known]
             errors = [[max(0.0, rate - low) for rate, (low, _) in zip(rates, bounds, strict=True)]]  # type: ignore[operator]
@@ -69,7 +73,7 @@ def _curves(panel: Any, points: list[AttackPoint]) -> None:
 def _bars(panel: Any, measured: Measured) -> None:
     rows = [row for row in measured.asr if row.figures.rate is not None]
     names = {"base": "base", "aligned": "aligned (before)", "hardened": "this model (after)"}
-    rows.sort(key=lambda row: (str(row.prompts["source"]), row.judge, list(names).index(row.role)))
+    rows.sort(key=lambda row: (row.prompts.source, row.judge, list(names).index(row.role)))
     for place, row in enumerate(rows):
         rate, (low, high) = row.figures.rate or 0.0, row.figures.interval or (row.figures.rate or 0.0,) * 2
         colour = {"aligned": "#D55E00", "hardened": "#0072B2"}.get(row.role, "#999999")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from lox_merge.publish.documents.shape import AttackRate, PairedChange, Prompts, Shape
+from lox_merge.publish.documents.shape import AttackRate, Number, PairedChange, Prompts, Shape
 
 
 class Agreement(Shape):
@@ -28,7 +28,7 @@ class Evaluation(Shape):
     attack_success: dict[str, AttackRate] = Field(min_length=1)
     agreement: tuple[Agreement, ...]
     by_category: dict[str, dict[str, AttackRate]] = Field(default_factory=dict)
-    utility: dict[str, float | None] = Field(default_factory=dict)
+    utility: dict[str, Number | None] = Field(default_factory=dict)
 
 
 class AttackSuccess(Shape):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from lox_merge.publish.documents.shape import AttackRate, PairedChange, Prompts, Shape
+from lox_merge.publish.documents.shape import AttackRate, Count, Number, PairedChange, Prompts, Shape
 
 ALIGNED, HARDENED = "aligned", "LoX"
 
@@ -22,12 +22,12 @@ class Ratio(Shape):
 class Point(Shape):
     """One model after `step` steps of an attack. Rates and changes by judge."""
 
-    step: int
+    step: Count
     attack_success: dict[str, AttackRate]
     against_aligned: dict[str, PairedChange]
     r_ft: Ratio
-    r_ft_over_r_align: float | None
-    utility: dict[str, float | None]
+    r_ft_over_r_align: Number | None
+    utility: dict[str, Number | None]
 
 
 class Curve(Shape):
@@ -56,7 +56,7 @@ class Training(Shape):
     """How every model was fine-tuned."""
 
     steps: tuple[int, ...] = Field(min_length=1)
-    learning_rate: float
+    learning_rate: Number
     batch_size: int
     lora: bool
     lora_rank: int | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from lox_merge.publish.documents.shape import AttackRate, Prompts, Shape, judge_title, source_title
+from lox_merge.publish.documents.shape import AttackRate, Number, Prompts, Shape, judge_title, source_title
 
 
 class RankPoint(Shape):
@@ -35,7 +35,7 @@ class Search(Shape):
     """A rank search. curve: by rising rank."""
 
     effective_rank: int | None
-    rho: float
+    rho: Number
     confident: bool
     judge: dict[str, Any]
     prompts: Prompts

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from lox_merge.diagnostics.matrix_results import Interval
 from lox_merge.diagnostics.results import source_title
 from lox_merge.errors import RequestError
 
-__all__ = ["AttackRate", "Interval", "PairedChange", "Prompts", "Shape", "judge_title", "judge_words", "read_as", "source_title"]
+__all__ = [
+    "AttackRate",
+    "Count",
+    "Interval",
+    "Number",
+    "PairedChange",
+    "Prompts",
+    "Shape",
+    "Share",
+    "judge_title",
+    "judge_words",
+    "read_as",
+    "source_title",
+]
+
+
+def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise PydanticCustomError("interval", f"an interval goes from {ends[0]:g} down to {ends[1]:g}")
+    return ends
+
+
+Count = Annotated[int, Strict(), Field(ge=0)]
+Number = Annotated[float, Strict(), AllowInfNan(False)]  # not '0.25'
+Share = Annotated[Number, Field(ge=0, le=1)]  # not 25, which is meant in percent
 
 
 class Shape(BaseModel):
@@ -24,13 +49,13 @@ class Shape(BaseModel):
 class AttackRate(Shape):
     """ASR = successes / judged of one model and judge, with its Wilson 95 % interval; None where nothing was judged."""
 
-    n: int
-    judged: int
-    successes: int
-    undecided: int
-    rate: float | None
-    interval: Interval | None
-    mean_score: float | None = None
+    n: Count
+    judged: Count
+    successes: Count
+    undecided: Count
+    rate: Share | None
+    interval: Annotated[tuple[Share, Share], AfterValidator(_in_order)] | None
+    mean_score: Number | None = None
 
 
 class PairedChange(Shape):
@@ -39,12 +64,12 @@ class PairedChange(Shape):
     first: str
     second: str
     judge: str
-    n: int
-    only_first: int
-    only_second: int
-    difference: float | None
-    interval: Interval | None
-    p_value: float | None
+    n: Count
+    only_first: Count
+    only_second: Count
+    difference: Annotated[Number, Field(ge=-1, le=1)] | None
+    interval: Annotated[tuple[Number, Number], AfterValidator(_in_order)] | None
+    p_value: Share | None
 
 
 class Prompts(Shape):
@@ -52,7 +77,7 @@ class Prompts(Shape):
 
     source: str
     sha256: str
-    n: int
+    n: Count
 
     @property
     def words(self) -> str:

@@ -47,7 +47,7 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         raise RequestError(f"{file} can't be read: {error.strerror or error}.") from error
     try:
-        document = _printable(json.loads(data.decode("utf-8-sig")))
+        document = printable(json.loads(data.decode("utf-8-sig")))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise RequestError(f"{file} is not JSON ({error}). Give what a command wrote with --json.") from error
     if not isinstance(document, dict):
@@ -55,12 +55,12 @@ def read_run(path: Path) -> Run:
     return Run(file.name, hashlib.sha256(data).hexdigest(), document)
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """The same value with text that can be shown: JSON may come from anyone."""
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
     if isinstance(value, list):
-        return [_printable(item) for item in value]
+        return [printable(item) for item in value]
     if isinstance(value, dict):
-        return {_printable(key): _printable(item) for key, item in value.items()}
+        return {printable(key): printable(item) for key, item in value.items()}
     return value
