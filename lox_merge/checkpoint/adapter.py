@@ -53,7 +53,8 @@ def open_adapter(
         raise SourceError(f"{where} has no {CONFIG}: it is no PEFT adapter. Give the folder that peft's save_pretrained wrote.")
     own = open_factors_only(role, source)
     config = read_config(own.json(CONFIG) or {}, f"{where}/{CONFIG}")
-    notes = _check_base(config, base, where, base_is_right=base_is_right)
+    other = _other_base(config, base)
+    notes = [] if other is None or base_is_right else [_check_base(*other, base, where)]
     found = Resolver(next(iter(own.headers.values())), config, base, map_model(base), where)
     if found.problems:
         raise PlanError(found.problems)
@@ -70,6 +71,7 @@ def open_adapter(
         own=own,
         changes=found.changes,
         notes=notes,
+        base_confirmed=base_is_right and other is not None,
     )
     adapted.check_twins()
     return adapted
@@ -86,10 +88,10 @@ def open_factors_only(role: str, source: FileSource) -> Checkpoint:
     raise SourceError(f"{role}: {source.title} has {CONFIG}, but neither {WEIGHTS} nor {PICKLED_WEIGHTS}. Give the folder that peft wrote.")
 
 
-def _check_base(config: AdapterConfig, base: Checkpoint, where: str, *, base_is_right: bool) -> list[str]:
-    """Notes where the two names cannot be compared. Raises SourceError where they can, and differ."""
+def _other_base(config: AdapterConfig, base: Checkpoint) -> tuple[str, bool] | None:
+    """The model that the adapter names where that is not `base`, and whether the two names can be compared at all; None where it is."""
     if config.base is None:
-        return []
+        return None
     identity = base.source.identity()
     named, given = config.base.rstrip("/\\"), str(identity["name"])
     on_hub = named.count("/") == 1 and not Path(named).is_absolute() and not named.startswith((".", "~"))
@@ -98,15 +100,17 @@ def _check_base(config: AdapterConfig, base: Checkpoint, where: str, *, base_is_
     else:
         # Of a folder only its own name is known to mean the same on two machines.
         same, comparable = PurePosixPath(named.replace("\\", "/")).name == PurePosixPath(given).name, on_hub == (identity["kind"] == "hub")
-    if same or base_is_right:
-        return []
-    shown = named if on_hub else PurePosixPath(named.replace("\\", "/")).name
+    return None if same else (named if on_hub else PurePosixPath(named.replace("\\", "/")).name, comparable)
+
+
+def _check_base(named: str, comparable: bool, base: Checkpoint, where: str) -> str:
+    """A note where the two names cannot be compared. Raises SourceError where they can: they differ."""
     if comparable:
         raise SourceError(
-            f"{where} is an adapter over {shown} and was given over {base.title}. Give its own base model; if {base.title} holds the same weights, "
+            f"{where} is an adapter over {named} and was given over {base.title}. Give its own base model; if {base.title} holds the same weights, "
             "add --base-is-right."
         )
-    return [f"{where} is an adapter over {shown}; whether {base.title} is that model could not be compared, only its shapes."]
+    return f"{where} is an adapter over {named}; whether {base.title} is that model could not be compared, only its shapes."
 
 
 @dataclass
@@ -121,6 +125,7 @@ class AdaptedCheckpoint(Checkpoint):
     own: Checkpoint = field(kw_only=True)
     changes: Mapping[str, Change] = field(kw_only=True)
     notes: list[str] = field(kw_only=True, default_factory=list)
+    base_confirmed: bool = field(kw_only=True, default=False)  # the names differ, and --base-is-right was said
     _last: tuple[str, Tensor] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def build_manifest(plan: Plan, job: dict[str, Any], records: list[dict[str, Any]
         "sources": sources,
         "output": {"shards": [record["output"] for record in records], "files": files},
         "warnings": plan.warnings,
+        **({"confirmed": plan.confirmed} if plan.confirmed else {}),
         **form_record(plan.checkpoints, plan.requantised, tensors),
         "tensors": tensors,
         "summary": plan.edit.summary(tensors),

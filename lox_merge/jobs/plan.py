@@ -46,7 +46,7 @@ class Plan:
 
     checkpoints: by role, in the order of training; the output mirrors the last. triplets: where those of each delta come from.
     passing: how weight files come from the Hub where they are not to be on disk all at once. store: where shards go instead of `out`.
-    form: what is to be written of it.
+    form: what is to be written of it. confirmed: 'order' and 'base' where --order-is-right or --base-is-right was needed.
     """
 
     checkpoints: Mapping[str, Checkpoint]
@@ -60,6 +60,7 @@ class Plan:
     form: Form = "model"
     store: Store | None = None
     warnings: list[str] = field(default_factory=list)
+    confirmed: list[str] = field(default_factory=list)
 
     @property
     def base(self) -> Checkpoint:
@@ -207,6 +208,17 @@ def _left_behind(mirrored: Checkpoint) -> list[str]:
             "edited, and the adapter is not copied."
         )
     return notes
+
+
+def confirmed(checkpoints: Iterable[Checkpoint], *, order: bool) -> list[str]:
+    """What had to be said for these to be taken, for the manifest: 'order' where they look swapped, 'base' where an adapter names another.
+
+    order: --order-is-right was said. Where it was not needed it says nothing: the same sources and recipe give the same manifest.
+    """
+    given = list(checkpoints)
+    swapped = order and any(_swapped(one, other) for one, other in itertools.pairwise(given))
+    other_base = any(isinstance(checkpoint, AdaptedCheckpoint) and checkpoint.base_confirmed for checkpoint in given)
+    return ["order"] * swapped + ["base"] * other_base
 
 
 def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: bool = False) -> list[str]:

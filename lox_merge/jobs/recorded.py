@@ -208,6 +208,7 @@ class _Manifest(_Part):
     sources: _Sources
     output: _Output
     warnings: list[str]
+    confirmed: list[Literal["order", "base"]] = []
     adapter: _Adapter | None = None
 
 

@@ -31,11 +31,11 @@ class RankRule:
     def __post_init__(self) -> None:
         problem = None
         if self.kind == "fixed" and (self.value < 1 or self.value != int(self.value)):
-            problem = f"rank {self.value:g} is not a whole number ≥ 1"
+            problem = f"rank {_exact(self.value)} is not a whole number ≥ 1"
         elif self.kind == "percent" and not 0 < self.value <= 100:
-            problem = f"rank {self.value:g}% is outside (0, 100]"
+            problem = f"rank {_exact(self.value)}% is outside (0, 100]"
         elif self.kind == "energy" and not 0 < self.value < 1:
-            problem = f"energy {self.value:g} is outside (0, 1)"
+            problem = f"energy {_exact(self.value)} is outside (0, 1)"
         if problem:
             raise RecipeError(f"{problem}; {_HELP}.")
 
@@ -43,8 +43,8 @@ class RankRule:
         if self.kind == "fixed":
             return str(int(self.value))
         if self.kind == "percent":
-            return f"{self.value:g}%"
-        return f"energy:{self.value:g}" if self.kind == "energy" else self.kind
+            return f"{_exact(self.value)}%"
+        return f"energy:{_exact(self.value)}" if self.kind == "energy" else self.kind
 
     def from_shape(self, short_side: int) -> int | None:
         """k where the shape alone decides it, clipped to the short side; None where the spectrum decides."""
@@ -64,6 +64,11 @@ class RankRule:
             return int(reached.to(torch.uint8).argmax()) + 1 if bool(reached.any()) else None
         above = int((squares > noise_edge**2).sum())
         return above if above < squares.numel() else None
+
+
+def _exact(value: float) -> str:
+    """The shortest text that is read back as this number: a recipe on record has to be the one that was used."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def parse_rank(text: str | int) -> RankRule:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lox_merge._version import __version__
 from lox_merge.publish import evaluation
-from lox_merge.publish.command import harden_command, verify_command
+from lox_merge.publish.command import harden_command, shortest, verify_command
 from lox_merge.publish.metadata import PAPER, pipeline_tag
 from lox_merge.publish.output import FinishedOutput
 from lox_merge.publish.picture import PICTURE
@@ -48,7 +48,7 @@ def card_body(output: FinishedOutput, repo: str, sources: Mapping[str, SourceCar
         utility=table(["measure", "aligned (before)", "this model (after)"], utility) if utility else None,
         command=harden_command(manifest, output.name),
         rank=recipe["rank"],
-        alpha=f"{recipe['alpha']:g}"
+        alpha=shortest(recipe["alpha"])
         + (" (other values where the options above say so)" if recipe["rank_pattern"] or recipe["alpha_pattern"] else ""),
         figures=table(["figure", "value"], _figures(manifest["summary"], recipe)),
         search=evaluation.search_lines(measured),

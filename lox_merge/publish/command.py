@@ -11,7 +11,7 @@ from lox_merge.jobs.recipe import Recipe
 # Option of each setting of the recipe. Rank and alpha are always shown.
 _REPEATED = {"include": "--include", "exclude": "--exclude"}
 _PATTERNS = {"rank_pattern": "--rank-pattern", "alpha_pattern": "--alpha-pattern"}
-_FLAGS = {"linear_only": "--linear-only", "skip_non_finite": "--skip-non-finite"}
+_FLAGS = {"linear_only": "--linear-only", "requantise": "--requantise", "skip_non_finite": "--skip-non-finite"}
 _FACTORS = "factors.safetensors"
 _VALUES = {"dtype": "--dtype", "rounding": "--rounding", "tolerance": "--tolerance", "seed": "--seed", "fused": "--fused"}
 
@@ -24,13 +24,17 @@ def harden_command(manifest: Mapping[str, Any], out: str) -> str:
     recipe, default = manifest["job"]["recipe"], Recipe().to_json()
     pair = [_reference(manifest["sources"][role]) for role in ("base", "aligned")]
     words = ["lox-merge", "harden", *pair, out]
-    words += ["--rank", str(recipe["rank"]), "--alpha", f"{recipe['alpha']:g}"]
+    words += ["--rank", str(recipe["rank"]), "--alpha", shortest(recipe["alpha"])]
     for key, option in _REPEATED.items():
         words += [word for pattern in recipe[key] for word in (option, pattern)]
     for key, option in _PATTERNS.items():
         words += [word for pattern, value in recipe[key] for word in (option, f"{pattern}={value}")]
-    words += [option for key, option in _FLAGS.items() if recipe[key]]
+    words += [option for key, option in _FLAGS.items() if recipe.get(key)]  # to_json leaves requantise out where it is false
+    if recipe.get("requantise"):
+        default["rounding"] = None  # harden itself has another default then
     words += [word for key, option in _VALUES.items() if recipe[key] != default[key] for word in (option, str(recipe[key]))]
+    confirmed = [f"--{what}-is-right" for what in manifest.get("confirmed", ())]
+    words += confirmed
     if form_of(manifest) == "adapter":
         words.append("--as-adapter")
     words += ["--device", manifest["job"]["device"]]
@@ -38,7 +42,14 @@ def harden_command(manifest: Mapping[str, Any], out: str) -> str:
     if factors is None:
         return shlex.join(words)
     settings = [word for key in ("rank", "tolerance", "seed") for word in (f"--{key}", str(factors[key]))]
-    return "\n".join(shlex.join(line) for line in (["lox-merge", "decompose", *pair, _FACTORS, *settings], [*words, "--factors", _FACTORS]))
+    first = ["lox-merge", "decompose", *pair, _FACTORS, *settings, *confirmed]
+    return "\n".join(shlex.join(line) for line in (first, [*words, "--factors", _FACTORS]))
+
+
+def shortest(value: float) -> str:
+    """The shortest text that is exactly this number again: '2', not '2.0', and all digits where there are many."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 def verify_command(manifest: Mapping[str, Any], target: str) -> str:
