@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +19,10 @@ from lox_merge.cli.main import cli
 from lox_merge.errors import LoxMergeWarning, OutputError, RequestError, SourceError
 from lox_merge.jobs.verify import verify
 from lox_merge.publish.card import Card, CardSettings, build_card
-from lox_merge.publish.command import harden_command
 from lox_merge.publish.licence import Licence, choose_licence, given_licence, stated_licence
 from lox_merge.publish.output import open_output
 from lox_merge.publish.picture import PICTURE
 from lox_merge.publish.readme import card_to_publish, existing_card, write_card
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
-from check_commands import problem
 
 # What it says
 
@@ -86,34 +80,6 @@ def test_the_adapter_form(card_out: Path) -> None:
     assert "adapter" in data["tags"] and "merge" not in data["tags"]
     assert 'PeftModel.from_pretrained(model, "me/adapter")' in card.content and f'revision="{"a" * 40}"' in card.content
     assert "--as-adapter" in card.content and "loads wherever" not in card.content
-
-
-def test_the_command_makes_the_same_output_again(card_pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = json.loads((card_pair[2] / "lox_merge.json").read_text())
-    words = shlex.split(harden_command(manifest, "hardened"))
-    assert words[:2] == ["lox-merge", "harden"]
-    for role in (0, 1):
-        shutil.copytree(card_pair[role], tmp_path / card_pair[role].name)
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli, words[1:])
-    assert done.exit_code == 0, done.output
-    assert (tmp_path / "hardened" / "lox_merge.json").read_bytes() == (card_pair[2] / "lox_merge.json").read_bytes()
-    lines = harden_command({**manifest, "job": {**manifest["job"], "factors": {"rank": "8", "tolerance": 0.001, "seed": 0}}}, "o").splitlines()
-    assert lines[0] == "lox-merge decompose base aligned factors.safetensors --rank 8 --tolerance 0.001 --seed 0"
-    assert lines[1].endswith("--factors factors.safetensors") and not any(map(problem, lines))
-    every = Recipe(rank="full", include=("a b",), linear_only=True, dtype="float32", tolerance=1e-4, seed=3, fused="whole", skip_non_finite=True)
-    text = harden_command({**manifest, "job": {**manifest["job"], "recipe": every.to_json()}}, "o")
-    for option in (
-        "--rank full",
-        "--include 'a b'",
-        "--linear-only",
-        "--skip-non-finite",
-        "--dtype float32",
-        "--tolerance 0.0001",
-        "--seed 3",
-        "--fused whole",
-    ):
-        assert option in text
 
 
 # Licence
@@ -228,3 +194,26 @@ def test_outputs_of_other_kinds_are_refused(card_pair: tuple[Path, Path, Path], 
         open_output(tmp_path / "merged")
     with pytest.raises(OutputError, match=r"has no lox_merge\.json"):
         open_output(card_pair[1])
+
+
+def test_files_of_a_card_are_none_of_the_model(card_pair: tuple[Path, Path, Path], card_out: Path, tmp_path: Path) -> None:
+    """An output that was published with its card, hardened again."""
+    results = robustness(tmp_path / "r.json", None, {"aligned": [2], "LoX": [6]})
+    write_card(open_output(card_out), card_of(card_out, results))
+    (card_out / "lox_merge_weights.json").write_text("{}")
+    again = tmp_path / "again"
+    harden(card_pair[0], card_out, again, recipe=Recipe(rank=1))
+    assert not {PICTURE, "README.md", "lox_merge_weights.json"} & {path.name for path in again.iterdir()}
+
+    # One that an earlier version made has the picture in its manifest.
+    (again / PICTURE).write_bytes((card_out / PICTURE).read_bytes())
+    manifest = json.loads((again / "lox_merge.json").read_text())
+    manifest["output"]["files"][PICTURE] = "a" * 64
+    (again / "lox_merge.json").write_text(json.dumps(manifest))
+    document = json.loads(results.read_text())
+    document["sources"]["aligned"]["name"] = "hardened"
+    document["recipe"] = manifest["job"]["recipe"]
+    results.write_text(json.dumps(document))
+    with pytest.raises(OutputError, match=rf"again holds {PICTURE} from aligned.*--overwrite"):
+        card_of(again, results)
+    assert "Not evaluated" in card_of(again).content

@@ -29,7 +29,8 @@ _OTHER_SUFFIXES = {".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite"}
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)\b.*|(optimizer|rng_state)_.*")
 # Voices, speakers, projections of a model come in formats of weights, too. What is larger than this share of the weights is taken for more of them.
 _LARGEST_SHARE = 0.1
-_NOT_THE_MODEL = {"lox_merge.json", "mergekit_config.yml", "trainer_state.json", "adapter_config.json"}
+_OF_THIS_PROGRAM = {"lox_merge.json", "lox_merge_asr.svg", "lox_merge_weights.json"}
+_NOT_THE_MODEL = _OF_THIS_PROGRAM | {"mergekit_config.yml", "trainer_state.json", "adapter_config.json"}
 # Where programs that watch a training write; their records hold settings and names of whoever trained.
 _RECORDS = {"wandb", "mlruns", "lightning_logs"}
 

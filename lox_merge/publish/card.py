@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lox_merge.errors import OutputError
 from lox_merge.publish.body import card_body
 from lox_merge.publish.licence import Licence
 from lox_merge.publish.metadata import TAGS, base_models, card_data, evaluation_results, pipeline_tag
@@ -57,13 +58,19 @@ class Card:
 def build_card(output: FinishedOutput, repo: str | None, settings: CardSettings) -> Card:
     """The card of `output` as the repository `repo` (None: its folder's name stands for it).
 
-    Raises RequestError for results of another model, a licence that is unknown or contradictory, or anything private in the text.
+    Raises RequestError for results of another model, a licence that is unknown or contradictory, or anything private in the text, and
+    OutputError where the picture would replace a file of the model.
     """
     sources, licence = read_source_cards(output.manifest["sources"], settings.sources, licence=settings.licence, cache_dir=settings.cache_dir)
     names = tuple(name for name in (repo, output.name) if name)
     subject = Subject(names, output.manifest_sha256, output.manifest["job"]["recipe"], output.manifest["sources"])
     measured = read_results(settings.results, subject)
     picture = draw(measured)
+    if picture is not None and PICTURE in output.hashes:
+        raise OutputError(
+            f"{output.name} holds {PICTURE} from aligned among the files of its manifest, so the card's picture cannot be written under that name. "
+            "Make the output again with lox-merge harden --overwrite, which leaves that file out, or leave out --results."
+        )
     body = card_body(output, repo or output.name, sources, measured, with_picture=picture is not None)
     data = _metadata(output, repo or output.name, sources, licence, measured)
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
