@@ -110,6 +110,25 @@ def test_the_licence_is_aligneds_own(card_pair: tuple[Path, Path, Path], tmp_pat
         written(aligned, "---\nlicense: [mit\n---\n")
 
 
+@pytest.mark.parametrize(
+    ("stated", "language"),
+    [
+        ("no", "no"),
+        ("\n- en\n- no\n- sv", ["en", "no", "sv"]),
+        ("'no'", "no"),
+        ("5", None),
+        ("{a: b}", None),
+        ("\n- 5\n- de", ["de"]),
+        ("yes", None),
+        ("[]", None),
+    ],
+)
+def test_the_language_is_what_is_a_code_in_aligneds_card(card_pair: tuple[Path, Path, Path], tmp_path: Path, stated: str, language: object) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\nlanguage: {stated}\n---\n")
+    card = card_of(card_pair[2], licence=None, sources={"aligned": tmp_path})
+    assert card.data.to_dict().get("language") == language and ModelCard(card.content).data.to_dict() == card.data.to_dict()
+
+
 def test_licences_are_compared_and_half_of_one_is_refused() -> None:
     assert stated_licence({"license": ["MIT", "apache-2.0"]}) == Licence(("mit", "apache-2.0"))
     assert stated_licence({"license": "unknown"}) is None and stated_licence(None) is None and stated_licence({"license": None}) is None
