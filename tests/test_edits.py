@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lox_merge.errors import NumericalError
+from lox_merge.errors import NumericalError, RecipeError
 from lox_merge.maths import edits, parse_rank, truncated_svd
 from lox_merge.maths.rounding import round_stochastic
 
@@ -83,6 +83,12 @@ def test_overflow_of_the_output_dtype_is_an_error() -> None:
     base = torch.full((20, 20), 30000.0, dtype=torch.float16)
     with pytest.raises(NumericalError, match="overflows float16"):
         edits.lox(base, (base.float() * 2).half(), 1, 1.25)
+
+
+@pytest.mark.parametrize("alpha", [-1, -1e-9, math.inf, math.nan])
+def test_no_matrix_is_weakened(alpha: float) -> None:
+    with pytest.raises(RecipeError, match="alpha is"):
+        edits.lox(*pair(20, 30), alpha=alpha)
 
 
 def test_realised_measures_what_was_written() -> None:

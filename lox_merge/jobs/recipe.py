@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lox_merge.errors import RecipeError
 from lox_merge.jobs.settings import Settings
 from lox_merge.maths.rank import RankRule, parse_rank
+from lox_merge.maths.update import check_alpha
 
 DEFAULT_RANK = 6
 DEFAULT_ALPHA = 1.25
-
-
-def check_alpha(alpha: float, where: str = "alpha") -> float:
-    """`alpha` if it hardens. Raises RecipeError for negative values (they remove safety), NaN and infinity."""
-    if not math.isfinite(alpha):
-        raise RecipeError(f"{where} is {alpha}; use a finite number ≥ 0, such as 1.25 (the paper's).")
-    if alpha < 0:
-        raise RecipeError(f"{where} is {alpha:g}: a negative factor walks back to the base model and removes safety; not supported.")
-    return float(alpha)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lox_merge.maths.rounding import Rounding, round_stochastic
 from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
 from lox_merge.maths.transport import to_device
-from lox_merge.maths.update import Update
+from lox_merge.maths.update import Update, check_alpha
 
 # Rounding again after adding back what is missing inside the subspace: rank 6 needs 4 to 8 rounds, high ranks more.
 FEEDBACK_ROUNDS = 40
@@ -189,9 +189,9 @@ def lox(
     """W_align + alpha * Proj_k(W_align - W_base) for one matrix: LoX, Perin et al. 2025, Eq. 3.
 
     base, aligned: (d_out, d_in), any float dtype, same device; the delta is formed in float32. Returns `dtype`
-    (default: aligned's). Paper: rank 6, alpha 1.25 on Llama-2-7B. Raises NumericalError for NaN or Inf.
+    (default: aligned's). Paper: rank 6, alpha 1.25 on Llama-2-7B. Raises NumericalError for NaN or Inf, RecipeError for alpha < 0.
     """
-    edited, _, _ = lox_edit(base, aligned, rank, alpha, dtype=dtype, rounding=rounding, tolerance=tolerance, seed=seed)
+    edited, _, _ = lox_edit(base, aligned, rank, check_alpha(alpha), dtype=dtype, rounding=rounding, tolerance=tolerance, seed=seed)
     return edited
 
 

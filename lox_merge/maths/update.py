@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lox_merge.errors import RecipeError
 from lox_merge.maths.precision import frobenius_norm_here
+
+
+def check_alpha(alpha: float, where: str = "alpha") -> float:
+    """`alpha` if it hardens. Raises RecipeError for negative values (they remove safety), NaN and infinity."""
+    if not math.isfinite(alpha):
+        raise RecipeError(f"{where} is {alpha}; use a finite number ≥ 0, such as 1.25 (the paper's).")
+    if alpha < 0:
+        raise RecipeError(f"{where} is {alpha:g}: a negative factor walks back to the base model and removes safety; not supported.")
+    return float(alpha)
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ from lox_merge.checkpoint.safetensors_format import TensorInfo
 from lox_merge.errors import LoxMergeError, NonFiniteDeltaError, RecipeError
 from lox_merge.jobs.layout import matrix_views
 from lox_merge.jobs.lox_edit import edit_matrix
-from lox_merge.jobs.recipe import DEFAULT_ALPHA, DEFAULT_RANK, Recipe, check_alpha
+from lox_merge.jobs.recipe import DEFAULT_ALPHA, DEFAULT_RANK, Recipe
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.maths.rank import parse_rank
 from lox_merge.maths.rounding import ROUNDINGS
+from lox_merge.maths.update import check_alpha
 from lox_merge.mergekit.projection import PROJECT
 from lox_merge.mergekit.realised import model_config, realised_updates, report_realised
 
