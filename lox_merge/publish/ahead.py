@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lox_merge.jobs.plan import Plan
 from lox_merge.publish.access import Target, check_can_push
 from lox_merge.publish.card import Card, CardSettings
@@ -15,7 +17,7 @@ from lox_merge.publish.sources import read_source_cards
 def check_ahead(
     plan: Plan, repo: str, *, public: bool = False, revision: str | None = None, pull_request: bool = False, settings: CardSettings
 ) -> Target:
-    """Token, repository, licence, and the files that will be copied from a local aligned model. Changes nothing. Where it will go.
+    """Token, repository, licence, and the files that will be copied from aligned. Changes nothing. Where it will go.
 
     Raises RequestError for what `push` would refuse, PublishError where the Hub does not answer.
     """
@@ -25,6 +27,14 @@ def check_ahead(
     metadata = card_data(licence=licence.metadata(), base_model=None, relation="merge", library="transformers", tags=())
     with explained_push(repo):
         validate_card(Card(f"---\n{metadata.to_yaml()}\n---\n"))
-    if identities["aligned"]["kind"] == "folder":
-        check_files({name: plan.aligned.source.path(name) for name in plan.side_files}, plan.out)
+    _check_copied(plan)
     return target
+
+
+def _check_copied(plan: Plan) -> None:
+    """Raises RequestError for what must not go out in the files that will be copied, and in the headers of the shards that mirror aligned's."""
+    if plan.form == "adapter":  # holds nothing of aligned's
+        return
+    plan.aligned.fetch(plan.side_files)
+    found: dict[str, bytes | Path] = {name: plan.aligned.source.path(name) for name in plan.side_files}
+    check_files(found | {shard.file: shard.header.raw for shard in plan.shards}, plan.out)
