@@ -19,6 +19,9 @@ from lox_merge.publish.failures import explained_push, insistently, no_token
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".tflite")
 _MAIN = "main"
+_PULL_REQUESTS = "refs/pr/"
+# A commit, git's own name for one, and references that nobody writes to.
+_NO_BRANCH = re.compile(r"[0-9a-f]{40}|HEAD|refs/(?!pr/[0-9]+$).*")
 
 
 @dataclass(frozen=True)
@@ -59,33 +62,38 @@ def check_can_push(repo: str, *, public: bool = False, revision: str | None = No
         _check_token(account, repo, pull_request)
         if not pull_request:
             _check_namespace(account, repo)
-        information = _information(api, repo, None)
+        information = _information(api, repo)
         if information is None:
-            if pull_request:
+            if pull_request or branch.startswith(_PULL_REQUESTS):
                 raise RequestError(f"{repo} was not found on the Hub, so there is nothing to open a pull request for. Check the name.")
             return Target(repo, user, branch, False, branch == _MAIN, not public, False)
         if not pull_request:
             check_write(repo)
         _check_visibility(repo, bool(information.private), public)
-        on_branch = information if branch == _MAIN else _information(api, repo, branch)
-        if branch.startswith("refs/") and on_branch is None:
-            raise RequestError(f"{repo} has no {branch}. Check the number of the pull request, or open one with --pull-request.")
-        if revision is None and not pull_request:
-            _check_free(repo, [sibling.rfilename for sibling in information.siblings or []])
+        on_branch = information if branch == _MAIN else _on_branch(api, repo, branch)
+        # A branch whose head is still main's was made a moment ago: by a push that goes on with this one.
+        of_its_own = on_branch is not None and (branch == _MAIN or on_branch.sha != information.sha)
+        if of_its_own and not pull_request and not branch.startswith(_PULL_REQUESTS):
+            _check_free(repo, branch, [sibling.rfilename for sibling in on_branch.siblings or []])
     return Target(repo, user, branch, True, on_branch is not None, bool(information.private), pull_request)
 
 
-def _check_names(repo: str, revision: str | None, pull_request: bool) -> str:
-    """The branch to write to. Raises RequestError for names that cannot be."""
+def check_repository_name(repo: str) -> None:
+    """Raises RequestError for what is no NAMESPACE/NAME."""
     reference = parse_hub_reference(repo)
     if reference is None or reference.revision is not None:
         hint = " Name a branch with --revision." if reference is not None else ""
         raise RequestError(f"{repo!r} is no repository of the Hub: give NAMESPACE/NAME, such as your-name/model-lox.{hint}")
+
+
+def _check_names(repo: str, revision: str | None, pull_request: bool) -> str:
+    """The branch to write to. Raises RequestError for names that cannot be."""
+    check_repository_name(repo)
     if revision is None:
         return _MAIN
     if pull_request:
         raise RequestError("--pull-request opens a new one against the main branch; to go on with an old one, give --revision refs/pr/N alone.")
-    if parse_hub_reference(f"{repo}@{revision}") is None or re.fullmatch(r"[0-9a-f]{40}", revision) or revision.startswith("refs/heads/"):
+    if parse_hub_reference(f"{repo}@{revision}") is None or _NO_BRANCH.fullmatch(revision):
         raise RequestError(f"--revision {revision!r}: give the name of a branch (it is made if it is not there), or refs/pr/N.")
     return revision
 
@@ -151,7 +159,7 @@ def _ask(path: str) -> None:
     hf_raise_for_status(get_session().get(constants.ENDPOINT + path, headers=build_hf_headers(token=get_token())))
 
 
-def _information(api: Any, repo: str, revision: str | None) -> Any:
+def _information(api: Any, repo: str, revision: str | None = None) -> Any:
     """The Hub's answer about repository and revision; None where there is none of that name."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -159,6 +167,19 @@ def _information(api: Any, repo: str, revision: str | None) -> Any:
         return insistently(lambda: api.model_info(repo, revision=revision))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return None
+
+
+def _on_branch(api: Any, repo: str, branch: str) -> Any:
+    """The same about a branch, or the reference of a pull request. Raises RequestError for what cannot be written to, or made a branch."""
+    pull_request = branch.startswith(_PULL_REQUESTS)
+    if not pull_request and branch not in {reference.name for reference in insistently(lambda: api.list_repo_refs(repo)).branches}:
+        if _information(api, repo, branch) is not None:
+            raise RequestError(f"--revision {branch!r} is a tag or a commit of {repo}, which stays. Give the name of a branch, old or new.")
+        return None
+    found = _information(api, repo, branch)
+    if found is None and pull_request:
+        raise RequestError(f"{repo} has no {branch}. Check the number of the pull request, or open one with --pull-request.")
+    return found
 
 
 def _check_visibility(repo: str, private: bool, public: bool) -> None:
@@ -171,11 +192,12 @@ def _check_visibility(repo: str, private: bool, public: bool) -> None:
         warnings.warn(f"{repo} exists and is public: what is pushed there can be seen by everybody at once.", LoxMergeWarning, stacklevel=3)
 
 
-def _check_free(repo: str, names: list[str]) -> None:
-    """Raises RequestError where the main branch holds a model that is not lox-merge's."""
+def _check_free(repo: str, branch: str, names: list[str]) -> None:
+    """Raises RequestError where the branch holds a model that is not lox-merge's."""
     weights = [name for name in names if PurePosixPath(name).suffix in WEIGHTS]
     if weights and MANIFEST not in names:
+        where = repo if branch == _MAIN else f"{repo}, branch {branch},"
         raise RequestError(
-            f"{repo} holds another model ({weights[0]}{' …' if len(weights) > 1 else ''}), which was not made by lox-merge. Choose another name, "
-            "or publish beside it: --revision BRANCH, or --pull-request."
+            f"{where} holds another model ({weights[0]}{' …' if len(weights) > 1 else ''}), which was not made by lox-merge. Choose another name, "
+            "or publish beside it: a new --revision BRANCH, or --pull-request."
         )

@@ -65,8 +65,9 @@ class Repository:
         return self.name.split("/")[0]
 
     def resolve(self, revision: str) -> str:
-        """Commit of a branch, a tag, or a commit itself."""
-        commit = self.branches.get(revision) or self.tags.get(revision) or (revision if revision in self.commits else None)
+        """Commit of a branch, a tag, or a commit itself, also by the beginning of its hash."""
+        by_hash = next((commit for commit in self.commits if commit.startswith(revision)), None) if len(revision) >= 7 else None
+        commit = self.branches.get(revision) or self.tags.get(revision) or by_hash
         if commit is None:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
