@@ -29,10 +29,13 @@ def card_command(out: str, repo: str | None, print_only: bool, overwrite: bool, 
     lox-merge card out --license apache-2.0 --print
     """
     from lox_merge.cli.show import write_json
+    from lox_merge.publish.access import check_repository_name
     from lox_merge.publish.card import build_card
     from lox_merge.publish.output import open_output
     from lox_merge.publish.readme import write_card
 
+    if repo is not None:
+        check_repository_name(repo)
     output = open_output(out)
     card = build_card(output, repo, card_settings(options))
     if print_only:
