@@ -110,6 +110,8 @@ def harden_command(
     revision: str | None,
     pull_request: bool,
     license: str | None,
+    license_name: str | None,
+    license_link: str | None,
     json_file: str | None,
 ) -> None:
     """Write ALIGNED + alpha · Proj_k(ALIGNED − BASE) to the folder OUT.
@@ -173,8 +175,11 @@ def harden_command(
             raise RequestError(f"--weights-on-hub {wrong}: workers send their shards to the Hub, and this machine has neither those nor the models.")
     check_executor(executor, low_disk=low_disk, as_adapter=as_adapter, weights_on_hub=weights_on_hub)
     check_workers(count, low_disk=low_disk, as_adapter=as_adapter)
-    if push_to is None and (public or pull_request or revision is not None or license is not None):
-        raise RequestError("--public, --revision, --pull-request and --license are about publishing: they go with --push REPO.")
+    licence = {"license": license, "license_name": license_name, "license_link": license_link}
+    if push_to is None and (public or pull_request or revision is not None or any(text is not None for text in licence.values())):
+        raise RequestError(
+            "--public, --revision, --pull-request, --license, --license-name and --license-link are about publishing: they go with --push REPO."
+        )
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     form: AskedForm = "adapter" if as_adapter else "usual"
     with open_factors(factors) as held:
@@ -190,7 +195,8 @@ def harden_command(
         pushing = None
         if push_to is not None:
             place: dict[str, Any] = {"public": public, "revision": revision, "pull_request": pull_request}
-            pushing = PushWhenDone(plan, push_to, **place, license=license, base=base, aligned=aligned, cache_dir=cache_dir)
+            others_said: dict[str, Any] = {"licence": licence, "overwrite": overwrite, "cache_dir": cache_dir}
+            pushing = PushWhenDone(plan, push_to, **place, **others_said, base=base, aligned=aligned)
             if weights_on_hub:
                 pushing.store_weights(plan)
         if searched:

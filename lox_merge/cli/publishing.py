@@ -29,11 +29,14 @@ base_option: Decorator = click.option("--base", metavar="FOLDER", help="Where th
 aligned_option: Decorator = click.option("--aligned", metavar="FOLDER", help="Where the aligned checkpoint is, if the manifest names a local folder.")
 
 
+def license_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--license, --license-name and --license-link."""
+    return license_option(license_name_option(license_link_option(command)))
+
+
 def card_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--results, --license, --license-name, --license-link, --base and --aligned."""
-    for option in (aligned_option, base_option, license_link_option, license_name_option, license_option, results_option):
-        command = option(command)
-    return command
+    """--results, those of `license_options`, --base and --aligned."""
+    return results_option(license_options(base_option(aligned_option(command))))
 
 
 def card_settings(options: dict[str, Any]) -> CardSettings:

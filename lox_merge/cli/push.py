@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_merge.cli.options import cache_option, device_option, json_option
-from lox_merge.cli.publishing import card_options, card_settings, license_option
+from lox_merge.cli.publishing import card_options, card_settings, license_options
 from lox_merge.cli.start import import_torch
 
 if TYPE_CHECKING:
@@ -87,14 +87,14 @@ def push_command(
 
 
 def push_when_done(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--push REPO, --weights-on-hub, --public, --revision, --pull-request and --license for commands that end in a finished output."""
+    """--push REPO, --weights-on-hub, --public, --revision, --pull-request and the licence, for commands that end in a finished output."""
     option = click.option("--push", "push_to", metavar="REPO", help="Publish OUT as this repository of the Hub at the end (see lox-merge push).")
     elsewhere = click.option(
         "--weights-on-hub",
         is_flag=True,
         help="With --push and --executor ray: each worker downloads what its shard needs and uploads its shard. OUT gets all but weights.",
     )
-    return option(elsewhere(place_options(license_option(command))))
+    return option(elsewhere(place_options(license_options(command))))
 
 
 class PushWhenDone:
@@ -111,7 +111,8 @@ class PushWhenDone:
         public: bool,
         revision: str | None,
         pull_request: bool,
-        license: str | None,
+        overwrite: bool,
+        licence: dict[str, str | None],
         base: str,
         aligned: str,
         cache_dir: Path | None,
@@ -120,8 +121,8 @@ class PushWhenDone:
 
         self.out, self.repo = plan.out, repo
         self.place: dict[str, Any] = {"public": public, "revision": revision, "pull_request": pull_request}
-        self.settings = card_settings({"license": license, "base": base, "aligned": aligned, "cache_dir": cache_dir})
-        self._target = check_ahead(plan, repo, **self.place, settings=self.settings)
+        self.settings = card_settings({**licence, "base": base, "aligned": aligned, "cache_dir": cache_dir})
+        self._target = check_ahead(plan, repo, **self.place, overwrite=overwrite, settings=self.settings)
         self._store: HubStore | None = None
 
     def store_weights(self, plan: Plan) -> None:

@@ -167,14 +167,14 @@ def _address(repo: str, tag: str | None) -> str:
     return f"{constants.ENDPOINT}/{repo}" + (f"/tree/{tag}" if tag else "")
 
 
-def validate_card(card: Card) -> None:
+def validate_card(card: Card, remedy: str = "Correct README.md, or --license.") -> None:
     """The Hub's own check of the metadata. Raises RequestError for what it does not take."""
     from huggingface_hub import ModelCard
 
     try:
         insistently(lambda: ModelCard(card.content).validate())
     except ValueError as error:
-        raise RequestError(f"the Hub does not accept the metadata of the card: {_reasons(str(error))}. Correct README.md, or --license.") from error
+        raise RequestError(f"the Hub does not accept the metadata of the card: {_reasons(str(error))}. {remedy}") from error
 
 
 def _reasons(answer: str) -> str:

@@ -67,6 +67,11 @@ def validate_card(request: Handler) -> None:
         for key in ("tags", "datasets", "metrics", "model-index"):
             if key in metadata and not isinstance(metadata[key], list):
                 errors.append({"message": f'"{key}" must be an array'})
+        languages = metadata.get("language", [])
+        if not all(isinstance(language, str) for language in (languages if isinstance(languages, list) else [languages])):
+            errors.append({"message": '"language" must be a string'})
+        if not isinstance(metadata.get("pipeline_tag", ""), str):
+            errors.append({"message": '"pipeline_tag" must be a string'})
         stated = metadata.get("license", [])
         if not set(stated if isinstance(stated, list) else [stated]) <= _LICENCES:
             errors.append({"message": '"license" must be one of [apache-2.0, mit, ...]'})
