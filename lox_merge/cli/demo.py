@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lox_merge.cli.options import json_option, seed_option
+from lox_merge.cli.options import check_json_file, json_of_output_option, seed_option
 from lox_merge.cli.start import import_torch
 
 
@@ -19,7 +19,7 @@ from lox_merge.cli.start import import_torch
 )
 @click.option("--full", is_flag=True, help="Five seeds from --seed on, with all controls: medians and ranges (about ten minutes).")
 @seed_option
-@json_option
+@json_of_output_option
 def demo(out: Path, cache_dir: Path | None, full: bool, seed: int, json_file: str | None) -> None:
     """Harden a toy model and attack it, offline, in about a minute.
 
@@ -28,6 +28,7 @@ def demo(out: Path, cache_dir: Path | None, full: bool, seed: int, json_file: st
     benign and on harmful data; and compares how well each still refuses. Attacked models exist in memory only: OUT
     receives the hardened checkpoint and a picture.
     """
+    check_json_file(json_file, out)
     import_torch()
     from lox_merge.cli.show import duration, write_json
     from lox_merge.cli.show_search import print_search

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,35 @@ from typing import Any
 import click
 
 from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
-from lox_merge.errors import RecipeError
+from lox_merge.errors import OutputError, RecipeError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-json_option: Decorator = click.option(
-    "--json", "json_file", metavar="FILE", help="Write the result as JSON to FILE ('-': standard output, without the table)."
-)
+
+def check_json_file(file: str | None, made: Path | None = None) -> None:
+    """Raises OutputError where --json could not be written when the work is done. made: a folder that the work makes."""
+    if file in (None, "-"):
+        return
+    path, folder = Path(str(file)), Path(str(file)).absolute().parent
+    if path.is_dir():
+        raise OutputError(f"--json {file} is a folder. Name a file.")
+    if made is not None and folder.resolve() == made.absolute().resolve():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"--json {file}: there is no folder {path.parent}. Make it, or choose another one.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise OutputError(f"--json {file}: it can't be written. Change its permissions, or choose another place.")
+
+
+def _checked_json_file(_: click.Context, __: click.Parameter, file: str | None) -> str | None:
+    check_json_file(file)
+    return file
+
+
+_JSON: dict[str, Any] = {"metavar": "FILE", "help": "Write the result as JSON to FILE ('-': standard output, without the table)."}
+json_option: Decorator = click.option("--json", "json_file", callback=_checked_json_file, **_JSON)
+# Of commands that make a folder, where FILE may be put; they call `check_json_file` themselves.
+json_of_output_option: Decorator = click.option("--json", "json_file", **_JSON)
 device_option: Decorator = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the SVD runs; auto takes a GPU when there is one."
 )
