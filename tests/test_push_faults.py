@@ -96,6 +96,23 @@ def test_a_lasting_fault_is_said_and_the_same_command_goes_on(
         assert not [request for request in since(hub, start) if request.method == "PUT"]
 
 
+KEPT = "What was uploaded is kept; run the same command again to go on."
+EARLY = ["GET /api/whoami-v2", CREATE, VALIDATE, PREUPLOAD, "POST /{}.git/info/lfs/objects/batch"]
+
+
+@pytest.mark.parametrize("moment", [*EARLY, COMMIT, TAG])
+def test_only_what_was_uploaded_is_said_to_be_kept(
+    moment: str, hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], repo: str, tmp_path: Path
+) -> None:
+    harden(made[0], made[1], tmp_path / "out", recipe=Recipe(rank=1, alpha=7 + len(moment) / 100))
+    hub.fail(moment.format(repo), times=99, status=502)
+    done = publisher.push(tmp_path / "out", repo)
+    hub.faults.clear()
+    refused(done, "trouble of its own (502)", "Wait a few minutes.", code=1)
+    assert (KEPT in done.stderr) == (moment not in EARLY)
+    assert ("Run the same command again." in done.stderr) == (moment in EARLY)
+
+
 @pytest.mark.parametrize(("status", "code", "words"), [(403, 2, "does not let the token in use write there"), (502, 1, "trouble of its own (502)")])
 def test_xet_storage_that_is_refused_is_said(
     status: int, code: int, words: str, hub: LoopbackHub, publisher: Publisher, out: Path, repo: str

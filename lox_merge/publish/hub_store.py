@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lox_merge.errors import PublishError, RequestError
 from lox_merge.publish.access import Target, check_write, check_xet
-from lox_merge.publish.failures import explained_push, insistently, no_token
+from lox_merge.publish.failures import Sent, explained_push, insistently, no_token
 from lox_merge.publish.marks import ensure_repository
 from lox_merge.publish.output import OutputFile
 from lox_merge.publish.upload import Item, send
@@ -59,7 +59,7 @@ class HubStore:
 
         status = path.stat()
         item = Item(file, size, sha256, None, OutputFile(file, path, sha256, (status.st_size, status.st_mtime_ns)))
-        with explained_push(self.repo):
+        with explained_push(self.repo, Sent(any=True)):  # shards before this one
             check_xet(self.repo, self.target.branch)
             addition = CommitOperationAdd(file, path)
             insistently(lambda: send(self.repo, self.target.branch, [item], [addition]))

@@ -18,7 +18,7 @@ from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.verify import raise_for_problems, verify
 from lox_merge.publish.access import Target, check_can_push
 from lox_merge.publish.card import Card, CardSettings
-from lox_merge.publish.failures import explained_push, insistently
+from lox_merge.publish.failures import Sent, explained_push, insistently
 from lox_merge.publish.marks import ensure_pull_request, ensure_repository, ensure_tag
 from lox_merge.publish.output import FinishedOutput, open_output
 from lox_merge.publish.privacy import check_files
@@ -134,19 +134,19 @@ def push(plan: PushPlan) -> PushResult:
     """Publishes a plan. Called again after a failure it goes on. Raises RequestError, PublishError or SourceChangedError."""
     target = plan.target
     title = f"LoX-hardened weights (lox-merge {__version__}, manifest {plan.output.manifest_sha256[:12]})"
+    sent = Sent(any(item.held_by_hub for item in plan.items))
     try:
-        with explained_push(target.repo), quiet():
+        with explained_push(target.repo, sent), quiet():
             created = ensure_repository(target)
             branch, url = target.branch, None
             if target.pull_request:
                 branch, url = ensure_pull_request(target, title, "Made and verified with lox-merge; README.md and lox_merge.json say how.")
             earlier = files_of_earlier_output(target.repo, look(target.repo, branch))
-            done = upload(target.repo, branch, plan.items, title, earlier=earlier)
+            done = upload(target.repo, branch, plan.items, title, earlier=earlier, sent=sent)
             tag = None if branch.startswith("refs/") else ensure_tag(target.repo, done.commit)
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted. What was uploaded to {target.repo} is kept and stays out of sight; run the same command again to go on."
-        ) from None
+        kept = f". What was uploaded to {target.repo} is kept and stays out of sight" if sent.any else ""
+        raise Interrupted(f"interrupted{kept}; run the same command again to go on.") from None
     return PushResult(
         repository=target.repo,
         branch=branch,

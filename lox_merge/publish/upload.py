@@ -17,7 +17,7 @@ from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import PublishError
 from lox_merge.jobs.plan import MANIFEST
 from lox_merge.publish.access import WEIGHTS, check_xet, hub_api
-from lox_merge.publish.failures import insistently
+from lox_merge.publish.failures import Sent, insistently
 from lox_merge.publish.output import FinishedOutput, OutputFile, changed
 from lox_merge.publish.picture import PICTURE
 
@@ -126,8 +126,8 @@ def files_of_earlier_output(repo: str, there: Remote) -> frozenset[str]:
         return frozenset()
 
 
-def upload(repo: str, revision: str, items: Sequence[Item], message: str, *, earlier: Collection[str] = ()) -> Uploaded:
-    """Makes the branch hold these files, no other weights, and nothing else of an `earlier` output (names of its files).
+def upload(repo: str, revision: str, items: Sequence[Item], message: str, *, earlier: Collection[str] = (), sent: Sent | None = None) -> Uploaded:
+    """Makes the branch hold these files, no other weights, and nothing else of an `earlier` output (names of its files). sent: is told.
 
     Raises SourceChangedError for a file that changed under way, PublishError when somebody else wrote to the branch meanwhile, and
     the library's errors.
@@ -145,6 +145,8 @@ def upload(repo: str, revision: str, items: Sequence[Item], message: str, *, ear
     for start in range(0, len(here), _TOGETHER):
         some = here[start : start + _TOGETHER]
         send(repo, revision, [item for item, _ in some], [addition for _, addition in some])
+        if sent and any(addition._upload_mode == "lfs" for _, addition in some):
+            sent.any = True
     for item in items:
         item.check_unchanged()
     operations = [*additions, *(CommitOperationDelete(name) for name in obsolete)]
