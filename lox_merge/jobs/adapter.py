@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,10 +34,12 @@ from lox_merge.maths.edits import apply_update, lox_update
 from lox_merge.maths.subspace import Subspace
 
 FORM = "adapter"
+# The terms that aligned's card links to: they hold for what is made from it.
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy|acceptable_use_policy)([-_.][^/]*)?", re.IGNORECASE)
 
 
 def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool = False, progress: Progress | None = None) -> HardenResult:
-    """Writes adapter_model.safetensors, adapter_config.json and the manifest to the plan's folder.
+    """Writes adapter_model.safetensors, adapter_config.json, aligned's licence and the manifest to the plan's folder.
 
     B = alpha · U_k S_k, A = V_kᵀ on every module, scale 1, on top of the aligned model. Called again after an interruption it goes on
     with what is finished. Raises RequestError before anything is written, LoxMergeError afterwards.
@@ -70,7 +73,8 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
             pieces = Pieces(plan, records, plan.out)
             config = json_bytes(made.config(pieces.ranks))
             weights, outcome = write_factors(made, pieces.ranks, pieces.read, journal)
-            files = {CONFIG: write_atomically(plan.out / CONFIG, config, journal.folder)}
+            terms = {name: plan.aligned.source.path(name).read_bytes() for name in licence_files(plan.side_files)}
+            files = {name: write_atomically(plan.out / name, data, journal.folder) for name, data in (*terms.items(), (CONFIG, config))}
             manifest = _manifest(made, job, pieces, weights, files, outcome)
             write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
             sync_folder(plan.out)
@@ -88,6 +92,11 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
 def remove_pieces(plan: Plan) -> None:
     for shard in plan.shards:
         (plan.out / piece_name(shard)).unlink(missing_ok=True)
+
+
+def licence_files(names: Iterable[str]) -> list[str]:
+    """Those of aligned's files that go with an adapter too."""
+    return [name for name in names if _LICENCE.fullmatch(name)]
 
 
 def adapter_job(made: AdapterPlan, device: torch.device) -> dict[str, Any]:

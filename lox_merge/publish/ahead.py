@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lox_merge.jobs.adapter import licence_files
 from lox_merge.jobs.plan import Plan
 from lox_merge.publish.access import Target, check_can_push
 from lox_merge.publish.card import Card, CardSettings
@@ -61,8 +62,8 @@ def _card_of_plan(plan: Plan, settings: CardSettings) -> Card:
 
 def _check_copied(plan: Plan) -> None:
     """Raises RequestError for what must not go out in the files that will be copied, and in the headers of the shards that mirror aligned's."""
-    if plan.form == "adapter":  # holds nothing of aligned's
-        return
-    plan.aligned.fetch(plan.side_files)
-    found: dict[str, bytes | Path] = {name: plan.aligned.source.path(name) for name in plan.side_files}
-    check_files(found | {shard.file: shard.header.raw for shard in plan.shards}, plan.out)
+    adapter = plan.form == "adapter"
+    names = licence_files(plan.side_files) if adapter else plan.side_files
+    plan.aligned.fetch(names)
+    found: dict[str, bytes | Path] = {name: plan.aligned.source.path(name) for name in names}
+    check_files(found | ({} if adapter else {shard.file: shard.header.raw for shard in plan.shards}), plan.out)
