@@ -7,7 +7,7 @@ from pathlib import Path
 from lox_merge.jobs.adapter import licence_files
 from lox_merge.jobs.plan import Plan
 from lox_merge.publish.access import Target, check_can_push
-from lox_merge.publish.card import Card, CardSettings
+from lox_merge.publish.card import Card, CardSettings, stated_language
 from lox_merge.publish.failures import explained_push
 from lox_merge.publish.metadata import TAGS, base_models, card_data, pipeline_tag
 from lox_merge.publish.privacy import check_files
@@ -54,7 +54,7 @@ def _card_of_plan(plan: Plan, settings: CardSettings) -> Card:
         relation="adapter" if adapter else "merge",
         library="peft" if adapter else "transformers",
         pipeline_tag=pipeline_tag({} if adapter else plan.aligned.config, aligned),
-        language=aligned.get("language"),
+        language=stated_language(sources["aligned"]),
         tags=TAGS,
     )
     return Card(f"---\n{metadata.to_yaml()}\n---\n")

@@ -88,14 +88,14 @@ def _metadata(output: FinishedOutput, repo: str, sources: Mapping[str, SourceCar
         relation="adapter" if output.is_adapter else "merge",
         library="peft" if output.is_adapter else "transformers",
         pipeline_tag=pipeline_tag(output.config, aligned.metadata),
-        language=_language(aligned),
+        language=stated_language(aligned),
         tags=(*TAGS, "lox-merge", "adapter" if output.is_adapter else "merge"),
         model_name=repo.rpartition("/")[2],
         results=evaluation_results(measured),
     )
 
 
-def _language(aligned: SourceCard) -> str | list[str] | None:
+def stated_language(aligned: SourceCard) -> str | list[str] | None:
     """As aligned's card states it, without what is no code of a language. The code of Norwegian is no string in YAML 1.1 unless quoted."""
     stated = (aligned.metadata or {}).get("language")
     codes = ["no" if code is False else code for code in (stated if isinstance(stated, list) else [stated])]

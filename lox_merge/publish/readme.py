@@ -68,7 +68,7 @@ def write_card(output: FinishedOutput, card: Card, *, overwrite: bool = False) -
         raise OutputError(f"{output.name}/{README} {reason}. Pass --overwrite to replace it, or move it away.")
     for name, data in card.files.items():
         write_atomically(output.folder / name, data, output.folder)
-    if card.picture is None and there is not None and there.card.picture is not None:
+    if card.picture is None and there is not None and there.card.picture is not None and PICTURE not in output.hashes:
         (output.folder / PICTURE).unlink(missing_ok=True)
     return output.folder / README
 
