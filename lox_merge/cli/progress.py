@@ -28,6 +28,13 @@ def byte_progress(total: int | None, what: str) -> Iterator[_ByteProgress]:
     if not console.is_terminal:
         yield _ByteProgress(None, 0)
         return
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=False), TransferSpeedColumn(), TimeRemainingColumn())
+    # Not TextColumn(what): that would take braces and brackets of a name for a form to fill in.
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=False),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         yield _ByteProgress(bar, bar.add_task(what, total=total))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.errors import WriteError
 from lox_merge.jobs.execute import JobResult
 from lox_merge.jobs.harden import HardenResult
@@ -55,7 +55,7 @@ def print_pairs(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def print_utility(head: str, rows: Sequence[tuple[str, Mapping[str, float | None]]]) -> None:
@@ -69,7 +69,7 @@ def print_utility(head: str, rows: Sequence[tuple[str, Mapping[str, float | None
         table.add_column(measure, justify="right", overflow="fold")
     for label, found in rows:
         table.add_row(label, *(figure(found.get(measure), ".4g") for measure in measures))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def print_plan(plan: Plan, report: dict[str, Any]) -> None:

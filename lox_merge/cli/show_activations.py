@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import figure
 from lox_merge.publish.report.activations_words import NOT_SHOWN
 from lox_merge.safety.model_labels import ALIGNED, BASE
@@ -23,7 +23,7 @@ _MOST_LAYERS = 12
 
 def print_activations(result: Activations) -> None:
     """Directions and positions of each domain, residuals, overlaps; what is not shown."""
-    console = Console()
+    console = plain_console()
     for domain in result.domains:
         data = domain.data
         click.echo(

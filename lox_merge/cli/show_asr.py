@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import figure, print_utility
 from lox_merge.safety.asr import Comparison, agreement, by_category
 from lox_merge.safety.types import AttackSuccess, Evaluation
@@ -53,7 +53,7 @@ def print_evaluations(evaluations: Sequence[Evaluation], comparisons: Sequence[C
                 *(str(count) for count in (figures.n, figures.judged, figures.undecided)),
                 "-" if figures.mean_score is None else f"{figures.mean_score:.2f}",
             )
-    Console().print(table)
+    plain_console().print(table)
     _print_categories(evaluations)
     if comparisons:
         _print_comparisons(evaluations[0], comparisons)
@@ -76,7 +76,7 @@ def _print_categories(evaluations: Sequence[Evaluation]) -> None:
             for category, figures in found.items() if len(found) > 1 else ():
                 table.add_row(evaluation.title, judge, category, percent(figures.rate), percent_range(figures.interval), str(figures.judged))
     if table.row_count:
-        Console().print(table)
+        plain_console().print(table)
 
 
 def _print_comparisons(first: Evaluation, comparisons: Sequence[Comparison]) -> None:
@@ -94,7 +94,7 @@ def _print_comparisons(first: Evaluation, comparisons: Sequence[Comparison]) -> 
             *(str(count) for count in (comparison.n, comparison.only_first, comparison.only_second)),
             "undefined" if comparison.p_value is None else f"{comparison.p_value:.2g}",
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _print_agreement(evaluations: Sequence[Evaluation]) -> None:
@@ -108,7 +108,7 @@ def _print_agreement(evaluations: Sequence[Evaluation]) -> None:
         table.add_column(head, justify="right")
     for title, pair in pairs:
         table.add_row(title, pair.first, pair.second, "undefined" if pair.kappa is None else f"{pair.kappa:.2f}", str(pair.n))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def print_dry_run(models: Sequence[str], prompts: Any, judges: Sequence[Any]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import figure
 from lox_merge.diagnostics.behaviour.results import ALIGNED, BASE
 from lox_merge.publish.report.behaviour_words import NOT_SHOWN
@@ -24,7 +24,7 @@ _COLUMNS = 5
 
 def print_behaviour(result: Behaviour) -> None:
     """KL by token, log-probabilities and reversion of each set; next tokens of each prefix; what is not shown."""
-    console = Console()
+    console = plain_console()
     for found in result.sets:
         data = found.data
         click.echo(f"\n{data.name}: {len(found.tokens)} text(s) of {data.source}, {sum(found.tokens)} tokens (sha256 {data.sha256[:12]})")

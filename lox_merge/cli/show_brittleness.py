@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from statistics import mean
 
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import figure, print_pairs, print_utility
 from lox_merge.cli.show_asr import attack_cells
 from lox_merge.safety.brittleness import LEADING, Brittleness, RemovalPoint, is_above
@@ -22,7 +22,7 @@ def print_brittleness(result: Brittleness) -> None:
     table.add_row("aligned", "0", *attack_cells(result.aligned), "", "", "")
     for point in result.curve():
         table.add_row(LEADING, str(point.rank), *attack_cells(point.attack), *_change(point), figure(point.mean_removed))
-    Console().print(table)
+    plain_console().print(table)
     for control in result.controls:
         _print_control(result, control)
     print_utility("directions", _utility(result))
@@ -41,7 +41,7 @@ def _print_control(result: Brittleness, control: str) -> None:
         above = sum(is_above(point.against_aligned, result.level) for point in points)
         below = sum(point.against_leading is not None and is_above(point.against_leading, result.level) for point in points)
         table.add_row(str(rank), *spread, f"{above}/{len(points)}", f"{below}/{len(points)}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _utility(result: Brittleness) -> list[tuple[str, dict[str, float | None]]]:

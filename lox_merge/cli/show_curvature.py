@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import figure, print_pairs
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def print_curvature(result: Curvature) -> None:
         ],
     )
     if result.layers:
-        Console().print(_layers(result.layers))
+        plain_console().print(_layers(result.layers))
     if result.finetuned:
-        Console().print(_overlaps(result.finetuned))
+        plain_console().print(_overlaps(result.finetuned))
         click.echo("In brackets: times the score of a random change of the same norms.")
     if result.data:
-        Console().print(_data(result.data))
+        plain_console().print(_data(result.data))
         click.echo(click.wrap_text(_DATA_WORDS, _WIDTH))
     for note in ("", *document["notes"]):
         click.echo(click.wrap_text(note, _WIDTH))

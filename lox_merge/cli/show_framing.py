@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import figure
 from lox_merge.publish.documents.framing import Framing, Mean
 from lox_merge.publish.report.notes import FRAMING_NOT_SHOWN
@@ -36,7 +36,7 @@ def print_framing(result: Framing) -> None:
             ends = "undefined" if found.interval is None else f"{found.interval[0]:.3f} to {found.interval[1]:.3f}"
             table.add_row(text, figure(found.mean), ends, str(found.n))
         table.add_row("mean gradients of the two sets", figure(model.mean_gradient), "", str(len(model.pairs)))
-        Console().print(table)
+        plain_console().print(table)
         click.echo(f"random directions in {model.entries:,} entries: 0 ± {model.band:.2g} (95 %)")
     for line in ("", *result.notes, *FRAMING_NOT_SHOWN):
         click.echo(click.wrap_text(line, _WIDTH))

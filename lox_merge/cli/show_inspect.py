@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import duration
 from lox_merge.diagnostics.summary import COLUMNS, blocks, value_text
 from lox_merge.diagnostics.weights import Inspection
@@ -25,7 +25,7 @@ NOT_SHOWN = (
 def print_inspection(result: Inspection, by: str = "kind") -> None:
     """Alignment, each fine-tuned model, a table by kind of module or layer, and notes."""
     document = result.document
-    console = Console()
+    console = plain_console()
     click.echo(f"{result.whole.matrices} matrices, {result.linear.matrices} of them linear layers; {duration(document['seconds'])}")
     for block in blocks(document):
         table = _table(block.title, block.heading, *COLUMNS)

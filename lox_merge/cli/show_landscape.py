@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import figure, print_pairs
 from lox_merge.safety.landscape.results import Landscape, PointResult, SliceResult
 
@@ -48,7 +48,7 @@ def _print_line(result: Landscape, found: SliceResult, judge: str) -> None:
         cells = [f"{at:g}", figure(point.rate(judge)), interval, figure(point.finished, ".2f")]
         cells += [figure(point.utility.get(measure), ".4g") for measure in measures]
         table.add_row(*cells, "undefined" if point.undefined else _marked(found, at))
-    Console().print(table)
+    plain_console().print(table)
     _print_marks(found)
 
 
@@ -63,7 +63,7 @@ def _print_plane(result: Landscape, found: SliceResult, judge: str) -> None:
     for b in reversed(second):
         rates = [points[a, b].rate(judge) for a in shown]
         table.add_row(f"{b:g}", *("·" if rate is None else f"{100 * rate:.0f}" for rate in rates))
-    Console().print(table)
+    plain_console().print(table)
     _print_marks(found)
 
 
@@ -75,7 +75,7 @@ def _print_marks(found: SliceResult) -> None:
         table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
     for mark in found.marks:
         table.add_row(mark.label, *(f"{value:.3f}" for value in mark.coordinates), figure(mark.off_plane))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _marked(found: SliceResult, at: float) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import size
 from lox_merge.publish.push import PushPlan, PushResult
 
@@ -24,7 +24,7 @@ def print_push_plan(plan: PushPlan) -> None:
         table.add_row(item.name, size(item.size), "is there" if item.name in plan.unchanged else "")
     for name in plan.removed:
         table.add_row(name, "", "removed")
-    Console().print(table)
+    plain_console().print(table)
     sent = sum(item.size for item in plan.items if item.name not in plan.unchanged)
     click.echo(f"{size(sent)} to upload. The card ({plan.card_from}):\n")
     click.echo(plan.card.content, nl=False)

@@ -6,9 +6,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import figure
 from lox_merge.cli.show_asr import judge_title, percent, percent_range
 from lox_merge.publish.documents import robustness as documents
@@ -29,9 +29,9 @@ def print_robustness(result: Robustness) -> None:
     for attack in result.attacks:
         for judge in judges:
             for seed in result.seeds:
-                Console().print(_curves(result, attack.name, judge, seed))
+                plain_console().print(_curves(result, attack.name, judge, seed))
             if len(result.seeds) > 1:
-                Console().print(_medians(result, attack.name, judge))
+                plain_console().print(_medians(result, attack.name, judge))
     document = read_as(documents.Robustness, result.to_json(), "the comparison")
     for line in ("", *robustness_notes(document)):
         click.echo(click.wrap_text(line, _WIDTH))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show import duration, figure, print_utility, size
 from lox_merge.cli.show_asr import attack_cells
 from lox_merge.jobs.decompose import DecomposeResult
@@ -20,7 +20,7 @@ def _pairs(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def print_selection(base: str, aligned: str, report: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def print_search(result: RankSearch, *, base: str, aligned: str) -> None:
         cells = [str(point.rank), *attack_cells(point.attack), figure(point.increase, "+.3f"), figure(point.upper_bound), figure(point.mean_r_align)]
         table.add_row(*cells, verdict)
     table.add_row("aligned", *attack_cells(result.aligned), "", "", "", "")
-    Console().print(table)
+    plain_console().print(table)
     print_utility("rank", [*((str(point.rank), point.utility) for point in result.curve), ("aligned", result.aligned_utility)])
     criterion = f"{'upper 95 % bound of the increase' if result.confident else 'increase'} < {result.rho:g}"
     found = "none" if result.effective_rank is None else str(result.effective_rank)

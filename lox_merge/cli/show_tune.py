@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from lox_merge.cli.console import plain_console
 from lox_merge.cli.show_asr import percent, percent_range
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def print_tuning(result: Tuning) -> None:
         table.add_row(str(trial.number), _setting(trial.recipe), *figures)
     attack = result.aligned
     table.add_row("", "aligned", percent(attack.rate), percent_range(attack.interval), f"{attack.judged}/{attack.n}", "0")
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(table)
     for note in _NOTES:
         console.print(note)

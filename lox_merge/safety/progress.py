@@ -38,7 +38,9 @@ def terminal_progress(total: int, what: str) -> Iterator[CountProgress]:
     if not console.is_terminal or not total:
         yield _Silent()
         return
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+    # Not TextColumn(what): that would take braces and brackets of a name for a form to fill in.
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
 
         class Shown:
