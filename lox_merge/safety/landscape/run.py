@@ -18,7 +18,7 @@ from lox_merge.safety.asr import check_judges
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.landscape.directions import Axis, Slice, model_slices, random_slices
-from lox_merge.safety.landscape.measure import ModelUtility, measure_point
+from lox_merge.safety.landscape.measure import NOT_JUDGED, ModelUtility, measure_point
 from lox_merge.safety.landscape.mover import WeightMover, check_labels
 from lox_merge.safety.landscape.notes import notes_of
 from lox_merge.safety.landscape.results import Landscape, PointResult, SliceResult
@@ -203,18 +203,17 @@ class _Work:
         self._utility, self._cache = utility, cache
 
     def measure(self, slices: Sequence[Slice], progress: ProgressFactory) -> tuple[PointResult, list[tuple[PointResult, ...]], int]:
-        held = {_key(one, at): self._held(_key(one, at)) for one in slices for at in one.places}
+        held = {_key(one, at): self._held(_key(one, at)) for one in slices for at in one.places if any(at)}
         known = {key: point for key, point in held.items() if point is not None}
         total = sum(len(one.places) for one in slices)
         with progress(total, f"{self._source.title}: points") as bar:
-            anchor = self._held(ANCHOR)
-            if anchor is None:
-                anchor = self._measure(ANCHOR, 0.0)
-                if anchor.undefined:
-                    raise LoxMergeError(
-                        f"{self._source.title} itself cannot be measured: {anchor.undefined}. Check the model, the prompts and the judge."
-                    )
-            elif self._utility is not None and len(known) < total:
+            kept = self._held(ANCHOR)
+            anchor = self._measure(ANCHOR, 0.0) if kept is None else kept
+            if anchor.undefined:  # also one from a file: nothing around it means anything
+                raise LoxMergeError(
+                    f"{self._source.title} itself cannot be measured: {anchor.undefined}. Check the model, the prompts and the judge."
+                )
+            if kept is not None and self._utility is not None and len(known) < len(held):
                 self._utility(self._source)  # its first call has to find these weights
             results = []
             for one in slices:
@@ -232,14 +231,16 @@ class _Work:
                     points.append(point)
                     bar.advance(1)
                 results.append(tuple(points))
-        return anchor, results, len(known)
+        return anchor, results, len(known) + (kept is not None)
 
     def _held(self, key: Key) -> PointResult | None:
-        return None if self._store is None else self._store.get(key)
+        found = None if self._store is None else self._store.get(key)
+        return None if found is None or found.undefined == NOT_JUDGED else found  # files of earlier versions hold such points
 
     def _measure(self, key: Key, seconds: float) -> PointResult:
         point, _ = measure_point(self._source, *self._asked, self._utility, cache=self._cache, change_seconds=seconds)
-        if self._store is not None:
+        # A judge that is down today may decide tomorrow; what the weights do stays as it is.
+        if self._store is not None and point.undefined != NOT_JUDGED:
             self._store.keep(key, point)
         return point
 
