@@ -67,13 +67,10 @@ def activations_command(base: str, aligned: str, models: tuple[str, ...], json_f
     """
     result = _run(base, aligned, models, options)
     import_torch()
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_activations import print_activations
 
-    if json_file:
-        write_json(json_file, {"command": "activations", **result.to_json()})
-    if json_file != "-":
-        print_activations(result)
+    give_result(json_file, {"command": "activations", **result.to_json()}, lambda: print_activations(result))
     if options["plot"]:
         from lox_merge.publish.documents import activations as documents
         from lox_merge.publish.documents.shape import read_as

@@ -63,7 +63,7 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
     lox-merge asr aligned hardened --prompts advbench.csv --limit 100 --judge openai:gpt-4.1
     """
     import_torch()
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_asr import print_dry_run, print_evaluations
 
     # Everything that can be refused is refused before a model is loaded.
@@ -81,10 +81,8 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
         options["adapter_base"] = options["adapter_base"] or _first_whole(models, options["cache_dir"])
         options["decode"] = _check_models(models, options, need_template=not options["no_chat_template"])
     result, evaluations, comparisons = _run(models, asked, made, utility, options, transcripts)
-    if json_file:
-        write_json(json_file, result)
-    if json_file != "-":
-        print_evaluations(evaluations, comparisons, [entry["utility"] for entry in result["evaluations"]])
+    utilities = [entry["utility"] for entry in result["evaluations"]]
+    give_result(json_file, result, lambda: print_evaluations(evaluations, comparisons, utilities))
     _check_decided(evaluations)
 
 

@@ -60,13 +60,10 @@ def behaviour_command(base: str, aligned: str, models: tuple[str, ...], json_fil
         raise RequestError("--prefill is how the replies to --next begin; responses of --pairs are given whole. Add --next, or leave it out.")
     result = _run(base, aligned, models, options)
     import_torch()
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_behaviour import print_behaviour
 
-    if json_file:
-        write_json(json_file, {"command": "behaviour", **result.to_json()})
-    if json_file != "-":
-        print_behaviour(result)
+    give_result(json_file, {"command": "behaviour", **result.to_json()}, lambda: print_behaviour(result))
     if options["plot"]:
         from lox_merge.publish.documents import behaviour as documents
         from lox_merge.publish.documents.shape import read_as

@@ -59,7 +59,7 @@ def brittleness_command(base: str, aligned: str, json_file: str | None, **option
         check_picture_file(options["plot"], "--plot")
     import_torch()
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_brittleness import print_brittleness
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.safety.brittleness_job import brittleness
@@ -83,10 +83,7 @@ def brittleness_command(base: str, aligned: str, json_file: str | None, **option
             decomposing=decomposing,
             **measured_in_memory(options),
         )
-    if json_file:
-        write_json(json_file, {"command": "brittleness", **result.to_json()})
-    if json_file != "-":
-        print_brittleness(result)
+    give_result(json_file, {"command": "brittleness", **result.to_json()}, lambda: print_brittleness(result))
     if options["plot"]:
         from lox_merge.publish.documents.brittleness import Brittleness
         from lox_merge.publish.documents.shape import read_as

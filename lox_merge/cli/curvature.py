@@ -69,13 +69,10 @@ def curvature_command(aligned: str, finetuned: tuple[str, ...], json_file: str |
     """
     result = _run(aligned, finetuned, options)
     import_torch()
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_curvature import print_curvature
 
-    if json_file:
-        write_json(json_file, {"command": "curvature", **result.to_json()})
-    if json_file != "-":
-        print_curvature(result)
+    give_result(json_file, {"command": "curvature", **result.to_json()}, lambda: print_curvature(result))
     if options["plot"]:
         from lox_merge.publish.documents import curvature as documents
         from lox_merge.publish.documents.shape import read_as

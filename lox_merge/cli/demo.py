@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lox_merge.cli.options import check_json_file, json_of_output_option, seed_option
+from lox_merge.cli.options import json_option, seed_option
 from lox_merge.cli.start import import_torch
 
 
@@ -19,7 +19,7 @@ from lox_merge.cli.start import import_torch
 )
 @click.option("--full", is_flag=True, help="Five seeds from --seed on, with all controls: medians and ranges (about ten minutes).")
 @seed_option
-@json_of_output_option
+@json_option
 def demo(out: Path, cache_dir: Path | None, full: bool, seed: int, json_file: str | None) -> None:
     """Harden a toy model and attack it, offline, in about a minute.
 
@@ -28,9 +28,8 @@ def demo(out: Path, cache_dir: Path | None, full: bool, seed: int, json_file: st
     benign and on harmful data; and compares how well each still refuses. Attacked models exist in memory only: OUT
     receives the hardened checkpoint and a picture.
     """
-    check_json_file(json_file, out)
     import_torch()
-    from lox_merge.cli.show import duration, write_json
+    from lox_merge.cli.show import duration, give_result
     from lox_merge.cli.show_search import print_search
     from lox_merge.lab.demo import run_demo
     from lox_merge.lab.full import SEEDS, full_json, print_full, run_full
@@ -45,15 +44,15 @@ def demo(out: Path, cache_dir: Path | None, full: bool, seed: int, json_file: st
     else:
         results = [run_demo(out, seed=seed, cache_dir=cache_dir, progress=report)]
     pictures = draw_picture(results, out)
-    if json_file:
-        write_json(json_file, full_json(results) if full else results[0].to_json())
-    if json_file == "-":
-        return
-    if full:
-        print_full(results)
-    else:
-        print_search(results[0].search, base="base", aligned="aligned")
-        print_summary(results[0])
-    for path in (*(result.hardened for result in results), *pictures):
-        click.echo(f"Written: {path}")
-    click.echo(f"Time: {duration(sum(result.seconds for result in results))}")
+
+    def show() -> None:
+        if full:
+            print_full(results)
+        else:
+            print_search(results[0].search, base="base", aligned="aligned")
+            print_summary(results[0])
+        for path in (*(result.hardened for result in results), *pictures):
+            click.echo(f"Written: {path}")
+        click.echo(f"Time: {duration(sum(result.seconds for result in results))}")
+
+    give_result(json_file, full_json(results) if full else results[0].to_json(), show)

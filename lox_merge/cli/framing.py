@@ -46,7 +46,7 @@ def framing_command(models: tuple[str, ...], json_file: str | None, **options: A
 
         check_picture_file(options["plot"], "--plot")
     import_torch()
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_framing import print_framing
     from lox_merge.diagnostics.framing.job import framing
     from lox_merge.publish.documents import framing as documents
@@ -58,11 +58,8 @@ def framing_command(models: tuple[str, ...], json_file: str | None, **options: A
     }
     result = framing(models, options["first"], options["second"], rendering=rendering_of(options), progress=terminal_progress, **settings)
     document = {"command": "framing", **result.to_json()}
-    if json_file:
-        write_json(json_file, document)
     shown = read_as(documents.Framing, document, "the comparison")
-    if json_file != "-":
-        print_framing(shown)
+    give_result(json_file, document, lambda: print_framing(shown))
     if options["plot"]:
         from lox_merge.publish.figures.framing import draw_framing
         from lox_merge.publish.figures.save import save_picture

@@ -10,12 +10,11 @@ import click
 from lox_merge.cli.options import (
     base_option,
     cache_option,
-    check_json_file,
     device_option,
     dtype_option,
     executor_option,
     fused_option,
-    json_of_output_option,
+    json_option,
     number,
     order_option,
     pattern_pairs,
@@ -73,7 +72,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @push_when_done
-@json_of_output_option
+@json_option
 def harden_command(
     base: str,
     aligned: str,
@@ -127,7 +126,6 @@ def harden_command(
     from lox_merge.jobs.early import begin_early
     from lox_merge.jobs.executors.server import warm_up
 
-    check_json_file(json_file, out)
     if not dry_run:
         # Beside this process's own imports.
         warm_up(workers, executor)

@@ -52,7 +52,7 @@ def inspect_command(
         raise RequestError(f"--by {by!r} is not known; use kind, layer or none.")
     import_torch()
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_inspect import print_inspection
     from lox_merge.diagnostics.weights import execute_inspection, plan_inspection
     from lox_merge.jobs.factors import Factors
@@ -64,10 +64,7 @@ def inspect_command(
     )
     with byte_progress(sources.bytes, "inspecting") as progress:
         result = execute_inspection(sources, settings, factors=known, device=options["device"], progress=progress)
-    if json_file:
-        write_json(json_file, result.to_json())
-    if json_file != "-":
-        print_inspection(result, by)
+    give_result(json_file, result.to_json(), lambda: print_inspection(result, by))
 
 
 def _settings(options: dict[str, Any]) -> Any:

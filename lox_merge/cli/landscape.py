@@ -63,7 +63,7 @@ def landscape_command(models: tuple[str, ...], json_file: str | None, **options:
     lox-merge landscape aligned base ft1 ft2 --prompts p.csv --json plane.json --plot plane.svg
     """
     import_torch()
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_landscape import print_landscape
     from lox_merge.safety.decoding import Decoding
     from lox_merge.safety.landscape.run import landscape
@@ -105,10 +105,7 @@ def landscape_command(models: tuple[str, ...], json_file: str | None, **options:
         cache_dir=options["cache_dir"],
         progress=terminal_progress,
     )
-    if json_file:
-        write_json(json_file, result.to_json())
-    if json_file != "-":
-        print_landscape(result)
+    give_result(json_file, result.to_json(), lambda: print_landscape(result))
     if options["plot"]:
         _plot(result, options["plot"])
 

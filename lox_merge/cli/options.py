@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,35 +10,13 @@ from typing import Any
 import click
 
 from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
-from lox_merge.errors import OutputError, RecipeError
+from lox_merge.errors import RecipeError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-
-def check_json_file(file: str | None, made: Path | None = None) -> None:
-    """Raises OutputError where --json could not be written when the work is done. made: a folder that the work makes."""
-    if file in (None, "-"):
-        return
-    path, folder = Path(str(file)), Path(str(file)).absolute().parent
-    if path.is_dir():
-        raise OutputError(f"--json {file} is a folder. Name a file.")
-    if made is not None and folder.resolve() == made.absolute().resolve():
-        return
-    if not folder.is_dir():
-        raise OutputError(f"--json {file}: there is no folder {path.parent}. Make it, or choose another one.")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise OutputError(f"--json {file}: it can't be written. Change its permissions, or choose another place.")
-
-
-def _checked_json_file(_: click.Context, __: click.Parameter, file: str | None) -> str | None:
-    check_json_file(file)
-    return file
-
-
-_JSON: dict[str, Any] = {"metavar": "FILE", "help": "Write the result as JSON to FILE ('-': standard output, without the table)."}
-json_option: Decorator = click.option("--json", "json_file", callback=_checked_json_file, **_JSON)
-# Of commands that make a folder, where FILE may be put; they call `check_json_file` themselves.
-json_of_output_option: Decorator = click.option("--json", "json_file", **_JSON)
+_json_option: Decorator = click.option(
+    "--json", "json_file", metavar="FILE", help="Write the result as JSON to FILE ('-': standard output, without the table)."
+)
 device_option: Decorator = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the SVD runs; auto takes a GPU when there is one."
 )
@@ -74,6 +52,20 @@ order_option: Decorator = click.option(
 base_option: Decorator = click.option(
     "--base-is-right", is_flag=True, help="BASE holds the weights that an adapter was trained on, although it names another model."
 )
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--json, looked at before a command does anything: a file that can't be written at the end would cost its work."""
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        if options["json_file"] not in (None, "-"):
+            from lox_merge.cli.json_file import check_json_file
+
+            check_json_file(Path(options["json_file"]), [value for name, value in options.items() if name != "json_file"])
+        return function(*arguments, **options)
+
+    return _json_option(checked)
 
 
 def pattern_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str], ...]:

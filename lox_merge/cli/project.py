@@ -10,12 +10,11 @@ import click
 from lox_merge.cli.options import (
     base_option,
     cache_option,
-    check_json_file,
     device_option,
     dtype_option,
     executor_option,
     fused_option,
-    json_of_output_option,
+    json_option,
     number,
     order_option,
     seed_option,
@@ -70,7 +69,7 @@ from lox_merge.cli.start import import_torch
 @cache_option
 @click.option("--overwrite", is_flag=True, help="Start anew where OUT holds another output of lox-merge.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
-@json_of_output_option
+@json_option
 def project_command(
     base: str,
     aligned: str,
@@ -120,7 +119,6 @@ def project_command(
     from lox_merge.jobs.early import begin_early
     from lox_merge.jobs.executors.server import warm_up
 
-    check_json_file(json_file, out)
     if not dry_run:
         # Beside this process's own imports.
         warm_up(workers, executor)

@@ -79,13 +79,10 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
     """
     result = _run(base, aligned, hardened, options)
     import_torch()
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_robustness import print_robustness
 
-    if json_file:
-        write_json(json_file, {"command": "robustness", **result.to_json()})
-    if json_file != "-":
-        print_robustness(result)
+    give_result(json_file, {"command": "robustness", **result.to_json()}, lambda: print_robustness(result))
     if options["plot"]:
         from lox_merge.publish.documents import robustness as documents
         from lox_merge.publish.documents.shape import read_as

@@ -87,7 +87,7 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
 
 def _tune(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None) -> None:
     """Runs the study and shows it in every way asked for."""
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_tune import print_tuning
 
     if options["plot"]:
@@ -95,10 +95,7 @@ def _tune(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any
 
         check_picture_file(options["plot"], "--plot")
     result = tune_models(base, aligned, recipe, options)
-    if json_file:
-        write_json(json_file, {"command": "search --tune", **result.to_json()})
-    if json_file != "-":
-        print_tuning(result)
+    give_result(json_file, {"command": "search --tune", **result.to_json()}, lambda: print_tuning(result))
     if options["plot"]:
         _plot_tuning(result, options["plot"])
 
@@ -124,7 +121,7 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
 
         check_picture_file(options["plot"], "--plot")
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_search import print_search
     from lox_merge.safety.search_job import search
 
@@ -145,10 +142,12 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
             decomposing=decomposing,
             **measured_in_memory(options),
         )
-    if json_file:
-        write_json(json_file, {"command": "search", **result.to_json()})
-    if show:
-        print_search(result, base=Path(base).name, aligned=Path(aligned).name)
+
+    def shown() -> None:
+        if show:
+            print_search(result, base=Path(base).name, aligned=Path(aligned).name)
+
+    give_result(json_file, {"command": "search", **result.to_json()}, shown)
     if options["plot"]:
         _plot(result, options["plot"])
     return result
@@ -197,7 +196,7 @@ def _check_found(result: RankSearch, *, write: bool) -> None:
     if result.effective_rank is None:
         raise LoxMergeError(
             f"no measured rank satisfies rho = {result.rho:g}{' with confidence' if result.confident else ''}; "
-            f"{'nothing was hardened. ' if write else ''}Try higher ranks, more prompts, or another rho."
+            f"{'nothing was hardened; ' if write else ''}try higher ranks, more prompts, or another rho."
         )
     if write and result.effective_rank == 0:
         raise LoxMergeError(

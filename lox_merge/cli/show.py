@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
 
 from lox_merge.cli.console import plain_console
-from lox_merge.errors import WriteError
+from lox_merge.cli.json_file import give_result as give_result
+from lox_merge.cli.json_file import write_json as write_json
 from lox_merge.jobs.execute import JobResult
 from lox_merge.jobs.harden import HardenResult
 from lox_merge.jobs.plan import MANIFEST, Plan
-
-
-def write_json(file: str, value: dict[str, Any]) -> None:
-    """Writes JSON to a file, or to standard output for '-'. Raises WriteError."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    if file == "-":
-        click.echo(text)
-        return
-    try:
-        Path(file).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise WriteError(f"the JSON file {file} can't be written: {error.strerror}. The output itself is complete.") from error
 
 
 def size(count: float) -> str:

@@ -63,7 +63,7 @@ def verify_command(
             progress=progress,
         )
     if json_file:
-        write_json(json_file, result.to_json())
+        write_json(json_file, result.to_json(), left="The check itself was finished; --json - writes its result to standard output.")
     raise_for_problems(result)
     if json_file == "-":
         return

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
+from lox_merge.cli.json_file import write_json
 from lox_merge.errors import OutputError, RequestError
-from lox_merge.jobs.atomic import json_bytes, write_atomically
+from lox_merge.jobs.atomic import write_atomically
 from lox_merge.publish.figures.save import check_matplotlib, check_output_file, check_picture_file, save_picture
 from lox_merge.publish.report.page import Report, make_report, render
 from lox_merge.publish.report.runs import read_run
@@ -33,7 +34,7 @@ def write_report(runs: Sequence[Path], page: Path | None, figures: Sequence[Path
     if page is not None and html is not None:
         write_atomically(page, html, page.resolve().parent)
     if json_file:
-        _write_json(json_file, _document(report, page, html))
+        write_json(json_file, _document(report, page, html), left="The page and pictures are complete.")
     if json_file != "-":
         for file in figures:
             click.echo(f"Written: {file}")
@@ -61,10 +62,3 @@ def _document(report: Report, page: Path | None, html: bytes | None) -> dict[str
         "sections": [{"heading": section.heading, "summary": section.summary} for section in report.sections],
         "figures": list(report.pictures),
     }
-
-
-def _write_json(file: str, value: dict[str, Any]) -> None:
-    if file == "-":
-        click.echo(json_bytes(value).decode(), nl=False)
-    else:
-        write_atomically(Path(file), json_bytes(value), Path(file).resolve().parent)

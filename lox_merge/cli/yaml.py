@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lox_merge.cli.options import check_json_file, json_of_output_option
+from lox_merge.cli.options import json_option
 
 _HELP = """Merge as mergekit-yaml does, with the merge methods `lox` and `lox_project` registered.
 
@@ -65,7 +65,7 @@ class MergekitCommand(click.Command):
 @click.option("--overwrite", is_flag=True, help="With our methods: replace OUT_PATH if mergekit or lox-merge wrote it.")
 @click.option("--order-is-right", is_flag=True, help="With our methods: the models are not swapped, although only base_model has a chat template.")
 @click.option(_ALL_OPTIONS, is_flag=True, expose_value=False, help="Show mergekit-yaml's options too: all of them hold here.")
-@json_of_output_option
+@json_option
 def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, config_file: str, out_path: str, **values: Any) -> None:
     from mergekit.options import MergeOptions
     from mergekit.scripts.run_yaml import main
@@ -76,7 +76,6 @@ def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, c
     from lox_merge.mergekit.plugin import METHOD, OWN_METHODS
     from lox_merge.mergekit.run import merge
 
-    check_json_file(json_file, Path(out_path))
     _, config = read_configuration(Path(config_file))
     if config.merge_method in OWN_METHODS:
         options = MergeOptions(**{name: value for name, value in values.items() if name in MergeOptions.model_fields})
