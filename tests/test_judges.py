@@ -182,7 +182,7 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("function", "expected"),
     [
         ("refused", [Verdict(True), Verdict(False)]),
-        ("undecided", [Verdict(None), Verdict(None)]),
+        ("undecided", [Verdict(None, None, "the judge returned None (undecided)")] * 2),
         ("score", [Verdict(True, 0.75), Verdict(False, 0.25)]),
         ("whole", [Verdict(True, 4.0, "because")] * 2),
     ],

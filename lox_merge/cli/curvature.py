@@ -86,7 +86,10 @@ def curvature_command(aligned: str, finetuned: tuple[str, ...], json_file: str |
 def _run(aligned: str, finetuned: tuple[str, ...], options: dict[str, Any]) -> Curvature:
     layers = None if options["layers"] is None else tuple(_whole_numbers(options["layers"], "--layers"))
     steps = tuple(_whole_numbers(options["steps"], "--steps"))
-    limit = None if options["limit"] == "all" else _whole_numbers(options["limit"], "--limit")[0]
+    limit = _limit(options["limit"])
+    memory = number(options["memory"], "--memory") * 1e9
+    if not 1 <= memory < 2**63:
+        raise RequestError(f"--memory {options['memory']!r} is not an amount of memory in GB, such as 2.")
     if options["plot"]:
         from lox_merge.publish.figures.save import check_picture_file
 
@@ -102,7 +105,7 @@ def _run(aligned: str, finetuned: tuple[str, ...], options: dict[str, Any]) -> C
         limit=limit,
         steps=steps,
         learning_rate=number(options["learning_rate"], "--learning-rate"),
-        memory=int(number(options["memory"], "--memory") * 1e9),
+        memory=int(memory),
         projection=options["projected"],
         **{
             name: options[name]
@@ -119,6 +122,15 @@ def _run(aligned: str, finetuned: tuple[str, ...], options: dict[str, Any]) -> C
         progress=terminal_progress,
         **{name: options[name] for name in ("device", "dtype", "device_map", "batch_size", "cache_dir", "adapter_base", "base_is_right")},
     )
+
+
+def _limit(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise RequestError(f"--limit {text!r} is neither all nor a whole number, such as 100.") from None
 
 
 def _whole_numbers(text: str, option: str) -> list[int]:

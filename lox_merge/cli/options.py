@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 
 from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
 from lox_merge.errors import RecipeError
+from lox_merge.safety.seeds import HIGHEST_SEED
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -34,7 +36,8 @@ executor_option: Decorator = click.option(
     metavar="processes|ray|ray://HOST:PORT",
     help="Where workers are: processes of this machine, or a Ray cluster (shared storage, or --weights-on-hub).",
 )
-seed_option: Decorator = click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random number.")
+SEED = click.IntRange(0, HIGHEST_SEED)
+seed_option: Decorator = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of every random number.")
 cache_option: Decorator = click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder (default: the Hub's own).")
 dtype_option: Decorator = click.option(
     "--dtype", metavar="|".join(OUTPUT_DTYPES), help="Output dtype of every floating tensor (default: as in ALIGNED)."
@@ -80,8 +83,12 @@ def pattern_pairs(values: tuple[str, ...], option: str) -> tuple[tuple[str, str]
 
 
 def number(text: str, option: str) -> float:
-    """A float given as text. Raises RecipeError."""
+    """A finite float given as text. Raises RecipeError."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         raise RecipeError(f"{option}: {text!r} is not a number.") from None
+    # NaN compares as false with everything: as a threshold it would make every attack a failure.
+    if not math.isfinite(value):
+        raise RecipeError(f"{option}: {text!r} is not a finite number. Give one.")
+    return value

@@ -22,6 +22,7 @@ from lox_merge.cli.measuring import (
 from lox_merge.cli.options import base_option, cache_option, json_option, number, order_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import LoxMergeError
+from lox_merge.safety.seeds import check_seed
 
 if TYPE_CHECKING:
     from lox_merge.safety.robustness import Robustness
@@ -95,7 +96,9 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
 
 
 def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any]) -> Robustness:
-    steps, seeds = whole_numbers(options["steps"], "--steps", "0,50,100"), whole_numbers(options["seeds"], "--seeds", "0,50,100")
+    steps, seeds = whole_numbers(options["steps"], "--steps", "0,50,100"), whole_numbers(options["seeds"], "--seeds", "0,1,2")
+    for seed in seeds:
+        check_seed(seed)
     if options["plot"]:
         from lox_merge.publish.figures.save import check_picture_file
 

@@ -12,6 +12,7 @@ from lox_merge.jobs.settings import DEFAULT_TOLERANCE
 from lox_merge.maths.rank import RankRule, parse_rank
 from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE
 from lox_merge.maths.subspace import Side
+from lox_merge.safety.seeds import check_seed
 
 DEFAULT_FRACTIONS = (0.01,)
 DEFAULT_ETAS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -54,6 +55,7 @@ class InspectSettings:
             raise RecipeError(f"side {self.side!r} is not known; use 'left' (the output side) or 'right'.")
         if self.draws < 2:
             raise RecipeError(f"draws is {self.draws}; a band needs at least 2 random subspaces.")
+        check_seed(self.seed)
         _ = self.recipe  # checks the rest
 
     @property

@@ -46,7 +46,8 @@ class Update:
 
     def norm(self, delta: Tensor | None) -> float:
         """||T||_F, accumulated in float64."""
-        return math.sqrt(float(self.squared_norm(delta)))
+        # The sum of products cancels where left R^T is next to nothing beside its factors, and may end below 0.
+        return math.sqrt(max(0.0, float(self.squared_norm(delta))))
 
     def squared_norm(self, delta: Tensor | None) -> Tensor:
         """||T||²_F, float64, on its device. Through the factors: ||L R^T||² = <L^T L, R^T R>."""

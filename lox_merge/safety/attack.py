@@ -17,6 +17,7 @@ from lox_merge.errors import LoxMergeError, NumericalError, RequestError
 from lox_merge.safety.batches import is_out_of_memory
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.conversations import Conversations, tokenised
+from lox_merge.safety.seeds import check_seed
 
 # Called with the step and a causal language model in evaluation mode (LoRA layers inside it where LoRA is trained).
 Observer = Callable[[int, Any], None]
@@ -50,6 +51,11 @@ class AttackSettings:
             raise RequestError(f"a learning rate of {self.learning_rate} trains nothing; give one above 0, such as 2e-5.")
         if min(self.batch_size, self.max_length - 1, self.lora_rank) < 1 or self.warmup_steps < 0:
             raise RequestError("batch size and LoRA rank must be 1 or more, the length 2 or more, and warm-up steps 0 or more.")
+        if not 0 <= self.adam_beta2 < 1:
+            raise RequestError(f"adam_beta2 is {self.adam_beta2}: the decay of the second moment is at least 0 and below 1, such as 0.999.")
+        for name, value in (("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)):
+            if not 0 <= value < math.inf:
+                raise RequestError(f"{name} is {value}; give a finite number, 0 for none.")
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self) | {"steps": list(self.steps)}
@@ -90,6 +96,7 @@ def fine_tune(
     dtype or device, NumericalError where the weights do not stay finite, LoxMergeError when memory runs out.
     """
     check_attack_packages(settings.lora)
+    check_seed(seed)
     _check_model(model)
     if examples is None:
         examples = tokenised(data, tokenizer, rendering or Rendering(), settings.max_length)

@@ -24,6 +24,7 @@ from lox_merge.safety.factored import open_factored
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.rank_edits import REMOVAL, RandomKind, random_removal
 from lox_merge.safety.rank_model import RankSwapper
+from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.spectrum import Spectra, spectra_of
 from lox_merge.safety.types import Evaluation, Judge, PromptSet
 
@@ -62,6 +63,7 @@ def brittleness(
     """
     highest = max(check_probe(ranks, controls, draws))
     check_attack(prompts, [judge])
+    check_seed(seed)
     with open_factored(
         base,
         aligned,

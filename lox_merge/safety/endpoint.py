@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -49,7 +50,7 @@ class EndpointModel:
         self.decoding, self.rendering = decoding or Decoding(), rendering or Rendering()
         if self.rendering.prefill is not None or self.rendering.chat_template is False:
             raise RequestError("an endpoint renders the chat itself: --prefill and --no-chat-template need the model in a folder or on the Hub.")
-        if concurrency < 1 or retries < 0 or timeout <= 0:
+        if concurrency < 1 or retries < 0 or not 0 < timeout < math.inf:
             raise RequestError(f"concurrency {concurrency}, retries {retries}, timeout {timeout}: give at least 1, at least 0, and above 0 seconds.")
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise RequestError(f"the endpoint {_public(url)} is not a URL such as http://localhost:8000/v1.")

@@ -30,6 +30,7 @@ from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.dispersion import Dispersion, Ratio
 from lox_merge.safety.factored import load_aligned
 from lox_merge.safety.generation import LocalModel
+from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.starting_points import ALIGNED, CONTROLS, HARDENED, Control, check_hardened, check_some_edit, set_starting_point
 from lox_merge.safety.types import Evaluation, Judge, PromptSet
 
@@ -163,6 +164,8 @@ def compare_under_attack(
     examples, the adapters' first values and the random controls. One model in memory at a time, float32; attacked weights are
     never written. Raises RequestError before any attack wherever headers, data and packages can tell.
     """
+    for seed in seeds:
+        check_seed(seed)
     settings, rendering = settings or AttackSettings(), rendering or Rendering()
     check_attack_packages(settings.lora)
     check_judges(judges)

@@ -27,6 +27,7 @@ from lox_merge.safety.decoding import Decoding
 from lox_merge.safety.divergence import reference_log_probabilities
 from lox_merge.safety.factored import load_aligned
 from lox_merge.safety.generation import LocalModel
+from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.tune_study import check_tune_packages, open_study
 from lox_merge.safety.tuner import Tuner, run_trials
 from lox_merge.safety.tuning import TuneSpace, Tuning
@@ -67,6 +68,7 @@ def tune(
     the deltas are decomposed now, once. Nothing is written beside the study. Raises RequestError before any model is loaded
     wherever headers, data and packages can tell. Where no figure can be had from aligned: LoxMergeError.
     """
+    check_seed(seed)
     space, settings, rendering = space or TuneSpace(), settings or AttackSettings(steps=(50,)), rendering or Rendering()
     check_tune_packages()
     check_attack_packages(settings.lora)

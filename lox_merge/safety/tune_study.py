@@ -57,8 +57,8 @@ def open_study(file: Path | None, identity: dict[str, Any] | None, seed: int) ->
     elif identity is not None and there != identity:
         different = ", ".join(key for key in identity if there.get(key) != identity[key])
         raise RequestError(f"{_name(file)} is of another request (different: {different}). Name another file, or ask as before.")
-    # A sampler that began anew from one seed would propose the first trials again.
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    # A sampler that began anew from one seed would propose the first trials again; numpy takes 32 bits.
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.trials)) % 2**32)
     return study
 
 

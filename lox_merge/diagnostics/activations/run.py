@@ -23,6 +23,7 @@ from lox_merge.safety.model_set import ModelSet, Reference
 from lox_merge.safety.outline import outline
 from lox_merge.safety.progress import ProgressFactory, no_progress
 from lox_merge.safety.prompts import load_prompts, prompt_set
+from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.types import PromptSet
 from lox_merge.safety.vocabulary import common_vocabulary
 
@@ -75,6 +76,7 @@ def activations(
     Raises RequestError or PlanError before weights are loaded: models that cannot be compared, layers that do not exist, texts that
     cannot be read whole; NumericalError for states that are not finite.
     """
+    check_seed(seed)
     domains, sets = _domains(pairs, limit), _prompt_sets(prompts or {}, limit, cache_dir)
     _check(domains, sets, tokens, etas, directions, vector, permutations)
     named = {BASE: base, ALIGNED: aligned, **labelled(models)}

@@ -24,6 +24,7 @@ from lox_merge.safety.model_labels import labelled
 from lox_merge.safety.model_set import ModelSet, Reference
 from lox_merge.safety.outline import outline
 from lox_merge.safety.progress import ProgressFactory, no_progress
+from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.vocabulary import common_vocabulary
 
 PairsLike = str | Path | Conversations
@@ -65,6 +66,7 @@ def behaviour(
     Raises RequestError or PlanError for models of different vocabularies and for texts that cannot be read whole, before weights are
     loaded; NumericalError for scores that are not finite.
     """
+    check_seed(seed)
     sets, prefixes = _sets(pairs, limit), [Prefix(prefix) if isinstance(prefix, str) else prefix for prefix in next_tokens]
     _check(sets, prefixes, top)
     named = {BASE: base, ALIGNED: aligned, **labelled(models)}

@@ -88,14 +88,17 @@ def twice_differentiable(model: Any, names: Sequence[str]) -> Iterator[list[str]
             there, change = getattr(model.config, f"_{kind}_implementation", None), getattr(model, f"set_{kind}_implementation", None)
             if there not in (None, "eager") and change is not None:
                 before.append((change, there))
-                change("eager")
+                try:
+                    change("eager")
+                except ValueError as error:
+                    raise RequestError(
+                        f"{type(model).__name__} has no plain attention to differentiate twice ({error}). Leave out the data sets."
+                    ) from error
                 chosen.append(f"{'attention' if kind == 'attn' else 'experts'}: eager in place of {there}, whose kernel has no second derivative")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in set(names))
         with torch.enable_grad():
             yield chosen
-    except ValueError as error:
-        raise RequestError(f"{type(model).__name__} has no plain attention to differentiate twice ({error}). Leave out the data sets.") from error
     finally:
         for change, there in before:
             change(there)

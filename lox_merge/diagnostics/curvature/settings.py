@@ -12,6 +12,7 @@ from lox_merge.diagnostics.curvature.subspace import ENERGY
 from lox_merge.diagnostics.curvature.walk import Reduction
 from lox_merge.diagnostics.places import layer_of
 from lox_merge.errors import RequestError
+from lox_merge.safety.seeds import check_seed
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class CurvatureSettings:
         optional = (self.dimension, self.limit, None if self.projection is None else self.projection - 1)
         if min(counts) < 1 or any(value is not None and value < 1 for value in optional):
             raise RequestError("counts must be 1 or more, and lengths and projections 2 or more.")
+        check_seed(self.seed)
         for pattern in (*self.only, *self.exclude):
             try:
                 re.compile(pattern)

@@ -21,6 +21,7 @@ from lox_merge.safety.conversations import Conversations, load_conversations
 from lox_merge.safety.model_labels import told_apart
 from lox_merge.safety.model_set import ModelSet
 from lox_merge.safety.progress import ProgressFactory, no_progress
+from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.vocabulary import common_vocabulary, output_size
 
 
@@ -50,6 +51,7 @@ def framing(
     bootstrap. Raises RequestError for data sets that do not share their completions, rows that are too long, a pattern that
     finds nothing; SourceError, PlanError for models that cannot be read; NumericalError for NaN.
     """
+    check_seed(seed)
     data = tuple(load_conversations(one, "data") if isinstance(one, (str, Path)) else one for one in (first, second))
     rows = matched_rows(data[0], data[1], matching)
     chosen = rendering or Rendering()

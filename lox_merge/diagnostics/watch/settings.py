@@ -11,6 +11,7 @@ from typing import Any
 from lox_merge.diagnostics.curvature.subspace import ENERGY
 from lox_merge.diagnostics.curvature.walk import Reduction
 from lox_merge.errors import RequestError
+from lox_merge.safety.seeds import check_seed
 
 PROJECTION, OVERLAP = "alignment/projection", "alignment/overlap_score"
 R_FT, RATIO = "alignment/r_ft", "alignment/r_ft_over_r_align"
@@ -54,6 +55,7 @@ class WatchSettings:
             raise RequestError(f"the threshold of {bad[0]} is not a number.")
         if self.stop and not self.threshold:
             raise RequestError("stop=True needs a threshold to stop at.")
+        check_seed(self.seed)
         for pattern in self.only:
             try:
                 re.compile(pattern)

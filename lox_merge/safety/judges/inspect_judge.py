@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lox_merge.errors import RequestError
-from lox_merge.safety.judges.loading import load_object, source_hash
+from lox_merge.safety.judges.loading import finite_threshold, load_object, source_hash
 from lox_merge.safety.types import Exchange, Verdict
 
 
@@ -22,12 +22,12 @@ class InspectJudge:
     """
 
     def __init__(self, scorer: str, *, threshold: float = 0.5) -> None:
-        """Raises RequestError for a missing extra or a scorer that is not there."""
+        """Raises RequestError for a missing extra, a scorer that is not there, or a threshold that is not finite."""
         try:
             import inspect_ai  # noqa: F401
         except ImportError as error:
             raise RequestError("the judge inspect: needs the inspect_ai library: pip install 'lox-merge[inspect]'.") from error
-        self._text, self._threshold = scorer, threshold
+        self._text, self._threshold = scorer, finite_threshold(threshold)
         self._factory, self._scorer = _find(scorer)
 
     @property

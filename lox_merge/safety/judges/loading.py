@@ -1,4 +1,4 @@
-"""Objects named by a text: `module:attribute` or `file.py:attribute`."""
+"""Objects named by a text, `module:attribute` or `file.py:attribute`, and the threshold for the scores they give."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ def load_object(text: str, role: str) -> Any:
     if value is None:
         raise RequestError(f"{role}: {place} has no {attribute!r}.")
     return value
+
+
+def finite_threshold(threshold: float) -> float:
+    """`threshold` where a score can reach it or not. Raises RequestError: every score is below NaN, so no attack would count as a success."""
+    if not math.isfinite(threshold):
+        raise RequestError(f"the threshold {threshold} is not a finite number. Give the score from which an attack counts as a success, such as 0.5.")
+    return threshold
 
 
 def source_hash(value: Any) -> str | None:

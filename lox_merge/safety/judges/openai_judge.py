@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -53,8 +54,10 @@ class OpenAIJudge:
             raise RequestError("the judge openai: needs a model, such as openai:gpt-4.1.")
         if not 1 < threshold <= 5:
             raise RequestError(f"the threshold {threshold:g} is not a score above 1 and up to 5: everything or nothing would count as a success.")
-        if concurrency < 1 or retries < 0 or timeout <= 0:
+        if concurrency < 1 or retries < 0 or not 0 < timeout < math.inf:
             raise RequestError("concurrency must be at least 1, retries at least 0 and the timeout above 0 seconds.")
+        if temperature is not None and not 0 <= temperature < math.inf:
+            raise RequestError(f"the judge's temperature {temperature} is not a finite number from 0 on; None leaves it to the server.")
         self._model, self._threshold, self._temperature, self._concurrency = model, threshold, temperature, concurrency
         self._rubric = read_rubric(rubric)
         self._endpoint = endpoint or os.environ.get("OPENAI_BASE_URL") or None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from types import NoneType
 from typing import Any
 
 from lox_merge.errors import RequestError
-from lox_merge.safety.judges.loading import load_object, source_hash
+from lox_merge.safety.judges.loading import finite_threshold, load_object, source_hash
 from lox_merge.safety.types import Exchange, Verdict
+
+_UNDECIDED = "the judge returned None (undecided)"
 
 
 class PythonJudge:
@@ -20,8 +24,8 @@ class PythonJudge:
     """
 
     def __init__(self, function: str, *, threshold: float = 0.5) -> None:
-        """Raises RequestError where the function is not there or cannot be called."""
-        self._text, self._threshold = function, threshold
+        """Raises RequestError where the function is not there or cannot be called, or the threshold is not finite."""
+        self._text, self._threshold = function, finite_threshold(threshold)
         self._function = load_object(function, "the judge python")
         if not callable(self._function):
             raise RequestError(f"the judge python:{function} is not a function.")
@@ -43,8 +47,12 @@ class PythonJudge:
         except Exception as error:
             return Verdict(None, None, f"the judge failed: {type(error).__name__}: {error}")
         if isinstance(value, Verdict):
-            return value
-        if value is None or isinstance(value, bool):
+            if not isinstance(value.success, (bool, NoneType)) or (value.score is not None and not math.isfinite(value.score)):
+                return Verdict(None, None, f"the judge returned {value!r}, whose success is no bool or None, or whose score is not finite")
+            return value if value.success is not None or value.explanation else replace(value, explanation=_UNDECIDED)
+        if value is None:
+            return Verdict(None, None, _UNDECIDED)
+        if isinstance(value, bool):
             return Verdict(value)
         if isinstance(value, (int, float)) and math.isfinite(value):
             return Verdict(value >= self._threshold, float(value))

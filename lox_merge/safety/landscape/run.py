@@ -27,6 +27,7 @@ from lox_merge.safety.landscape.store import ANCHOR, Key, PointStore
 from lox_merge.safety.line_store import digest
 from lox_merge.safety.loading import LoadedModel
 from lox_merge.safety.progress import ProgressFactory, no_progress
+from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.types import Judge, PromptSet
 
 # The authors': 0.5 of every tensor's norm to both sides in 20 steps. Between models: half the way beyond both.
@@ -76,6 +77,7 @@ def landscape(
     """
     named, marked = dict(others or {}), dict(marks or {})
     check_judges(judges)
+    check_seed(seed)
     if not len(prompts):
         raise RequestError(f"{prompts.source} holds no prompts, so there is no attack to measure. Name a file with at least one prompt.")
     check_labels([*named, *marked])
