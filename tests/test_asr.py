@@ -291,7 +291,7 @@ def test_options_that_make_no_sense_together_are_refused(toy: Path) -> None:
     for extra, message in (
         (["--rubric", "x.txt"], "--rubric is for the openai judge"),
         (["--threshold", "4", "--judge", "openai:x", "--judge", "python:a:b"], "different scales"),
-        (["--threshold", "high"], "not a number"),
+        (["--threshold", "high", "--judge", "python:a:b"], "not a number"),
         (["--judge", "oracle"], "is not known"),
         (["--transcripts", str(toy / "none" / "t.jsonl")], "the folder is not there"),
         (["--column", "absent"], "absent"),

@@ -122,6 +122,8 @@ def _named(values: tuple[str, ...]) -> dict[str, str]:
         name, separator, file = value.partition("=")
         if not separator or Path(value).exists():
             name, file = Path(value).stem, value
+        if not name or not file:
+            raise RecipeError(f"--prompts {value!r} is not NAME=FILE, such as harmful=prompts.txt.")
         if name in found:
             raise RecipeError(f"two sets of prompts are called {name!r}. Tell them apart: --prompts NAME=FILE.")
         found[name] = file

@@ -19,7 +19,7 @@ from lox_merge.cli.measuring import (
     utility_of,
     utility_options,
 )
-from lox_merge.cli.options import cache_option, json_option
+from lox_merge.cli.options import SEED, cache_option, json_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import RecipeError
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 @click.command("asr", short_help="Measure the attack success rate of models, with honest statistics.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @prompt_options
-@click.option("--seed", type=int, help="Draw the --limit prompts at random by this seed (default: take the first).")
+@click.option("--seed", type=SEED, help="Draw the --limit prompts at random by this seed (default: take the first).")
 @rendering_options
 @judge_options(several=True)
 @utility_options
-@click.option("--max-new-tokens", type=int, default=60, show_default=True, help="Longest reply, in tokens.")
-@click.option("--batch-size", type=int, help="Prompts at a time (default: found automatically).")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Longest reply, in tokens.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Prompts at a time (default: found automatically).")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the models run.")
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|bfloat16|float16|float32", help="Of the models; auto: as stored.")
 @click.option("--device-map", metavar="auto", help="Spread a model over all GPUs (instead of --device).")
@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 @click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible endpoint; MODEL is its name there.")
 @click.option("--key-variable", default="OPENAI_API_KEY", show_default=True, metavar="NAME", help="Environment variable of its key.")
 @click.option("--no-key", is_flag=True, help="The endpoint asks for no key.")
-@click.option("--replies", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep replies here; the same command goes on from them.")
-@click.option("--transcripts", type=click.Path(path_type=Path), metavar="FILE", help="Write prompts, replies and verdicts as JSONL.")
+@click.option(
+    "--replies", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Keep replies here; the same command goes on from them."
+)
+@click.option("--transcripts", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write prompts, replies and verdicts as JSONL.")
 @cache_option
 @click.option("--dry-run", is_flag=True, help="Check prompts and judges, print one filled judge prompt, cost nothing.")
 @json_option
@@ -215,5 +217,5 @@ def _check_decided(evaluations: list[Any]) -> None:
     for evaluation in evaluations:
         for judge, figures in evaluation.attack_success.items():
             if figures.judged == 0:
-                reason = evaluation.verdicts[judge][0].explanation
+                reason = evaluation.verdicts[judge][0].explanation or "(the judge gave none)"
                 raise LoxMergeError(f"the judge {judge} decided on none of {figures.n} replies of {evaluation.title}. The first reason: {reason}")

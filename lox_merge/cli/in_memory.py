@@ -22,7 +22,9 @@ reply_options = options_in_order(
     click.option("--batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]"),
     click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|float16", help="dtype of the model in memory."),
     click.option("--device-map", metavar="auto", help="Spread the model over several GPUs."),
-    click.option("--replies", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep replies here; the same command goes on from them."),
+    click.option(
+        "--replies", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Keep replies here; the same command goes on from them."
+    ),
 )
 
 

@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Longest reply, in tokens.")
 @model_options
 @adapter_options
-@click.option("--points", type=click.Path(path_type=Path), metavar="FILE", help="Keep points here; the same command goes on from them.")
+@click.option(
+    "--points", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Keep points here; the same command goes on from them."
+)
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of it (.svg, .png or .pdf).")
 @seed_option
 @json_option

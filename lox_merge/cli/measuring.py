@@ -102,7 +102,10 @@ def judges_of(options: dict[str, Any], *, dry_run: bool = False) -> list[Judge]:
     texts: tuple[str, ...] = (named,) if isinstance(named, str) else tuple(named)
     if options["rubric"] is not None and not any(text.startswith("openai:") for text in texts):
         raise RecipeError("--rubric is for the openai judge, which is not among the judges. Add --judge openai:MODEL, or leave it out.")
-    if options["threshold"] is not None and len({text.partition(":")[0] for text in texts} & {"openai", "python", "inspect"}) > 1:
+    scoring = {text.partition(":")[0] for text in texts} & {"openai", "python", "inspect"}
+    if options["threshold"] is not None and not scoring:
+        raise RecipeError("--threshold is for judges that give scores (openai, python, inspect), and none is among the judges. Leave it out.")
+    if options["threshold"] is not None and len(scoring) > 1:
         raise RecipeError("--threshold would apply to judges with different scales. Name judges of one kind, or leave it out.")
     settings = _judge_settings(options, dry_run=dry_run)
     judges = [make_judge(text, settings) for text in texts]

@@ -30,7 +30,9 @@ tune_options = options_in_order(
     click.option("--rank-range", default="1-16", show_default=True, metavar="LOW-HIGH", help="Ranks to choose from."),
     click.option("--alpha-range", default="0.25-2", show_default=True, metavar="LOW-HIGH", help="Alphas to choose from."),
     click.option("--group", multiple=True, metavar="REGEX", help="Tensors that get a rank and alpha of their own. Repeatable."),
-    click.option("--study", type=click.Path(path_type=Path), metavar="FILE", help="Keep the trials here; the same command goes on from them."),
+    click.option(
+        "--study", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Keep the trials here; the same command goes on from them."
+    ),
     click.option("--pick", type=click.IntRange(min=0), metavar="TRIAL", help="Harden with this trial of --study, to --write OUT; measure nothing."),
 )
 

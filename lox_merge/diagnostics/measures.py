@@ -241,5 +241,6 @@ def _overlaps(first: tuple[Tensor, Spectrum], second: tuple[Tensor, Spectrum], e
             continue
         if squared is None:
             squared = squared_overlaps(first[0], second[0])
-        found.append(Overlap(i, j, mode_subspace_overlap(squared, i, j), defined))
+        # Bases are orthonormal to working precision only, so the share of a subspace in itself may come out above all of it.
+        found.append(Overlap(i, j, min(1.0, mode_subspace_overlap(squared, i, j)), defined))
     return tuple(found)

@@ -111,7 +111,8 @@ def render(tokenizer: Any, prompt: str, rendering: Rendering) -> list[int]:
         tokens: list[int] = list(tokenizer(text, add_special_tokens=not template)["input_ids"])
         bare: list[int] = tokens if template else list(tokenizer(text, add_special_tokens=False)["input_ids"])
     except Exception as error:  # the Rust tokenizers raise a bare Exception
-        raise RequestError(f"the tokenizer cannot encode the prompt {_short(prompt)}: {error}.") from error
+        shown = "" if text == prompt else f" as it is rendered ({_ends(text)})"
+        raise RequestError(f"the tokenizer cannot encode the prompt {_short(prompt)}{shown}: {error}.") from error
     end = tokenizer.eos_token_id
     if end is not None and len(tokens) > len(bare) and tokens[-1] == end and bare[-1:] != [end]:
         tokens = tokens[:-1]  # some tokenizers close every text; a model that reads its end token has nothing left to say
@@ -141,6 +142,11 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     except Exception as error:  # the Rust tokenizers raise a bare Exception
         raise RequestError(f"the tokenizer cannot encode {_short(text)}: {error}.") from error
+
+
+def _ends(text: str) -> str:
+    """Both ends: a template writes at the first, and a prefill is the second."""
+    return repr(text if len(text) <= 120 else f"{text[:57]} ... {text[-57:]}")
 
 
 def _short(text: str) -> str:

@@ -33,11 +33,14 @@ class LineStore:
         self._parts = tuple(about)
         self._lock = FileLock(path.parent / f".{path.name}.lock", thread_local=False)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             acquire(self._lock, timeout=0)
             self.lines = self._open()
         except Timeout:
             raise RequestError(f"another process is writing {path.name}. Wait for it, or name another file or folder for {kind}.") from None
+        except IsADirectoryError:
+            self.close()
+            raise RequestError(f"{path} is a folder. Name a file for {kind}.") from None
         except OSError as error:
             self.close()
             raise write_error(path, error) from error
@@ -110,6 +113,14 @@ class LineStore:
             file.write(b"".join(_encode(line) for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises RequestError where a file is in the way."""
+    blocking = next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None)
+    if blocking is not None:
+        raise RequestError(f"{blocking} is a file; name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _encode(line: dict[str, Any]) -> bytes:

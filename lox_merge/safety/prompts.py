@@ -64,12 +64,23 @@ def prompt_set(prompts: Iterable[Prompt], source: str) -> PromptSet:
     return PromptSet(kept, hashlib.sha256(data).hexdigest(), source)
 
 
+def read_text(path: Path) -> str:
+    """A file's text. Raises RequestError saying whether it is missing, a folder, unreadable, or of another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark, which would become part of a name
+    except FileNotFoundError as error:
+        raise RequestError(f"there is no file {path}. Check the name.") from error
+    except IsADirectoryError as error:
+        raise RequestError(f"{path} is a folder. Name a file in it.") from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}. Check its permissions, or name another file.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path.name} cannot be read as UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
 def read_rows(path: Path) -> Sequence[Row] | Sequence[str]:
     """A file's rows: dicts by column, or strings where there are no columns. The suffix decides the format. Raises RequestError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark, which would become part of a name
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path.name} cannot be read as UTF-8 text: {error}. Save it as UTF-8.") from error
+    text = read_text(path)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
         return _csv_rows(text, path.name, "\t" if suffix == ".tsv" else ",")

@@ -12,7 +12,7 @@ from lox_merge.errors import RequestError
 from lox_merge.safety.divergence import Reference, kl_divergence, reference_log_probabilities
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.lm_eval_tasks import check_lm_eval, lm_eval_scores
-from lox_merge.safety.prompts import load_prompts
+from lox_merge.safety.prompts import load_prompts, read_text
 from lox_merge.safety.types import PromptSet
 from lox_merge.safety.utility import Questions, exact_match, load_questions, perplexity
 
@@ -88,10 +88,7 @@ def load_measures(
         check_lm_eval(tasks)
     texts: tuple[str, ...] = ()
     if text is not None:
-        try:
-            texts = (text.read_text(encoding="utf-8"),)
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{text} cannot be read as UTF-8 text: {error}. Give a text file.") from error
+        texts = (read_text(text),)
         if not texts[0].strip():
             raise RequestError(f"{text} is empty, so it has no perplexity. Give a text file with some text.")
     return UtilityMeasures(
