@@ -13,6 +13,7 @@ from lox_merge.maths.rank import RankRule, parse_rank
 from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE
 from lox_merge.maths.subspace import Side
 from lox_merge.safety.seeds import check_seed
+from lox_merge.typed_fields import check_fields
 
 DEFAULT_FRACTIONS = (0.01,)
 DEFAULT_ETAS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -45,6 +46,7 @@ class InspectSettings:
     skip_non_finite: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         set_value = object.__setattr__  # frozen: normalised once, here
         set_value(self, "rank", self.rank if isinstance(self.rank, RankRule) else parse_rank(self.rank))
         set_value(self, "fractions", _shares(self.fractions, "fraction", "0.01"))

@@ -31,6 +31,7 @@ class Recipe(Settings):
     requantise: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         set_value = object.__setattr__  # frozen: normalised once, here
         set_value(self, "rank", _rule(self.rank))
         set_value(self, "alpha", check_alpha(self.alpha))
@@ -38,7 +39,6 @@ class Recipe(Settings):
         set_value(self, "alpha_pattern", tuple((pattern, check_alpha(alpha, f"alpha for {pattern!r}")) for pattern, alpha in self.alpha_pattern))
         if self.alpha == 0 and not any(alpha for _, alpha in self.alpha_pattern):
             raise RecipeError("alpha is 0: the output would be the aligned model unchanged; use a number > 0, such as 1.25 (the paper's).")
-        super().__post_init__()
         if self.requantise and self.dtype is not None:
             raise RecipeError(f"requantise keeps the quantised form, and dtype {self.dtype} is another one. Leave one of them out.")
         if self.rounding == "feedback" and any(_rule(rank).kind == "full" for rank in (self.rank, *(rank for _, rank in self.rank_pattern))):

@@ -10,6 +10,7 @@ from lox_merge.checkpoint import patterns
 from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
 from lox_merge.errors import RecipeError
 from lox_merge.maths.rounding import ROUNDINGS, Rounding
+from lox_merge.typed_fields import check_fields
 
 DEFAULT_TOLERANCE = 1e-3
 # What torch.Generator takes.
@@ -47,8 +48,7 @@ class Settings:
     _compiled: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "include", tuple(self.include))  # frozen: normalised once, here
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        check_fields(self)
         if self.dtype is not None and self.dtype not in OUTPUT_DTYPES:
             raise RecipeError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(OUTPUT_DTYPES)}, or leave it out to keep aligned's.")
         if self.rounding not in ROUNDINGS:

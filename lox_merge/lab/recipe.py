@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lox_merge.errors import RecipeError
+from lox_merge.typed_fields import check_fields
 
 Decay = Literal["cosine", "constant"]
 ToyDtype = Literal["float32", "bfloat16"]
@@ -25,6 +26,7 @@ class Training:
     decay: Decay = "cosine"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.steps < 1 or self.batch_size < 1 or self.warmup_steps < 1:
             raise RecipeError(
                 f"toy training needs at least 1 step, batch size 1 and 1 warm-up step; got {self.steps}, {self.batch_size} and {self.warmup_steps}."
@@ -52,6 +54,7 @@ class ToyRecipe:
     dtype: ToyDtype = "float32"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.seed < 2**32:
             raise RecipeError(f"seed {self.seed} is outside 0 to 2**32 - 1.")
         # Rotary embeddings rotate pairs, so each head needs an even width.

@@ -18,6 +18,7 @@ from lox_merge.safety.batches import is_out_of_memory
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.conversations import Conversations, tokenised
 from lox_merge.safety.seeds import check_seed
+from lox_merge.typed_fields import check_fields
 
 # Called with the step and a causal language model in evaluation mode (LoRA layers inside it where LoRA is trained).
 Observer = Callable[[int, Any], None]
@@ -45,6 +46,7 @@ class AttackSettings:
     lora_alpha: int = 32
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.steps or min(self.steps) < 0 or max(self.steps) < 1 or list(self.steps) != sorted(set(self.steps)):
             raise RequestError(f"steps {', '.join(map(str, self.steps))} are not ascending numbers that end above 0, such as 0,50,100.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

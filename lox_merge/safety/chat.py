@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lox_merge.errors import RequestError
+from lox_merge.typed_fields import check_fields
 
 _PROBE = "lighthouse"  # a word that no template writes by itself
 _forms: dict[str, Literal["text", "parts"]] = {}  # by template: the same is asked for every prompt
@@ -23,6 +24,9 @@ class Rendering:
     system: str | None = None
     chat_template: bool | None = None
     prefill: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def identity(self, tokenizer: Any) -> dict[str, Any]:
         """What a result records; the template by its hash, since two models may come with different ones."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from lox_merge.errors import RequestError
+from lox_merge.typed_fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; a reply needs 1 or more.")
         if not 0 <= self.temperature < float("inf"):

@@ -14,6 +14,7 @@ from lox_merge.errors import RequestError
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.settings import compile_pattern
 from lox_merge.safety.types import AttackSuccess
+from lox_merge.typed_fields import check_fields
 
 # Figures of an alpha beyond these are noise of the attack, and a command line with them would be hard to read.
 _ALPHA_DIGITS = 3
@@ -31,6 +32,7 @@ class TuneSpace:
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 1 <= self.ranks[0] <= self.ranks[1]:
             raise RequestError(f"ranks from {self.ranks[0]} to {self.ranks[1]} leave nothing to choose; give two numbers, the first one 1 or more.")
         if not 0 < self.alphas[0] <= self.alphas[1] < float("inf"):

@@ -13,6 +13,7 @@ from lox_merge.diagnostics.curvature.walk import Reduction
 from lox_merge.diagnostics.places import layer_of
 from lox_merge.errors import RequestError
 from lox_merge.safety.seeds import check_seed
+from lox_merge.typed_fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class CurvatureSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.reduction not in ("sum", "mean"):
             raise RequestError(f"the log-likelihood of a completion is a sum or a mean over its tokens, not {self.reduction!r}.")
         if not 0 < self.energy <= 1:

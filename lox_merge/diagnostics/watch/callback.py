@@ -57,7 +57,7 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
     ) -> None:
         if completions is None and base is None and factors is None:
             raise RequestError("nothing to watch: give completions, base or factors.")
-        limits = threshold if isinstance(threshold, Mapping) else {} if threshold is None else {PROJECTION: float(threshold)}
+        limits = threshold if isinstance(threshold, Mapping) else {} if threshold is None else {PROJECTION: threshold}
         self.settings = WatchSettings(threshold=dict(limits), **settings)
         for name in limits:
             if completions is None and name not in (R_FT, RATIO):

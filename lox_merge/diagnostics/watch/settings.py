@@ -12,6 +12,7 @@ from lox_merge.diagnostics.curvature.subspace import ENERGY
 from lox_merge.diagnostics.curvature.walk import Reduction
 from lox_merge.errors import RequestError
 from lox_merge.safety.seeds import check_seed
+from lox_merge.typed_fields import check_fields
 
 PROJECTION, OVERLAP = "alignment/projection", "alignment/overlap_score"
 R_FT, RATIO = "alignment/r_ft", "alignment/r_ft_over_r_align"
@@ -44,6 +45,7 @@ class WatchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         counts = (self.rank, self.limit, self.max_length - 1, self.memory, self.interval or 1, self.dimension or 1)
         if min(counts) < 1 or self.interval == 0 or self.dimension == 0:
             raise RequestError("rank, interval, limit, dimension and memory must be 1 or more, the length 2 or more.")

@@ -38,8 +38,8 @@ def parse_workers(text: str) -> Workers:
 
 def check_workers(workers: Workers, *, low_disk: bool = False, as_adapter: bool = False) -> None:
     """Raises RequestError for a number that is none, or where shards are not written side by side."""
-    if workers != "auto" and (isinstance(workers, bool) or workers < 1):
-        raise RequestError(f"workers is {workers}; give a whole number ≥ 1, or 'auto'.")
+    if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise RequestError(f"workers is {workers!r}; give a whole number ≥ 1, or 'auto'.")
     if workers != 1 and low_disk:
         raise RequestError("--low-disk has one shard's files on disk at a time, so one worker writes: leave --workers out, or --low-disk.")
     if workers != 1 and as_adapter:
