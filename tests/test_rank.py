@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lox_merge.errors import RecipeError
+from lox_merge.jobs.recipe import Recipe
 from lox_merge.maths.rank import RankRule, parse_rank
 
 
@@ -16,6 +17,17 @@ def test_rules_are_read_and_written_back(text: str | int, kind: str, value: floa
     rule = parse_rank(text)
     assert rule == RankRule(kind, value)  # type: ignore[arg-type]
     assert parse_rank(str(rule)) == rule
+
+
+@pytest.mark.parametrize("text", ["energy:0.9999999", "energy:0.123456789", "33.3333333%", "0.0000125%", "99.99999999%"])
+def test_every_digit_is_written_back(text: str) -> None:
+    rule = parse_rank(text)
+    assert parse_rank(str(rule)) == rule
+    assert Recipe.from_json(Recipe(rank=text).to_json()).rank == rule
+
+
+def test_numbers_are_written_as_short_as_they_can_be() -> None:
+    assert [str(parse_rank(text)) for text in ("10.0%", "2.50%", "energy:0.90", "6.0")] == ["10%", "2.5%", "energy:0.9", "6"]
 
 
 def test_noise_floor_is_a_rule() -> None:
