@@ -63,7 +63,7 @@ def test_the_usual_form_is_an_adapter_and_said_to_be(models: Models, run_cli: Ru
     name = "adapter_model.safetensors"
     assert (out / name).read_bytes() == (asked / name).read_bytes()
     wrong = run_cli("harden", *pair, tmp_path / "wrong", "--workers", 2)
-    assert wrong.returncode == 2 and "--as-adapter writes one file" in wrong.stderr and not (tmp_path / "wrong").exists()
+    assert wrong.returncode == 2 and "It is one file, which one worker writes" in wrong.stderr and not (tmp_path / "wrong").exists()
 
 
 def test_a_whole_model_is_refused_with_the_ways_out(models: Models, tmp_path: Path) -> None:

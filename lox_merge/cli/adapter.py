@@ -18,9 +18,9 @@ from lox_merge.wording import first_few
 _MOST_NAMED = 3
 
 
-def plan_as_adapter(plan: Plan, *, overwrite: bool, json_file: str | None) -> None:
-    """Shows what the adapter of a plan would be."""
-    made = plan_adapter(plan)
+def plan_as_adapter(plan: Plan, *, overwrite: bool, json_file: str | None, asked: bool = True) -> None:
+    """Shows what the adapter of a plan would be. asked: as in `plan_adapter`."""
+    made = plan_adapter(plan, asked=asked)
     check_output(plan.out, overwrite=overwrite)
     check_room(plan.out, 2 * (made.largest_bytes or 0))
     report = _report(made)
@@ -30,9 +30,9 @@ def plan_as_adapter(plan: Plan, *, overwrite: bool, json_file: str | None) -> No
         _print_plan(made, report)
 
 
-def harden_as_adapter(plan: Plan, *, device: str, overwrite: bool, show: bool) -> dict[str, Any]:
-    """Carries a plan out as an adapter. Returns the value for --json."""
-    made = plan_adapter(plan)
+def harden_as_adapter(plan: Plan, *, device: str, overwrite: bool, show: bool, asked: bool = True) -> dict[str, Any]:
+    """Carries a plan out as an adapter. Returns the value for --json. asked: as in `plan_adapter`."""
+    made = plan_adapter(plan, asked=asked)
     with byte_progress(sum(tensor.info.bytes for tensor in plan.edited), "hardening") as progress:
         result = execute_adapter(made, device=device, overwrite=overwrite, progress=progress)
     if show:

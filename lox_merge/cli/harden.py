@@ -142,6 +142,7 @@ def harden_command(
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening, resolve_device
     from lox_merge.jobs.plan import check_disk, check_output
+    from lox_merge.jobs.quantised import usual_form_error
     from lox_merge.jobs.recipe import Recipe
 
     searched = rank == "search"
@@ -184,14 +185,11 @@ def harden_command(
     form: AskedForm = "adapter" if as_adapter else "usual"
     with open_factors(factors) as held:
         plan = plan_hardening(base, aligned, out, recipe=recipe, factors=held, low_disk=low_disk, form=form, **sources)
-        if plan.form == "adapter" and not as_adapter:
-            as_adapter = True
-            if low_disk or weights_on_hub:
-                raise RequestError(
-                    f"{plan.warnings[0]} An adapter does not go with --low-disk and --weights-on-hub: leave them out, or pass --dtype."
-                )
-            check_executor(executor, as_adapter=True)
-            check_workers(count, as_adapter=True)
+        asked, as_adapter = as_adapter, plan.form == "adapter"
+        if as_adapter and not asked:
+            other = {"--low-disk": low_disk, "--weights-on-hub": weights_on_hub, "--workers": count != 1, "--executor": executor != PROCESSES}
+            if wrong := " and ".join(name for name, given in other.items() if given):
+                raise usual_form_error(plan.mirrored, f"It is one file, which one worker writes: no {wrong}.", f"Leave out {wrong}")
         pushing = None
         if push_to is not None:
             place: dict[str, Any] = {"public": public, "revision": revision, "pull_request": pull_request}
@@ -207,7 +205,7 @@ def harden_command(
             found = effective_rank(base, aligned, recipe, prompts=str(prompts), judges=judge, show=json_file != "-", **settings)
             plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), factors=held, form=form, **sources)
         if dry_run and as_adapter:
-            plan_as_adapter(plan, overwrite=overwrite, json_file=json_file)
+            plan_as_adapter(plan, asked=asked, overwrite=overwrite, json_file=json_file)
             return
         if dry_run:
             check_output(out, overwrite=overwrite)
@@ -221,7 +219,7 @@ def harden_command(
                 print_plan(plan, report)
             return
         if as_adapter:
-            report = harden_as_adapter(plan, device=device, overwrite=overwrite, show=json_file != "-")
+            report = harden_as_adapter(plan, asked=asked, device=device, overwrite=overwrite, show=json_file != "-")
         else:
             with byte_progress(plan.bytes_written, "hardening") as progress:
                 result = execute(plan, device=device, workers=count, executor=executor, overwrite=overwrite, progress=progress)

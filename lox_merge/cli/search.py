@@ -216,7 +216,7 @@ def _write(base: str, aligned: str, recipe: Recipe, options: dict[str, Any], jso
         plan = plan_hardening(base, aligned, options["write"], recipe=recipe, factors=held, form="usual", **source_options(options))
         settings, show = {"device": options["device"], "overwrite": options["overwrite"]}, not quiet and json_file != "-"
         if plan.form == "adapter":
-            report = harden_as_adapter(plan, show=show, **settings)
+            report = harden_as_adapter(plan, asked=False, show=show, **settings)
         else:
             with byte_progress(plan.bytes_written, "hardening") as progress:
                 hardened = execute(plan, progress=progress, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lox_merge.checkpoint.adapter_config import CONFIG
-from lox_merge.errors import Interrupted, LoxMergeWarning
+from lox_merge.errors import Interrupted, LoxMergeWarning, NumericalError
 from lox_merge.jobs.adapter_file import Triplets, Written, write_factors
 from lox_merge.jobs.adapter_plan import AdapterPlan, Source
 from lox_merge.jobs.atomic import json_bytes, sync_folder, write_atomically
@@ -73,10 +74,13 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
             pieces = Pieces(plan, records, plan.out)
             config = json_bytes(made.config(pieces.ranks))
             weights, outcome = write_factors(made, pieces.ranks, pieces.read, journal)
-            terms = {name: plan.aligned.source.path(name).read_bytes() for name in licence_files(plan.side_files)}
-            files = {name: write_atomically(plan.out / name, data, journal.folder) for name, data in (*terms.items(), (CONFIG, config))}
-            manifest = _manifest(made, job, pieces, weights, files, outcome)
-            write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
+            texts = {name: plan.aligned.source.path(name).read_bytes() for name in licence_files(plan.side_files)} | {CONFIG: config}
+            manifest = _manifest(made, job, pieces, weights, {name: hashlib.sha256(data).hexdigest() for name, data in texts.items()}, outcome)
+            text = json_bytes(manifest)
+            # The configuration is the last but the manifest: without it PEFT loads nothing from a folder that could not be finished.
+            for name, data in texts.items():
+                write_atomically(plan.out / name, data, journal.folder)
+            write_atomically(plan.out / MANIFEST, text, journal.folder)
             sync_folder(plan.out)
             remove_pieces(plan)
             journal.end()
@@ -119,11 +123,15 @@ def left_out_text(manifest: dict[str, Any]) -> str:
 
 
 def _nearest_rounding(plan: Plan, aligned: Tensor, tensor: TensorPlan, view: MatrixView, subspace: Subspace) -> dict[str, Any]:
-    """Gain of the same edit written into the stored form by rounding to nearest: what an adapter saves; null for float32."""
+    """Gain of the same edit written into the stored form by rounding to nearest: what an adapter saves; null for float32, and where
+    that form cannot hold the edit (which is nothing against the adapter)."""
     grid = grid_of(plan.aligned, tensor.name, view)
     if subspace.rank == 0 or (grid is None and aligned.dtype in (torch.float32, torch.float64)):
         return {"nearest_gain": None}
-    _, kept = apply_update(aligned, lox_update(subspace, tensor.alpha), grid=None if grid is None else grid.to(aligned.device))
+    try:
+        _, kept = apply_update(aligned, lox_update(subspace, tensor.alpha), grid=None if grid is None else grid.to(aligned.device))
+    except NumericalError:
+        return {"nearest_gain": None}
     return {"nearest_gain": kept.gain}
 
 

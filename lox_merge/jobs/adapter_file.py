@@ -16,6 +16,7 @@ from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.adapter_files import WEIGHTS
 from lox_merge.checkpoint.safetensors_format import build_header
 from lox_merge.checkpoint.weights import tensor_bytes
+from lox_merge.errors import NumericalError
 from lox_merge.jobs.adapter_plan import AdapterPlan, Pair, Source
 from lox_merge.jobs.atomic import sync_folder, write_error
 from lox_merge.jobs.journal import Journal
@@ -58,9 +59,16 @@ def factors_of(pair: Pair, rank: int, read: Read) -> tuple[Tensor, Tensor]:
 
 
 def stored_factors(pair: Pair, rank: int, read: Read, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and B as they are written: rounded to nearest, in PEFT's shapes."""
+    """A and B as they are written: rounded to nearest, in PEFT's shapes. Raises NumericalError where they do not fit into `dtype`."""
     shapes = pair.shapes(rank)
     first, second = (round_nearest(part, dtype).reshape(shape) for part, shape in zip(factors_of(pair, rank, read), shapes, strict=True))
+    if not all(bool(torch.isfinite(part).all()) for part in (first, second)):
+        kind = str(dtype).removeprefix("torch.")
+        wider = "" if dtype == torch.float32 else ", or another --dtype (float32 and bfloat16 reach further)"
+        raise NumericalError(
+            f"module {pair.target}: its update overflows {kind}, at alpha {max(source.tensor.alpha for source in pair.sources):g}. "
+            f"Give a smaller --alpha{wider}, in another folder or with --overwrite."
+        )
     return first.contiguous(), second.contiguous()
 
 
@@ -83,7 +91,7 @@ def realised(pair: Pair, source: Source, rank: int, read: Read, first: Tensor, s
 def write_factors(made: AdapterPlan, ranks: Mapping[tuple[str, str], int], read: Read, journal: Journal) -> tuple[dict[str, Any], dict[Any, Written]]:
     """Streams all pairs into the adapter's file and gives it its name. Returns its record, and what became of each matrix.
 
-    Raises WriteError.
+    Raises WriteError, and NumericalError where factors do not fit into their dtype.
     """
     code = dtypes.OUTPUT_CODES[made.dtype]
     dtype = dtypes.torch_dtype(code)

@@ -14,6 +14,7 @@ from lox_merge.checkpoint.modules import ModelMap, Place, map_model
 from lox_merge.errors import PlanError, RequestError
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.quantised import usual_form_error
 from lox_merge.jobs.select import TensorPlan
 
 DEFAULT_DTYPE = "float32"
@@ -134,32 +135,13 @@ class AdapterPlan:
         return lora_config(self.plan.aligned.config, _named(self.plan.aligned.source.identity()), [(pair, pair.rank(ranks)) for pair in self.pairs])
 
 
-def plan_adapter(plan: Plan) -> AdapterPlan:
-    """Raises RequestError where a recipe or a model has no adapter form, PlanError where PEFT would not load what was planned."""
-    recipe = plan.recipe
-    if isinstance(plan.aligned, AdaptedCheckpoint):
-        raise RequestError(
-            f"ALIGNED ({plan.aligned.title}) is itself an adapter; an adapter cannot stand on one. Harden to a whole model (without --as-adapter), "
-            "or merge ALIGNED first."
-        )
-    if recipe.rounding != "nearest":
-        raise RequestError(
-            f"--rounding {recipe.rounding} is about weights that are written anew; an adapter keeps the edit beside them. Leave it out."
-        )
-    if any(tensor.rank is not None and tensor.rank.kind == "full" for tensor in plan.edited):
-        raise RequestError(
-            "rank full is no low-rank update: an adapter of it would be larger than the model. Give a rank, or leave out --as-adapter."
-        )
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise RequestError("--as-adapter needs the package peft: pip install 'lox-merge[adapter]'.") from None
-    model = map_model(plan.aligned)
-    if model is None:
-        raise RequestError(
-            f"{plan.aligned.title} is of an architecture that transformers does not build by itself, so the names of its modules are not known. "
-            "Leave out --as-adapter."
-        )
+def plan_adapter(plan: Plan, *, asked: bool = True) -> AdapterPlan:
+    """Raises RequestError where a recipe or a model has no adapter form, PlanError where PEFT would not load what was planned.
+
+    asked: whether this form was asked for; else it is the usual one of a quantised model, and messages name the other ones.
+    """
+    _check_has_form(plan, asked)
+    model = _map(plan, asked)
     pairs, left_out = _pairs(plan, model)
     made = AdapterPlan(plan, pairs, left_out)
     if not pairs:
@@ -176,6 +158,49 @@ def plan_adapter(plan: Plan) -> AdapterPlan:
         check_loads(renamed, ranks)
         return renamed
     return made
+
+
+def _check_has_form(plan: Plan, asked: bool) -> None:
+    recipe, aligned = plan.recipe, plan.aligned
+    if isinstance(aligned, AdaptedCheckpoint):
+        if not asked:
+            raise RequestError(
+                f"ALIGNED ({aligned.title}) is itself an adapter, over quantised weights: neither can an adapter of the edit stand on it, nor is "
+                "there a quantised form to write it in. Pass --dtype bfloat16, which writes a plain model, or merge ALIGNED first."
+            )
+        raise RequestError(
+            f"ALIGNED ({aligned.title}) is itself an adapter; an adapter cannot stand on one. Harden to a whole model (without --as-adapter), "
+            "or merge ALIGNED first."
+        )
+    if recipe.rounding != "nearest":
+        problem = f"--rounding {recipe.rounding} is about weights that are written anew; an adapter keeps the edit beside them."
+        raise RequestError(f"{problem} Leave it out.") if asked else usual_form_error(aligned, problem, "Leave it out")
+    if any(tensor.rank is not None and tensor.rank.kind == "full" for tensor in plan.edited):
+        problem = "rank full is no low-rank update: an adapter of it would be larger than the model."
+        if asked:
+            raise RequestError(f"{problem} Give a rank, or leave out --as-adapter.")
+        raise usual_form_error(aligned, problem, "Give a rank")
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        if asked:
+            raise RequestError("--as-adapter needs the package peft: pip install 'lox-merge[adapter]'.") from None
+        raise usual_form_error(aligned, "That needs the package peft.", "Install it (pip install 'lox-merge[adapter]')") from None
+
+
+def _map(plan: Plan, asked: bool) -> ModelMap:
+    """The names of the model's modules."""
+    aligned = plan.aligned
+    if "config.json" not in aligned.source.names():
+        problem = f"{aligned.title} has no config.json, so the names of its modules are not known."
+        if asked:
+            raise RequestError(f"{problem} Restore it, or leave out --as-adapter.")
+        raise usual_form_error(aligned, problem, "Restore it")
+    model = map_model(aligned)
+    if model is None:
+        problem = f"{aligned.title} is of an architecture that transformers does not build by itself, so the names of its modules are not known."
+        raise RequestError(f"{problem} Leave out --as-adapter.") if asked else usual_form_error(aligned, problem)
+    return model
 
 
 def _looks_like_expert(pair: Pair, pairs: list[Pair]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, quantised_among, quantised_form
+from lox_merge.errors import RequestError
 from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.settings import Settings
 
@@ -29,12 +30,26 @@ def settled_form(mirrored: Checkpoint, recipe: Settings, edit: Edit, asked: Aske
 
 def usual_form_warnings(mirrored: Checkpoint) -> list[str]:
     """Says that an adapter is written where nobody asked for one."""
+    return [
+        f"{_usual_form(mirrored)} --dtype bfloat16 writes a plain model; --requantise keeps the form and reports what is left of the edit.",
+    ]
+
+
+def usual_form_error(mirrored: Checkpoint, problem: str, instead: str = "") -> RequestError:
+    """Why the adapter cannot be written that nobody asked for by name. instead: what else may be done than ask for another form."""
+    return RequestError(
+        f"{_usual_form(mirrored)} {problem} {f'{instead}, or pass' if instead else 'Pass'} --dtype bfloat16 for a plain model, "
+        "or --requantise to keep the quantised form."
+    )
+
+
+def _usual_form(mirrored: Checkpoint) -> str:
     view = quantised_form(mirrored)
     assert view is not None
-    return [
+    return (
         f"{mirrored.role} ({mirrored.title}) is quantised ({view.description}): the edit is written as an adapter beside its weights, which keeps "
-        "it exactly (docs/quantised.md). --dtype bfloat16 writes a plain model; --requantise keeps the form and reports what is left of the edit."
-    ]
+        "it exactly (docs/quantised.md)."
+    )
 
 
 def form_of(checkpoint: Checkpoint) -> dict[str, str]:
