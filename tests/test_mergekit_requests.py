@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from mergekit.merge_methods import registered_methods
 from mergekit_runs import (
@@ -52,6 +53,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "have no effect, it is the base_model",
     ),
     "an empty list": ({"parameters": {"alpha": [{"value": []}]}}, "parameters.alpha is an empty list"),
+    "feedback at full rank": (
+        {"parameters": {"rank": [{"filter": "lm_head", "value": "full"}, {"value": 6}], "rounding": "feedback"}},
+        "^lm_head.weight: rounding 'feedback' needs a limited rank; with rank 'full' use `rounding: stochastic`",
+    ),
     "nothing to do": ({"parameters": {"alpha": 0}}, "every tensor has alpha 0 or rank 0"),
     "a filter that matches nothing": (
         {"parameters": {"alpha": [{"filter": "self_atn", "value": 1}, {"value": 0}]}},
@@ -162,6 +167,28 @@ def test_command_line_refuses(tmp_path: Path, qwen3: Pair, run_cli: Any) -> None
     assert refused.stderr.startswith("error: parameters.alpha: alpha is -1: a negative factor")
     assert refused.stderr.count("\n") == 1 and not refused.stdout
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--out-shard-size", "5GB"], r"Invalid value for '--out-shard-size': '5GB' cannot be read"),
+        (["--device", "foo"], "device foo is not there"),
+        *([] if torch.cuda.is_available() else [(["--cuda"], "device cuda is not there")]),
+        (["--num-threads", "0"], "mergekit cannot use its options"),
+    ],
+)
+def test_options_of_mergekit_that_are_of_no_use(tmp_path: Path, llama: Pair, run_cli: Any, options: list[str], says: str) -> None:
+    config = write_config(tmp_path / "config.yaml", llama)
+    refused = run_cli("yaml", config, tmp_path / "out", *options)
+    assert refused.returncode == 2 and says in refused.stderr and "Traceback" not in refused.stderr
+    assert_nothing_left(tmp_path)
+
+
+def test_devices_are_looked_at_for_mergekit_s_own_methods_too(tmp_path: Path, llama: Pair, run_cli: Any) -> None:
+    config = write_config(tmp_path / "config.yaml", llama, merge_method="task_arithmetic")
+    refused = run_cli("yaml", config, tmp_path / "out", "--device", "foo")
+    assert refused.returncode == 2 and "device foo is not there" in refused.stderr
 
 
 def test_models_on_the_hub(tmp_path: Path, qwen3: Pair, loopback_hub: Any, hub_home: Path, run_cli: Any) -> None:

@@ -48,8 +48,10 @@ class MergekitCommand(click.Command):
         if not ctx.meta.get(_QUICK) and not any(parameter.name == "config_file" for parameter in self.params):
             from mergekit.scripts.run_yaml import main
 
+            from lox_merge.mergekit.options import refusing
+
             taken = {parameter.name for parameter in self.params}
-            self.params = [*(parameter for parameter in main.params if parameter.name not in taken), *self.params]
+            self.params = [*(refusing(parameter) for parameter in main.params if parameter.name not in taken), *self.params]
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -67,19 +69,19 @@ class MergekitCommand(click.Command):
 @click.option(_ALL_OPTIONS, is_flag=True, expose_value=False, help="Show mergekit-yaml's options too: all of them hold here.")
 @json_option
 def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, config_file: str, out_path: str, **values: Any) -> None:
-    from mergekit.options import MergeOptions
     from mergekit.scripts.run_yaml import main
 
     from lox_merge.cli.show import write_json
     from lox_merge.errors import LoxMergeError
     from lox_merge.mergekit.config import one_line, read_configuration
+    from lox_merge.mergekit.options import usable_options
     from lox_merge.mergekit.plugin import METHOD, OWN_METHODS
     from lox_merge.mergekit.run import merge
 
     _, config = read_configuration(Path(config_file))
-    if config.merge_method in OWN_METHODS:
-        options = MergeOptions(**{name: value for name, value in values.items() if name in MergeOptions.model_fields})
-        options.apply_global_options()
+    own = config.merge_method in OWN_METHODS
+    options = usable_options(values, put_into_effect=own)
+    if own:
         result = merge(Path(config_file), Path(out_path), options, overwrite=overwrite, order_is_right=order_is_right)
         if json_file:
             write_json(json_file, result.to_json())

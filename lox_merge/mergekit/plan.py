@@ -100,6 +100,7 @@ def plan_merge(raw: Mapping[str, Any], config: MergeConfiguration, out: Path, op
         raise RequestError(f"mergekit cannot plan this merge: {one_line(error)}.") from error
     problems = _coverage_problems(files, tensors, weights)
     problems += _setting_problems(list(settings(config)), tensors, mirrored, notes)
+    problems += _feedback_problems(tensors)
     safe, rounded, dtype_problems = settle_dtype(safe, files, tensors)
     problems += dtype_problems
     if not any(tensor.edited for tensor in tensors):
@@ -110,6 +111,17 @@ def plan_merge(raw: Mapping[str, Any], config: MergeConfiguration, out: Path, op
     if config.merge_method != METHOD:
         check_direction(files)
     return MergePlan(safe, files, tensors, rounded, notes)
+
+
+def _feedback_problems(tensors: list[PlannedTensor]) -> list[str]:
+    """What no recipe of a hardening may ask for, where filters bring it together in one tensor."""
+    found = [tensor.name for tensor in tensors if tensor.edited and (tensor.settings["rank"], tensor.settings["rounding"]) == ("full", "feedback")]
+    if not found:
+        return []
+    return [
+        f"{first_few(found, _MOST_NAMED)}: rounding 'feedback' needs a limited rank; with rank 'full' use `rounding: stochastic`, or "
+        "`out_dtype: float32` with `rounding: nearest`."
+    ]
 
 
 def _widest(method: str, dtype: str | None) -> tuple[Settings, Edit]:
