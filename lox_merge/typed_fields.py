@@ -23,8 +23,15 @@ def check_fields(settings: Any) -> None:
     """Checks every field of a dataclass against its annotation and puts the value in the field's own form: sequences become tuples, a
     single text where several may stand becomes a tuple of one.
     Raises RecipeError with field, value and what may stand there."""
-    for name, wanted in _fields(type(settings)):
+    kind: Any = type(settings)
+    for name, wanted in _fields(kind):
         object.__setattr__(settings, name, _checked(getattr(settings, name), wanted, name))  # also where it is frozen
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises RecipeError where `value` is none of the allowed texts."""
+    if value not in allowed:
+        raise RecipeError(f"{name} {value!r} is not known; use one of {', '.join(allowed)}.")
 
 
 @cache
@@ -71,10 +78,9 @@ def _checked_tuple(value: Any, wanted: Any, name: str) -> tuple[Any, ...]:
 
 def _checked_number(value: Any, wanted: type[int] | type[float], name: str) -> int | float:
     """Numbers of other libraries are numbers too; a truth value is none."""
-    usable = isinstance(value, Real) and type(value) is not bool
-    if not usable or (wanted is int and not (isinstance(value, Integral) or float(value).is_integer())):
+    if isinstance(value, bool) or not isinstance(value, Real) or (wanted is int and not (isinstance(value, Integral) or float(value).is_integer())):
         raise _wrong(value, wanted, name)
-    return wanted(value)
+    return int(value) if wanted is int and isinstance(value, Integral) else wanted(float(value))
 
 
 def _wrong(value: Any, wanted: Any, name: str) -> RecipeError:

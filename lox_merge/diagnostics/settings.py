@@ -9,7 +9,7 @@ from typing import Any, get_args
 from lox_merge.errors import RecipeError
 from lox_merge.jobs.recipe import DEFAULT_RANK, Recipe
 from lox_merge.jobs.settings import DEFAULT_TOLERANCE
-from lox_merge.maths.rank import RankRule, parse_rank
+from lox_merge.maths.rank import RankRule, rank_rule
 from lox_merge.maths.spectral import DENSE_SHARE, EXACT_SIDE
 from lox_merge.maths.subspace import Side
 from lox_merge.safety.seeds import check_seed
@@ -48,7 +48,7 @@ class InspectSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         set_value = object.__setattr__  # frozen: normalised once, here
-        set_value(self, "rank", self.rank if isinstance(self.rank, RankRule) else parse_rank(self.rank))
+        set_value(self, "rank", rank_rule(self.rank))
         set_value(self, "fractions", _shares(self.fractions, "fraction", "0.01"))
         set_value(self, "etas", _shares(self.etas, "eta", "0.5"))
         if self.rule.kind not in ("fixed", "percent"):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from lox_merge.errors import RecipeError
 from lox_merge.jobs.settings import Settings
 from lox_merge.maths.directions import BASES, Basis, rank_of_fraction
 from lox_merge.maths.filter import MODES, Mode
 from lox_merge.maths.subspace import Side
+from lox_merge.typed_fields import check_choice
 
 Projector = Literal["subspace", "safe-lora"]
 Below = Literal["project", "merge"]
@@ -46,11 +47,11 @@ class FilterRecipe(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"basis": BASES, "side": get_args(Side), "projector": get_args(Projector), "below": get_args(Below)}
+        choices: dict[str, tuple[str, ...]] = {"basis": BASES, "side": get_args(Side), "projector": get_args(Projector), "below": get_args(Below)}
         for name, allowed in choices.items():
-            _check_choice(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         object.__setattr__(self, "mode", self.mode or ("parallel" if self.by_layer or self.projector == "safe-lora" else "orthogonal"))
-        _check_choice("mode", self.mode, MODES)
+        check_choice("mode", self.mode, MODES)
         self._check_size()
         self._check_layers()
 
@@ -112,8 +113,3 @@ class FilterRecipe(Settings):
     def to_json(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in (*_OWN, *_SHARED)}
         return values | {"include": list(self.include), "exclude": list(self.exclude)}
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise RecipeError(f"{name} {value!r} is not known; use one of {', '.join(cast(tuple[str, ...], allowed))}.")

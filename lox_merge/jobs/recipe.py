@@ -7,7 +7,7 @@ from typing import Any
 
 from lox_merge.errors import RecipeError
 from lox_merge.jobs.settings import Settings
-from lox_merge.maths.rank import RankRule, parse_rank
+from lox_merge.maths.rank import RankRule, rank_rule
 from lox_merge.maths.update import check_alpha
 
 DEFAULT_RANK = 6
@@ -33,15 +33,15 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         set_value = object.__setattr__  # frozen: normalised once, here
-        set_value(self, "rank", _rule(self.rank))
+        set_value(self, "rank", rank_rule(self.rank))
         set_value(self, "alpha", check_alpha(self.alpha))
-        set_value(self, "rank_pattern", tuple((pattern, _rule(rank)) for pattern, rank in self.rank_pattern))
+        set_value(self, "rank_pattern", tuple((pattern, rank_rule(rank)) for pattern, rank in self.rank_pattern))
         set_value(self, "alpha_pattern", tuple((pattern, check_alpha(alpha, f"alpha for {pattern!r}")) for pattern, alpha in self.alpha_pattern))
         if self.alpha == 0 and not any(alpha for _, alpha in self.alpha_pattern):
             raise RecipeError("alpha is 0: the output would be the aligned model unchanged; use a number > 0, such as 1.25 (the paper's).")
         if self.requantise and self.dtype is not None:
             raise RecipeError(f"requantise keeps the quantised form, and dtype {self.dtype} is another one. Leave one of them out.")
-        if self.rounding == "feedback" and any(_rule(rank).kind == "full" for rank in (self.rank, *(rank for _, rank in self.rank_pattern))):
+        if self.rounding == "feedback" and any(rank_rule(rank).kind == "full" for rank in (self.rank, *(rank for _, rank in self.rank_pattern))):
             raise RecipeError("rounding 'feedback' needs a limited rank: with rank 'full' use --rounding stochastic or --dtype float32.")
 
     def patterns(self) -> dict[str, tuple[str, ...]]:
@@ -54,8 +54,8 @@ class Recipe(Settings):
     def rank_for(self, name: str) -> RankRule:
         for pattern, rank in self.rank_pattern:
             if self.matches(pattern, name):
-                return _rule(rank)
-        return _rule(self.rank)
+                return rank_rule(rank)
+        return rank_rule(self.rank)
 
     def alpha_for(self, name: str) -> float:
         for pattern, alpha in self.alpha_pattern:
@@ -97,7 +97,3 @@ class Recipe(Settings):
 
 def _pairs(values: list[list[Any]]) -> tuple[tuple[str, Any], ...]:
     return tuple((str(pattern), value) for pattern, value in values)
-
-
-def _rule(rank: RankRule | int | str) -> RankRule:
-    return rank if isinstance(rank, RankRule) else parse_rank(rank)

@@ -18,13 +18,14 @@ from lox_merge.errors import NumericalError
 from lox_merge.maths.grid import Grid
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
 from lox_merge.maths.pieces import piece_buffer, row_pieces, rows_at_once
-from lox_merge.maths.precision import frobenius_norm, full_precision_matmul, rounding_noise_edge
-from lox_merge.maths.rank import RankRule
-from lox_merge.maths.rounding import Rounding, round_stochastic
+from lox_merge.maths.precision import float32_difference, frobenius_norm, full_precision_matmul, rounding_noise_edge
+from lox_merge.maths.rank import RankRule, rank_rule
+from lox_merge.maths.rounding import ROUNDINGS, Rounding, round_stochastic
 from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
 from lox_merge.maths.transport import to_device
 from lox_merge.maths.update import Update, check_alpha
+from lox_merge.typed_fields import check_choice
 
 # Rounding again after adding back what is missing inside the subspace: rank 6 needs 4 to 8 rounds, high ranks more.
 FEEDBACK_ROUNDS = 40
@@ -76,8 +77,10 @@ def apply_update(
     out: where to write; its dtype then is the output's. grid: the values that a quantised output can hold; `out` is float32 then.
     rounding: 'nearest'; 'stochastic' (seeded, unbiased); 'feedback' adds the part of T that is missing inside T's own
     row and column space back and rounds to nearest again, until the gain is within FEEDBACK_GAIN_ERROR of 1
-    or no longer improves (ranks near the short side).
+    or no longer improves (ranks near the short side). Raises NumericalError where the result overflows its dtype, RecipeError for
+    another rounding.
     """
+    check_choice("rounding", rounding, ROUNDINGS)
     if out is None:
         out = torch.empty(aligned.shape, dtype=dtype or aligned.dtype, device=aligned.device)
     lossless = grid is None and out.dtype in (torch.float32, torch.float64)
@@ -178,7 +181,7 @@ def _with_feedback(aligned: Tensor, update: Update, delta: Tensor | None, out: T
 def lox(
     base: Float[Tensor, "d_out d_in"],
     aligned: Float[Tensor, "d_out d_in"],
-    rank: RankRule | int = 6,
+    rank: RankRule | int | str = 6,
     alpha: float = 1.25,
     *,
     dtype: torch.dtype | None = None,
@@ -188,8 +191,9 @@ def lox(
 ) -> Float[Tensor, "d_out d_in"]:
     """W_align + alpha * Proj_k(W_align - W_base) for one matrix: LoX, Perin et al. 2025, Eq. 3.
 
-    base, aligned: (d_out, d_in), any float dtype, same device; the delta is formed in float32. Returns `dtype`
-    (default: aligned's). Paper: rank 6, alpha 1.25 on Llama-2-7B. Raises NumericalError for NaN or Inf, RecipeError for alpha < 0.
+    base, aligned: (d_out, d_in), any float dtype, same device; the delta is float32, subtracted in float64 where one of them is. Returns
+    `dtype` (default: aligned's). rank: a number, or a rule or its text ('10%', 'energy:0.9', 'full', 'noise-floor'). Paper: rank 6,
+    alpha 1.25 on Llama-2-7B. Raises NumericalError for NaN or Inf, RecipeError for alpha < 0 and settings that are none.
     """
     edited, _, _ = lox_edit(base, aligned, rank, check_alpha(alpha), dtype=dtype, rounding=rounding, tolerance=tolerance, seed=seed)
     return edited
@@ -198,7 +202,7 @@ def lox(
 def lox_edit(
     base: Float[Tensor, "d_out d_in"],
     aligned: Float[Tensor, "d_out d_in"],
-    rank: RankRule | int = 6,
+    rank: RankRule | int | str = 6,
     alpha: float = 1.25,
     *,
     dtype: torch.dtype | None = None,
@@ -216,9 +220,9 @@ def lox_edit(
     delta: W_align - W_base in float32, and subspace: its leading triplets that `rank` keeps, where the caller has them already.
     rounding_seed: for stochastic rounding, default `seed`. out: where to write, and grid, as in `apply_update`. A zero delta gives aligned's values.
     """
-    rule = RankRule("fixed", rank) if isinstance(rank, int) else rank
+    rule = rank_rule(rank)
     if delta is None:
-        delta = aligned.float() - base.float()
+        delta = float32_difference(aligned, base)
     if rule.kind == "full":
         subspace, update = None, full_rank_update(alpha)
     else:

@@ -18,13 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lox_merge.maths.directions import Basis, Directions, random_directions, random_k_directions, top_directions
+from lox_merge.errors import RecipeError
+from lox_merge.maths.directions import BASES, Basis, Directions, random_directions, random_k_directions, top_directions
 from lox_merge.maths.edits import Realised, apply_update, full_rank_update
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE
-from lox_merge.maths.precision import frobenius_norm, full_precision_matmul
+from lox_merge.maths.precision import float32_difference, frobenius_norm, full_precision_matmul
+from lox_merge.maths.rank import RankRule, rank_rule
 from lox_merge.maths.rounding import Rounding
 from lox_merge.maths.subspace import Side
 from lox_merge.maths.update import Update
+from lox_merge.typed_fields import check_choice
 
 Mode = Literal["parallel", "orthogonal"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -146,7 +149,7 @@ def filter_matrix(
     base: Float[Tensor, "d_out d_in"],
     aligned: Float[Tensor, "d_out d_in"],
     finetuned: Float[Tensor, "d_out d_in"],
-    rank: int,
+    rank: RankRule | int | str,
     mode: Mode = "orthogonal",
     *,
     basis: Basis = "top",
@@ -156,10 +159,18 @@ def filter_matrix(
     tolerance: float = DEFAULT_TOLERANCE,
     seed: int = 0,
 ) -> Float[Tensor, "d_out d_in"]:
-    """One filtered matrix, Eq. 5 or 6, from stored weights of any float dtype; deltas are formed in float32.
+    """One filtered matrix, Eq. 5 or 6, from stored weights of any float dtype; deltas are float32, subtracted in float64 where weights are.
+
+    rank: how many directions, or a share of the short side ('10%'). Raises RecipeError for settings that are none.
 
     A vector is an (n, 1) matrix and rank 1: P(u) = ⟨u, v⟩/⟨v, v⟩ · v with v = Δ_align, and 0 for v = 0.
     """
-    directions = find_directions(aligned.float() - base.float(), rank, basis, side, tolerance=tolerance, seed=seed)
-    projection = project_on(directions, finetuned.float() - aligned.float(), side)
+    for name, value, allowed in (("mode", mode, MODES), ("basis", basis, BASES), ("side", side, get_args(Side))):
+        check_choice(name, value, allowed)
+    rule = rank_rule(rank)
+    count = int(rule.value) if rule.kind == "fixed" else rule.from_shape(min(aligned.shape))
+    if count is None:
+        raise RecipeError(f"rank {rule} depends on the spectrum; a projection takes a number of directions or a share such as '10%'.")
+    directions = find_directions(float32_difference(aligned, base), count, basis, side, tolerance=tolerance, seed=seed)
+    projection = project_on(directions, float32_difference(finetuned, aligned), side)
     return write_filtered(aligned, finetuned, projection, mode, dtype=dtype, rounding=rounding, seed=seed)[0]

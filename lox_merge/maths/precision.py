@@ -56,6 +56,12 @@ def _without_tf32() -> Callable[[], None]:
     return lambda: torch.set_float32_matmul_precision(precision)
 
 
+def float32_difference(later: Tensor, earlier: Tensor) -> Tensor:
+    """later − earlier in float32. float64 weights are subtracted as such: of their difference float32 keeps what matters."""
+    wide = torch.promote_types(torch.float32, torch.promote_types(later.dtype, earlier.dtype))
+    return (later.to(wide) - earlier.to(wide)).float()
+
+
 def frobenius_norm(matrix: Tensor) -> float:
     """||A||_F of a floating matrix: rows in float32, their sum in float64.
 

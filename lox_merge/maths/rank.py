@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ class RankRule:
 
     def __post_init__(self) -> None:
         problem = None
-        if self.kind == "fixed" and (self.value < 1 or self.value != int(self.value)):
+        if self.kind not in get_args(RankKind):
+            problem = f"rank rule {self.kind!r} is not known"
+        elif self.kind == "fixed" and (self.value < 1 or self.value != int(self.value)):
             problem = f"rank {_exact(self.value)} is not a whole number ≥ 1"
         elif self.kind == "percent" and not 0 < self.value <= 100:
             problem = f"rank {_exact(self.value)}% is outside (0, 100]"
@@ -69,6 +71,11 @@ class RankRule:
 def _exact(value: float) -> str:
     """The shortest text that is read back as this number: a recipe on record has to be the one that was used."""
     return repr(float(value)).removesuffix(".0")
+
+
+def rank_rule(rank: RankRule | int | str) -> RankRule:
+    """A rule as it is, a number or a text as the rule that it stands for. Raises RecipeError."""
+    return rank if isinstance(rank, RankRule) else parse_rank(rank)
 
 
 def parse_rank(text: str | int) -> RankRule:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lox_merge.errors import LoxMergeWarning, NumericalError
 from lox_merge.maths.lanczos import DEFAULT_TOLERANCE, LARGEST_NORM, RESIDUAL_FLOOR, Triplets, block_lanczos
 from lox_merge.maths.precision import frobenius_norm_here, full_precision_matmul
-from lox_merge.maths.rank import RankRule
+from lox_merge.maths.rank import RankRule, rank_rule
 from lox_merge.maths.subspace import Certificate, Subspace, empty_subspace
 
 # Below this short side a float64 SVD costs less than the bookkeeping of a Krylov space (measured in benchmarks/svd.py).
@@ -24,7 +24,7 @@ LARGEST_GRAM_SIDE = 16384
 
 def truncated_svd(
     matrix: Float[Tensor, "d_out d_in"],
-    rank: RankRule | int,
+    rank: RankRule | int | str,
     *,
     noise_edge: float = 0.0,
     tolerance: float = DEFAULT_TOLERANCE,
@@ -33,14 +33,14 @@ def truncated_svd(
     """Leading singular triplets of `matrix` and a certificate of their accuracy.
 
     matrix: (d_out, d_in) float32 on any device; computed on in place of a copy, never changed.
-    rank: how many; directions whose singular value is zero to working precision are dropped, so Subspace.rank may be less.
+    rank: how many, or a rule, or its text; directions whose singular value is zero to working precision are dropped, so Subspace.rank may be less.
     noise_edge: for the rule 'noise-floor', the largest singular value that rounding noise alone would give.
     tolerance: wanted relative Frobenius error of Proj_k(matrix) where s_k/s_{k+1} >= 1.01; below that gap the span is
         ill-posed and the tolerance applies to the residual alone.
-    Raises NumericalError for NaN or Inf, and when nothing converges. Same seed, same device: same bits.
+    Raises NumericalError for NaN or Inf, and when nothing converges, RecipeError for no rank. Same seed, same device: same bits.
     Equivalent: numpy.linalg.svd(matrix)[:, :k] up to the sign of each pair of vectors.
     """
-    rule = RankRule("fixed", rank) if isinstance(rank, int) else rank
+    rule = rank_rule(rank)
     short = min(matrix.shape)
     norm = float(frobenius_norm_here(matrix))
     if not norm < float("inf"):

@@ -12,12 +12,18 @@ from lox_merge.errors import RecipeError
 from lox_merge.maths.precision import frobenius_norm_here
 
 
+# The smallest normal number of float32, in which the edit is made.
+_SMALLEST_ALPHA = 2.0**-126
+
+
 def check_alpha(alpha: float, where: str = "alpha") -> float:
     """`alpha` if it hardens. Raises RecipeError for negative values (they remove safety), NaN and infinity."""
     if not math.isfinite(alpha):
         raise RecipeError(f"{where} is {alpha}; use a finite number ≥ 0, such as 1.25 (the paper's).")
     if alpha < 0:
         raise RecipeError(f"{where} is {alpha:g}: a negative factor walks back to the base model and removes safety; not supported.")
+    if 0 < alpha < _SMALLEST_ALPHA:
+        raise RecipeError(f"{where} is {alpha:g}: in float32 it is no more than 0, and the aligned weights would stay as they are; use a larger one.")
     return float(alpha)
 
 
@@ -52,7 +58,8 @@ class Update:
     def squared_norm(self, delta: Tensor | None) -> Tensor:
         """||T||²_F, float64, on its device. Through the factors: ||L R^T||² = <L^T L, R^T R>."""
         if self.left is None or self.right is None:
-            return self.scale**2 * frobenius_norm_here(_needed(delta)).square()
+            # Not scale**2, which raises where the square is beyond float64: as infinity it shows that the edit overflows.
+            return self.scale * self.scale * frobenius_norm_here(_needed(delta)).square()
         left, right = self.left.double(), self.right.double()
         return ((left.T @ left) * (right.T @ right)).sum()
 
