@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lox_merge import Recipe, harden, lox, truncated_svd
+from lox_merge import LoxMergeError, Recipe, harden, lox, truncated_svd
 
 
 def on_files(base: str | Path, aligned: str | Path, out: str | Path) -> None:
@@ -40,7 +40,11 @@ def on_one_matrix() -> None:
 if __name__ == "__main__":
     on_one_matrix()
     if len(sys.argv) == 4:
-        on_files(*sys.argv[1:])
+        try:
+            on_files(*sys.argv[1:])
+        except LoxMergeError as error:
+            # Its text says what is wrong and what to do next.
+            sys.exit(f"error: {error}")
     else:
         from lox_merge.lab.checkpoints import toy_pair
 

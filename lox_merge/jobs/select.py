@@ -211,7 +211,9 @@ def _report_missing(missing: list[str], other: Checkpoint, mirrored: Checkpoint,
 
 
 def _report_unused_patterns(settings: Settings, mirrored: Checkpoint, selection: Selection) -> None:
+    # One recipe may serve tied and untied models: a tied one has no output head of its own.
+    known = [*mirrored.names, "lm_head.weight"] if mirrored.ties_embeddings else mirrored.names
     for option, patterns in settings.patterns().items():
         for pattern in patterns:
-            if not any(settings.matches(pattern, name) for name in mirrored.names):
+            if not any(settings.matches(pattern, name) for name in known):
                 selection.problems.append(f"{option} {pattern!r} matches no tensor of {mirrored.title}; a name looks like {mirrored.names[0]!r}.")
