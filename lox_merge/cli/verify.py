@@ -8,6 +8,7 @@ import click
 
 from lox_merge.cli.options import cache_option, device_option, json_option, seed_option
 from lox_merge.cli.start import import_torch
+from lox_merge.errors import RequestError
 
 
 @click.command("verify", short_help="Check a hardened model against its manifest and its sources.")
@@ -43,6 +44,13 @@ def verify_command(
     lox-merge verify out --base base --aligned aligned --finetuned finetuned
     lox-merge verify org/hardened --sample 20
     """
+    about_sources = {"sample": sample, "base": base, "aligned": aligned, "finetuned": finetuned}
+    unused = [f"--{name}" for name, value in about_sources.items() if value is not None]
+    if offline and unused:
+        raise RequestError(
+            f"--offline looks at the output alone, and {', '.join(unused)} {'is' if len(unused) == 1 else 'are'} about making its weights again. "
+            "Leave one of them out."
+        )
     import_torch()
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json

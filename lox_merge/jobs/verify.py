@@ -80,6 +80,7 @@ def verify(
     sample: recompute this many tensors, drawn with `seed`, instead of all. Raises RequestError or SourceError where there is
     nothing to verify or a source is not to be had; what differs is in the result's problems.
     """
+    given = {"base": base, "aligned": aligned, "finetuned": finetuned}
     source = find_source(out, "output", cache_dir)
     check_holds_weights(source)
     adapter = is_adapter(source)
@@ -93,16 +94,17 @@ def verify(
         result.problems += check_structure(output, manifest)
     else:
         _check_structure(output, manifest, edit, result)
+    if unused := [role for role, place in given.items() if place is not None and role not in edit.roles]:
+        raise RequestError(f"{output.title} was made from {' and '.join(edit.roles)}: it has no {unused[0]} checkpoint. Leave out --{unused[0]}.")
     if offline or result.problems:
         output.close()
         return result
-    given = {"base": base, "aligned": aligned, "finetuned": finetuned}
     sources = _open_sources({role: given[role] for role in edit.roles}, manifest, cache_dir)
     _check_sources(sources, manifest, result)
     if result.ok:
-        # A place that is never written: the plan wants one.
-        place = Path(tempfile.gettempdir()) / "lox-merge-verify"
-        plan = make_plan(sources, place, recipe, edit, order_confirmed=True, form="adapter" if adapter else "model")
+        # A place that is never written: the plan wants one, and whatever has a known name there may be somebody else's.
+        with tempfile.TemporaryDirectory(prefix="lox-merge-verify-") as place:
+            plan = make_plan(sources, Path(place) / "out", recipe, edit, order_confirmed=True, form="adapter" if adapter else "model")
         plan.triplets = recorded_triplets(manifest["job"].get("factors"), plan.base, plan.aligned, recipe)
         if adapter:
             result.tensors_recomputed, found = recompute(output, plan, manifest, sample, seed, device or torch.device("cpu"), progress)
