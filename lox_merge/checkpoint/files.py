@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lox_merge.checkpoint.safetensors_format import Header, parse_header, read_header
 from lox_merge.checkpoint.stamps import Stamp, stamp_of
 from lox_merge.errors import CheckpointFormatError, SourceError
+from lox_merge.home_paths import expanded
 
 if TYPE_CHECKING:
     from lox_merge.checkpoint import hub
@@ -225,7 +226,9 @@ def find_source(text: str | Path, role: str, cache_dir: Path | None = None) -> F
 
     role ('base', 'aligned') names the argument in messages. Raises SourceError.
     """
-    path = Path(text).expanduser()
+    if not str(text).strip():  # would be the current folder
+        raise SourceError(f"{role} is empty. Give a local folder or a Hub id such as org/name or org/name@revision.")
+    path = expanded(text)
     if path.is_dir():
         return LocalFolder(path)
     if path.is_file():

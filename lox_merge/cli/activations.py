@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_merge.cli.measuring import model_options, rendering_of, rendering_options, right_base_option
-from lox_merge.cli.options import json_option, number, seed_option
+from lox_merge.cli.options import GIVEN_PATH, json_option, number, seed_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import RecipeError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--pairs",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GIVEN_PATH,
     metavar="FILE",
     help="Prompts with responses, or conversations (JSONL, JSON, CSV): a domain. Repeatable.",
 )
@@ -44,9 +44,7 @@ if TYPE_CHECKING:
 @model_options
 @right_base_option
 @seed_option
-@click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of positions by layer and of the overlaps (.svg, .png or .pdf)."
-)
+@click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of positions by layer and of the overlaps (.svg, .png or .pdf).")
 @json_option
 def activations_command(base: str, aligned: str, models: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Compare the hidden states of BASE, ALIGNED and each MODEL on the same texts.

@@ -19,7 +19,7 @@ from lox_merge.cli.measuring import (
     utility_of,
     utility_options,
 )
-from lox_merge.cli.options import SEED, cache_option, json_option
+from lox_merge.cli.options import GIVEN_FILE, GIVEN_FOLDER, SEED, cache_option, json_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import RecipeError
 
@@ -46,10 +46,8 @@ if TYPE_CHECKING:
 @click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible endpoint; MODEL is its name there.")
 @click.option("--key-variable", default="OPENAI_API_KEY", show_default=True, metavar="NAME", help="Environment variable of its key.")
 @click.option("--no-key", is_flag=True, help="The endpoint asks for no key.")
-@click.option(
-    "--replies", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Keep replies here; the same command goes on from them."
-)
-@click.option("--transcripts", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write prompts, replies and verdicts as JSONL.")
+@click.option("--replies", type=GIVEN_FOLDER, metavar="FOLDER", help="Keep replies here; the same command goes on from them.")
+@click.option("--transcripts", type=GIVEN_FILE, metavar="FILE", help="Write prompts, replies and verdicts as JSONL.")
 @cache_option
 @click.option("--dry-run", is_flag=True, help="Check prompts and judges, print one filled judge prompt, cost nothing.")
 @json_option

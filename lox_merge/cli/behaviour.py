@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lox_merge.cli.measuring import model_options, rendering_of, rendering_options, right_base_option
-from lox_merge.cli.options import json_option, seed_option
+from lox_merge.cli.options import GIVEN_PATH, json_option, seed_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import RequestError
 
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
 @click.option(
     "--pairs",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GIVEN_PATH,
     metavar="FILE",
     help="Prompts with responses, conversations, or texts (JSONL, JSON, CSV). Repeatable: each file is a set of its own.",
 )
 @click.option("--next", "prompts", multiple=True, metavar="PROMPT", help="Show what each model says next to this prompt. Repeatable.")
-@click.option("--next-file", type=click.Path(path_type=Path), metavar="FILE", help="Such prompts, with a column prefill or not; or bare text.")
+@click.option("--next-file", type=GIVEN_PATH, metavar="FILE", help="Such prompts, with a column prefill or not; or bare text.")
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, metavar="N", help="Most probable tokens of each model to show.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Read the first N texts of each file only.")
 @rendering_options
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 @model_options
 @right_base_option
 @seed_option
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of KL by token and of the reversion (.svg, .png or .pdf).")
+@click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of KL by token and of the reversion (.svg, .png or .pdf).")
 @json_option
 def behaviour_command(base: str, aligned: str, models: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Compare what BASE, ALIGNED and each MODEL expect of the same texts and after the same prompts.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from lox_merge.cli.in_memory import measured_in_memory, reply_options, selection_of, selection_options, whole_numbers
 from lox_merge.cli.measuring import judge_options, judges_of, prompt_options, prompts_of, rendering_options, utility_of, utility_options
-from lox_merge.cli.options import base_option, cache_option, device_option, json_option, order_option, seed_option
+from lox_merge.cli.options import GIVEN_PATH, base_option, cache_option, device_option, json_option, order_option, seed_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import LoxMergeError
 
@@ -36,7 +35,7 @@ DEFAULT_RANKS = "0,1,2,4,8"
 @selection_options
 @rendering_options
 @reply_options
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curves (.svg, .png or .pdf).")
+@click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of the curves (.svg, .png or .pdf).")
 @order_option
 @base_option
 @device_option

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lox_merge.cli.measuring import adapter_options, model_options
-from lox_merge.cli.options import json_option, number, seed_option
+from lox_merge.cli.options import GIVEN_PATH, json_option, number, seed_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import RequestError
 
@@ -22,14 +21,14 @@ if TYPE_CHECKING:
 @click.option(
     "--completions",
     required=True,
-    type=click.Path(path_type=Path),
+    type=GIVEN_PATH,
     metavar="FILE",
     help="Safe completions: JSONL, JSON or CSV with messages, prompt and response, or text.",
 )
 @click.option(
     "--data",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GIVEN_PATH,
     metavar="FILE",
     help="Data that might be fine-tuned on: its coupling and predicted loss. Repeatable; ranked by risk.",
 )
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 @model_options
 @adapter_options
 @seed_option
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of spectra, overlaps and predictions (.svg, .png or .pdf).")
+@click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of spectra, overlaps and predictions (.svg, .png or .pdf).")
 @json_option
 def curvature_command(aligned: str, finetuned: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Fisher spectra of ALIGNED on safe completions, overlap scores of FINETUNED models, and the risk of --data.

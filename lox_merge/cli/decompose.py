@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lox_merge.cli.options import (
+    GIVEN_PATH,
     base_option,
     cache_option,
     device_option,
@@ -24,7 +25,7 @@ from lox_merge.cli.start import import_torch
 @click.command("decompose", short_help="Leading singular triplets of every delta as one file, for search to reuse.")
 @click.argument("base")
 @click.argument("aligned")
-@click.argument("factors", type=click.Path(path_type=Path))
+@click.argument("factors", type=GIVEN_PATH)
 @click.option("--rank", default="64", show_default=True, metavar="K", help="Triplets kept per matrix.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave out tensors whose name matches. Repeatable.")

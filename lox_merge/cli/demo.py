@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from lox_merge.cli.options import json_option, seed_option
+from lox_merge.cli.options import GIVEN_PATH, json_option, seed_option
 from lox_merge.cli.start import import_torch
 
 
 @click.command("demo", short_help="Train, harden, search and attack toy models, offline, in about a minute.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write to.")
+@click.option("--out", type=GIVEN_PATH, default=Path("demo"), show_default=True, help="Folder to write to.")
 @click.option(
     "--cache-dir",
-    type=click.Path(path_type=Path),
+    type=GIVEN_PATH,
     help="Where trained toy pairs are kept (default: $LOX_MERGE_CACHE/toy, else ~/.cache/lox-merge/toy).",
 )
 @click.option("--full", is_flag=True, help="Five seeds from --seed on, with all controls: medians and ranges (about ten minutes).")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from lox_merge.cli.measuring import adapter_options, rendering_of, rendering_options
-from lox_merge.cli.options import cache_option, json_option, seed_option
+from lox_merge.cli.options import GIVEN_PATH, cache_option, json_option, seed_option
 from lox_merge.cli.start import import_torch
 
-_FILE: dict[str, Any] = {"required": True, "type": click.Path(path_type=Path), "metavar": "FILE"}
+_FILE: dict[str, Any] = {"required": True, "type": GIVEN_PATH, "metavar": "FILE"}
 
 
 @click.command("framing", short_help="Losses and gradients of the same completions under two framings.")
@@ -24,7 +23,7 @@ _FILE: dict[str, Any] = {"required": True, "type": click.Path(path_type=Path), "
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the models run.")
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|bfloat16|float16|float32", help="Of the models; auto: as stored.")
 @click.option("--device-map", metavar="auto", help="Spread a model over all GPUs (instead of --device).")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the cosines (.svg, .png or .pdf).")
+@click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of the cosines (.svg, .png or .pdf).")
 @adapter_options
 @seed_option
 @cache_option

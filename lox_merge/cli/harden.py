@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lox_merge.cli.options import (
+    GIVEN_PATH,
     base_option,
     cache_option,
     device_option,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 @click.command("harden", short_help="Harden an aligned checkpoint by low-rank extrapolation (LoX).")
 @click.argument("base")
 @click.argument("aligned")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=GIVEN_PATH)
 @click.option(
     "--rank",
     default="6",
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompts", metavar="FILE|DATASET", help="Harmful requests for --rank search (lox-merge search has more settings).")
 @click.option("--judge", default="keyword", show_default=True, metavar="SPEC", help="Who decides in --rank search.")
-@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for this pair: no SVD is spent.")
+@click.option("--factors", type=GIVEN_PATH, help="File of lox-merge decompose for this pair: no SVD is spent.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor, ≥ 0.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Edit only tensors whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave tensors whose name matches as in ALIGNED. Repeatable.")
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("--alpha-pattern", multiple=True, metavar="REGEX=ALPHA", help="Another alpha where the name matches; the first match wins. Repeatable.")
 @click.option("--linear-only", is_flag=True, help="Leave embeddings, lm_head and convolutions as in ALIGNED.")
 @fused_option
-@dtype_option
+@dtype_option("ALIGNED")
 @click.option(
     "--rounding",
     metavar="nearest|feedback|stochastic",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from lox_merge.cli.measuring import cache_of, options_in_order, rendering_of
+from lox_merge.cli.options import GIVEN_FOLDER, GIVEN_PATH
 from lox_merge.errors import RequestError
 
 selection_options = options_in_order(
-    click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for this pair: no SVD is spent."),
+    click.option("--factors", type=GIVEN_PATH, help="File of lox-merge decompose for this pair: no SVD is spent."),
     click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches; others stay as in ALIGNED. Repeatable."),
     click.option("--exclude", multiple=True, metavar="REGEX", help="Tensors whose name matches stay as in ALIGNED. Repeatable."),
     click.option("--linear-only", is_flag=True, help="Embeddings, lm_head and convolutions stay as in ALIGNED."),
@@ -22,9 +22,7 @@ reply_options = options_in_order(
     click.option("--batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]"),
     click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|float16", help="dtype of the model in memory."),
     click.option("--device-map", metavar="auto", help="Spread the model over several GPUs."),
-    click.option(
-        "--replies", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", help="Keep replies here; the same command goes on from them."
-    ),
+    click.option("--replies", type=GIVEN_FOLDER, metavar="FOLDER", help="Keep replies here; the same command goes on from them."),
 )
 
 

@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from lox_merge.cli.options import cache_option, device_option, fused_option, json_option, number, order_option, seed_option, tolerance_option
+from lox_merge.cli.options import (
+    GIVEN_PATH,
+    cache_option,
+    device_option,
+    fused_option,
+    json_option,
+    number,
+    order_option,
+    seed_option,
+    tolerance_option,
+)
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import RequestError
 
@@ -21,7 +31,7 @@ from lox_merge.errors import RequestError
 @click.option("--etas", metavar="E,E,…", help="Energies for the subspace overlap (MSO).  [default: 13 from 0.01 to 0.99]")
 @click.option("--side", default="left", show_default=True, metavar="left|right", help="Singular vectors that span the subspaces: left is the output.")
 @click.option("--full-spectrum", is_flag=True, help="Every singular value of every delta: slower, and nothing stays undecided.")
-@click.option("--factors", type=click.Path(path_type=Path), metavar="FILE", help="Triplets of `lox-merge decompose`: no SVD of ALIGNED − BASE.")
+@click.option("--factors", type=GIVEN_PATH, metavar="FILE", help="Triplets of `lox-merge decompose`: no SVD of ALIGNED − BASE.")
 @click.option("--draws", type=int, default=20, show_default=True, help="Random subspaces per matrix.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave out tensors whose name matches. Repeatable.")

@@ -20,7 +20,7 @@ from lox_merge.cli.measuring import (
     utility_of,
     utility_options,
 )
-from lox_merge.cli.options import json_option, number, seed_option
+from lox_merge.cli.options import GIVEN_FILE, GIVEN_PATH, json_option, number, seed_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import RecipeError
 
@@ -45,10 +45,8 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Longest reply, in tokens.")
 @model_options
 @adapter_options
-@click.option(
-    "--points", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Keep points here; the same command goes on from them."
-)
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of it (.svg, .png or .pdf).")
+@click.option("--points", type=GIVEN_FILE, metavar="FILE", help="Keep points here; the same command goes on from them.")
+@click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of it (.svg, .png or .pdf).")
 @seed_option
 @json_option
 def landscape_command(models: tuple[str, ...], json_file: str | None, **options: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lox_merge.cli.options import Decorator, cache_option, number
+from lox_merge.cli.options import GIVEN_PATH, Decorator, cache_option, number
 from lox_merge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def judge_options(*, several: bool) -> Decorator:
     which: dict[str, Any] = {"multiple": True, "default": ("keyword",)} if several else {"default": "keyword"}
     return options_in_order(
         click.option("--judge", "judges", show_default=True, metavar="SPEC", help=_JUDGES + (" Repeatable." if several else ""), **which),
-        click.option("--rubric", type=click.Path(path_type=Path), help="Rubric of the openai judge, with {prompt} and {reply} in it."),
+        click.option("--rubric", type=GIVEN_PATH, help="Rubric of the openai judge, with {prompt} and {reply} in it."),
         click.option("--threshold", metavar="SCORE", help="Score from which an attack counts as a success (openai: 5; python, inspect: 0.5)."),
         click.option("--judge-endpoint", metavar="URL", help="Where the openai judge is served (default: OPENAI_BASE_URL, else OpenAI)."),
         click.option("--judge-key-variable", default="OPENAI_API_KEY", show_default=True, metavar="NAME", help="Environment variable of its key."),
@@ -55,8 +54,8 @@ def judge_options(*, several: bool) -> Decorator:
 
 
 utility_options = options_in_order(
-    click.option("--utility-questions", type=click.Path(path_type=Path), metavar="FILE", help="Questions and answers: exact match."),
-    click.option("--utility-text", type=click.Path(path_type=Path), metavar="FILE", help="Plain text: its perplexity."),
+    click.option("--utility-questions", type=GIVEN_PATH, metavar="FILE", help="Questions and answers: exact match."),
+    click.option("--utility-text", type=GIVEN_PATH, metavar="FILE", help="Plain text: its perplexity."),
     click.option("--utility-prompts", metavar="FILE|DATASET", help="Harmless prompts: KL from ALIGNED (asr: the first MODEL)."),
     click.option("--lm-eval", metavar="TASK,…", help="Standard tasks of lm-eval, by its names."),
     click.option("--lm-eval-limit", type=click.IntRange(min=1), metavar="N", help="Only N examples of each of these tasks."),

@@ -12,9 +12,25 @@ import click
 
 from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
 from lox_merge.errors import RecipeError
+from lox_merge.home_paths import expanded
 from lox_merge.safety.seeds import HIGHEST_SEED
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class GivenPath(click.Path):
+    """A file or folder of the user's. An empty text would be the current folder, and `~` a folder of that name where no shell expands it."""
+
+    def __init__(self, **kinds: bool) -> None:
+        super().__init__(path_type=Path, **kinds)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty. Give a path.", param, ctx)
+        return super().convert(expanded(value), param, ctx)
+
+
+GIVEN_PATH, GIVEN_FILE, GIVEN_FOLDER = GivenPath(), GivenPath(dir_okay=False), GivenPath(file_okay=False)
 
 _json_option: Decorator = click.option(
     "--json", "json_file", metavar="FILE", help="Write the result as JSON to FILE ('-': standard output, without the table)."
@@ -38,10 +54,13 @@ executor_option: Decorator = click.option(
 )
 SEED = click.IntRange(0, HIGHEST_SEED)
 seed_option: Decorator = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of every random number.")
-cache_option: Decorator = click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder (default: the Hub's own).")
-dtype_option: Decorator = click.option(
-    "--dtype", metavar="|".join(OUTPUT_DTYPES), help="Output dtype of every floating tensor (default: as in ALIGNED)."
-)
+cache_option: Decorator = click.option("--cache-dir", type=GIVEN_PATH, help="Hub cache folder (default: the Hub's own).")
+
+
+def dtype_option(mirrored: str) -> Decorator:
+    """mirrored: the argument whose dtypes the output has otherwise."""
+    return click.option("--dtype", metavar="|".join(OUTPUT_DTYPES), help=f"Output dtype of every floating tensor (default: as in {mirrored}).")
+
 
 fused_option: Decorator = click.option(
     "--fused", default="split", show_default=True, metavar="split|whole", help="Gate and up fused inside stacked experts: two matrices, or one."

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lox_merge.cli.options import (
+    GIVEN_PATH,
     base_option,
     cache_option,
     device_option,
@@ -28,7 +29,7 @@ from lox_merge.cli.start import import_torch
 @click.argument("base")
 @click.argument("aligned")
 @click.argument("finetuned")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=GIVEN_PATH)
 @click.option(
     "--mode", metavar="orthogonal|parallel", help="Take the part in the subspace out (default), or keep that part alone (default of Safe LoRA)."
 )
@@ -49,12 +50,12 @@ from lox_merge.cli.start import import_torch
 @click.option("--projector", default="subspace", show_default=True, metavar="subspace|safe-lora", help="P, or the authors' ΔΔᵀ/‖Δ‖.")
 @click.option("--below", default="project", show_default=True, metavar="project|merge", help="Those layers are projected, or merged (SafeMERGE).")
 @click.option("--merge-weight", metavar="W", help="Share of ALIGNED in a merged layer [default: 0.2].")
-@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for BASE and ALIGNED: no SVD is spent.")
+@click.option("--factors", type=GIVEN_PATH, help="File of lox-merge decompose for BASE and ALIGNED: no SVD is spent.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Filter only tensors whose name matches. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave tensors whose name matches as in FINETUNED. Repeatable.")
 @click.option("--linear-only", is_flag=True, help="Leave embeddings, lm_head, vectors and convolutions as in FINETUNED.")
 @fused_option
-@dtype_option
+@dtype_option("FINETUNED")
 @click.option(
     "--rounding", default="nearest", show_default=True, metavar="nearest|feedback|stochastic", help="How edits are rounded to the output dtype."
 )

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import click
 
-from lox_merge.cli.options import json_option
+from lox_merge.cli.options import GIVEN_PATH, json_option
 from lox_merge.errors import RequestError
 
 DEFAULT_PAGE = Path("report.html")
 
 
 @click.command("report", short_help="One self-contained page, or pictures for papers, from the JSON of runs.")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help="The page.  [default: report.html, none with --figure]")
+@click.argument("runs", nargs=-1, required=True, type=GIVEN_PATH, metavar="RUN...")
+@click.option("--output", "-o", type=GIVEN_PATH, metavar="FILE", help="The page.  [default: report.html, none with --figure]")
 @click.option(
     "--figure",
     "figures",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GIVEN_PATH,
     metavar="NAME.svg|png|pdf",
     help="One picture alone, by the name that the page shows below it. Repeatable.",
 )

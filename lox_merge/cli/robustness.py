@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +18,7 @@ from lox_merge.cli.measuring import (
     utility_of,
     utility_options,
 )
-from lox_merge.cli.options import base_option, cache_option, json_option, number, order_option
+from lox_merge.cli.options import GIVEN_PATH, base_option, cache_option, json_option, number, order_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import LoxMergeError
 from lox_merge.safety.seeds import check_seed
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     "attacks",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
+    type=GIVEN_PATH,
     metavar="DATA",
     help="Data to fine-tune on: JSONL, JSON or CSV with messages, prompt and response, or text. Repeatable.",
 )
@@ -56,13 +55,13 @@ if TYPE_CHECKING:
 @click.option("--lora-alpha", type=click.IntRange(min=1), default=32, show_default=True, help="Their scale, as in PEFT.")
 @click.option("--rank", default="6", show_default=True, help="Rank of the hardening in memory, of R_ft and of the controls.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of the hardening in memory.")
-@click.option("--factors", type=click.Path(path_type=Path), help="File of lox-merge decompose for this pair: no SVD is spent.")
+@click.option("--factors", type=GIVEN_PATH, help="File of lox-merge decompose for this pair: no SVD is spent.")
 @utility_options
 @rendering_options
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Length of a reply.")
 @click.option("--eval-batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where the models are trained and run.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of ASR against steps (.svg, .png or .pdf).")
+@click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of ASR against steps (.svg, .png or .pdf).")
 @order_option
 @base_option
 @cache_option

@@ -9,7 +9,7 @@ import click
 
 from lox_merge.cli.in_memory import measured_in_memory, reply_options, selection_of, selection_options, source_options, whole_numbers
 from lox_merge.cli.measuring import judge_options, judges_of, prompt_options, prompts_of, rendering_options, utility_of, utility_options
-from lox_merge.cli.options import base_option, cache_option, device_option, json_option, number, order_option, seed_option
+from lox_merge.cli.options import GIVEN_PATH, base_option, cache_option, device_option, json_option, number, order_option, seed_option
 from lox_merge.cli.start import import_torch
 from lox_merge.cli.tune import check_tune_options, picked_recipe, tune_models, tune_options
 from lox_merge.errors import LoxMergeError, RequestError
@@ -38,9 +38,9 @@ DEFAULT_BISECT_LIMIT = 64
 @rendering_options
 @reply_options
 @tune_options
-@click.option("--write", type=click.Path(path_type=Path), metavar="OUT", help="Harden with the rank found (or the trial picked), to the folder OUT.")
+@click.option("--write", type=GIVEN_PATH, metavar="OUT", help="Harden with the rank found (or the trial picked), to the folder OUT.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor of --write.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Picture of the curve (.svg, .png or .pdf).")
+@click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of the curve (.svg, .png or .pdf).")
 @order_option
 @base_option
 @device_option

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lox_merge.cli.measuring import cache_of, judges_of, options_in_order, prompts_of, rendering_of
-from lox_merge.cli.options import number
+from lox_merge.cli.options import GIVEN_FILE, GIVEN_PATH, number
 from lox_merge.errors import RequestError
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ _OTHERS = ("ranks", "bisect", "max_rank", "confident", "replies", "utility_quest
 
 tune_options = options_in_order(
     click.option("--tune", is_flag=True, help="Choose rank and alpha: ASR after --attack against KL on --utility-prompts."),
-    click.option("--attack", type=click.Path(path_type=Path), metavar="DATA", help="With --tune: data of the fine-tuning attack, as in robustness."),
+    click.option("--attack", type=GIVEN_PATH, metavar="DATA", help="With --tune: data of the fine-tuning attack, as in robustness."),
     click.option("--attack-steps", type=click.IntRange(min=1), default=50, show_default=True, help="Its training steps."),
     click.option("--attack-batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Its examples a step."),
     click.option("--learning-rate", default="2e-5", show_default=True, metavar="FLOAT", help="Its learning rate."),
@@ -30,9 +29,7 @@ tune_options = options_in_order(
     click.option("--rank-range", default="1-16", show_default=True, metavar="LOW-HIGH", help="Ranks to choose from."),
     click.option("--alpha-range", default="0.25-2", show_default=True, metavar="LOW-HIGH", help="Alphas to choose from."),
     click.option("--group", multiple=True, metavar="REGEX", help="Tensors that get a rank and alpha of their own. Repeatable."),
-    click.option(
-        "--study", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Keep the trials here; the same command goes on from them."
-    ),
+    click.option("--study", type=GIVEN_FILE, metavar="FILE", help="Keep the trials here; the same command goes on from them."),
     click.option("--pick", type=click.IntRange(min=0), metavar="TRIAL", help="Harden with this trial of --study, to --write OUT; measure nothing."),
 )
 

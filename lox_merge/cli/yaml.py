@@ -73,25 +73,26 @@ def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, c
 
     from lox_merge.cli.show import write_json
     from lox_merge.errors import LoxMergeError
+    from lox_merge.jobs.plan import output_folder
     from lox_merge.mergekit.config import one_line, read_configuration
     from lox_merge.mergekit.options import usable_options
     from lox_merge.mergekit.plugin import METHOD, OWN_METHODS
     from lox_merge.mergekit.run import merge
 
     _, config = read_configuration(Path(config_file))
-    own = config.merge_method in OWN_METHODS
+    target, own = output_folder(out_path), config.merge_method in OWN_METHODS
     options = usable_options(values, put_into_effect=own)
     if own:
-        result = merge(Path(config_file), Path(out_path), options, overwrite=overwrite, order_is_right=order_is_right)
+        result = merge(Path(config_file), target, options, overwrite=overwrite, order_is_right=order_is_right)
         if json_file:
             write_json(json_file, result.to_json())
         if json_file != "-" and not options.quiet:
             plan = result.plan
             verb = "hardened" if config.merge_method == METHOD else "filtered"
-            click.echo(f"{verb} {plan.mirrored.title}: {result.edited} of {len(plan.tensors)} tensors edited, written to {out_path}")
+            click.echo(f"{verb} {plan.mirrored.title}: {result.edited} of {len(plan.tensors)} tensors edited, written to {target}")
         return
     try:
-        main.callback(config_file=config_file, out_path=out_path, **values)
+        main.callback(config_file=config_file, out_path=str(target), **values)
     except (LoxMergeError, click.ClickException, OSError):
         raise
     except Exception as error:

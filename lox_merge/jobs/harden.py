@@ -22,7 +22,7 @@ from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lox_edit import LoxEdit
-from lox_merge.jobs.plan import Plan, confirmed, make_plan
+from lox_merge.jobs.plan import Plan, confirmed, make_plan, output_folder
 from lox_merge.jobs.quantised import AskedForm, requantised_text
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
@@ -106,7 +106,7 @@ def plan_hardening(
     """
     chosen = recipe or Recipe()
     opened = open_checkpoints({"base": base, "aligned": aligned}, cache_dir, base_is_right=base_is_right)
-    plan = make_plan(opened, Path(out), chosen, LoxEdit(chosen), order_confirmed=order_is_right, form=form)
+    plan = make_plan(opened, output_folder(out), chosen, LoxEdit(chosen), order_confirmed=order_is_right, form=form)
     plan.confirmed = confirmed(opened.values(), order=order_is_right)
     if factors is not None:
         held = FromFactors(factors)

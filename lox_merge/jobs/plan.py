@@ -22,6 +22,7 @@ from lox_merge.checkpoint.collector import no_collection
 from lox_merge.checkpoint.files import LocalFolder
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, quantisation_problems, quantised_form
 from lox_merge.errors import OutputError, PlanError
+from lox_merge.home_paths import expanded
 from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.low_disk import DOWNLOADS, Passing
@@ -221,6 +222,13 @@ def confirmed(checkpoints: Iterable[Checkpoint], *, order: bool) -> list[str]:
     return ["order"] * swapped + ["base"] * other_base
 
 
+def output_folder(out: str | Path) -> Path:
+    """The output as it was given. Raises OutputError for an empty text, which would be the current folder."""
+    if not str(out).strip():
+        raise OutputError("the output is empty. Name a folder for it.")
+    return expanded(out)
+
+
 def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: bool = False) -> list[str]:
     """What can be said against a pair before its tensors are compared: one model twice, quantised weights, swapped."""
     problems = _same_source(base, aligned)
@@ -308,6 +316,8 @@ def _output_problems(out: Path, checkpoints: Iterable[Checkpoint]) -> list[str]:
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Raises OutputError when `out` holds anything that is not an output of this program."""
     check_work_folder(out / WORK_FOLDER)
+    if out.is_symlink() and not out.exists():
+        raise OutputError(f"the output {out} is a link to a folder that is not there. Make that folder, or remove the link.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():

@@ -50,7 +50,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.dtype is not None and self.dtype not in OUTPUT_DTYPES:
-            raise RecipeError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(OUTPUT_DTYPES)}, or leave it out to keep aligned's.")
+            raise RecipeError(
+                f"dtype {self.dtype!r} is not supported; use one of {', '.join(OUTPUT_DTYPES)}, or leave it out to keep the stored ones."
+            )
         if self.rounding not in ROUNDINGS:
             raise RecipeError(f"rounding {self.rounding!r} is not known; use one of {', '.join(ROUNDINGS)}.")
         if self.fused not in ("split", "whole"):

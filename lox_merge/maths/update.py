@@ -11,7 +11,6 @@ from torch import Tensor
 from lox_merge.errors import RecipeError
 from lox_merge.maths.precision import frobenius_norm_here
 
-
 # The smallest normal number of float32, in which the edit is made.
 _SMALLEST_ALPHA = 2.0**-126
 

@@ -14,10 +14,10 @@ from lox_merge.errors import RequestError
 from lox_merge.mergekit.config import one_line
 
 
-class Refusing(click.ParamType):
+class Refusing(click.ParamType):  # type: ignore[type-arg] # older versions of click have no arguments there
     """A type of mergekit's, whose ValueError for a value that it cannot read would end the command in a traceback."""
 
-    def __init__(self, own: click.ParamType) -> None:
+    def __init__(self, own: Any) -> None:
         self.own, self.name = own, own.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
