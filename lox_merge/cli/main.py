@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import signal
 import sys
@@ -116,6 +117,10 @@ def _out_of_memory(error: Exception) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Errors of this package are printed without a traceback; their class decides the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows no Greek letters gets question marks for them: what was worked for hours must not end in an error.
+            stream.reconfigure(errors="replace")
     warnings.simplefilter("always", LoxMergeWarning)
     warnings.showwarning = _show_warning
     if not sys.stderr.isatty():
