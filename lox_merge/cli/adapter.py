@@ -8,21 +8,24 @@ from typing import Any
 import click
 
 from lox_merge.cli.progress import byte_progress
-from lox_merge.cli.show import figure, print_pairs, size, write_json
-from lox_merge.jobs.adapter import execute_adapter
+from lox_merge.cli.show import figure, print_pairs, size, skipped_rows, write_json
+from lox_merge.jobs.adapter import check_adapter_job, check_room_for, execute_adapter
 from lox_merge.jobs.adapter_plan import AdapterPlan, plan_adapter
-from lox_merge.jobs.harden import HardenResult
-from lox_merge.jobs.plan import MANIFEST, Plan, check_output, check_room
+from lox_merge.jobs.beforehand import all_here
+from lox_merge.jobs.harden import HardenResult, check_some_delta
+from lox_merge.jobs.plan import MANIFEST, Plan
 from lox_merge.wording import first_few
 
 _MOST_NAMED = 3
 
 
-def plan_as_adapter(plan: Plan, *, overwrite: bool, json_file: str | None, asked: bool = True) -> None:
+def plan_as_adapter(plan: Plan, *, device: str, overwrite: bool, json_file: str | None, asked: bool = True) -> None:
     """Shows what the adapter of a plan would be. asked: as in `plan_adapter`."""
     made = plan_adapter(plan, asked=asked)
-    check_output(plan.out, overwrite=overwrite)
-    check_room(plan.out, 2 * (made.largest_bytes or 0))
+    check_adapter_job(made, device=device, overwrite=overwrite)
+    check_room_for(made)
+    if all_here(plan):
+        check_some_delta(plan)
     report = _report(made)
     if json_file:
         write_json(json_file, report)
@@ -30,13 +33,15 @@ def plan_as_adapter(plan: Plan, *, overwrite: bool, json_file: str | None, asked
         _print_plan(made, report)
 
 
-def harden_as_adapter(plan: Plan, *, device: str, overwrite: bool, show: bool, asked: bool = True) -> dict[str, Any]:
-    """Carries a plan out as an adapter. Returns the value for --json. asked: as in `plan_adapter`."""
+def harden_as_adapter(plan: Plan, *, device: str, overwrite: bool, asked: bool = True) -> HardenResult:
+    """Carries a plan out as an adapter. asked: as in `plan_adapter`."""
     made = plan_adapter(plan, asked=asked)
     with byte_progress(sum(tensor.info.bytes for tensor in plan.edited), "hardening") as progress:
-        result = execute_adapter(made, device=device, overwrite=overwrite, progress=progress)
-    if show:
-        _print_result(result)
+        return execute_adapter(made, device=device, overwrite=overwrite, progress=progress)
+
+
+def adapter_json(result: HardenResult) -> dict[str, Any]:
+    """The value for --json."""
     return result.to_json() | {"adapter": result.manifest["adapter"]}
 
 
@@ -74,7 +79,8 @@ def _print_plan(made: AdapterPlan, report: dict[str, Any]) -> None:
     print_pairs("Plan of an adapter (nothing was written)", rows)
 
 
-def _print_result(result: HardenResult) -> None:
+def print_adapter(result: HardenResult) -> None:
+    """The result's table."""
     summary, found = result.summary, result.manifest["adapter"]
     recipe = result.manifest["job"]["recipe"]
     share = found["bytes"] / found["model_bytes"]
@@ -92,6 +98,7 @@ def _print_result(result: HardenResult) -> None:
     if found["left_out"]:
         rows.append(("left out", f"{len(found['left_out'])} tensor(s), {figure(found['left_out_share'], '.1%')} of the edit's squared norm"))
         rows += [("", text) for text in _by_reason(found["left_out"])]
+    rows += skipped_rows(result)
     rows.append(("ambiguous subspaces", f"{summary.ambiguous_matrices} of {summary.edited_matrices}"))
     print_pairs(f"Adapter in {result.out}", rows)
     click.echo(f"Every figure per tensor: {result.out / MANIFEST}")

@@ -74,7 +74,7 @@ def decompose_command(
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_search import print_decomposition, print_selection
-    from lox_merge.jobs.decompose import execute_decomposition, plan_decomposition, selection_report
+    from lox_merge.jobs.decompose import check_decomposition, execute_decomposition, plan_decomposition, selection_report
     from lox_merge.jobs.recipe import Recipe
 
     recipe = Recipe(
@@ -90,6 +90,7 @@ def decompose_command(
     sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
     plan = plan_decomposition(base, aligned, factors, recipe=recipe, **sources)
     if dry_run:
+        check_decomposition(plan, factors, device=device, overwrite=overwrite)
         report = selection_report(plan)
         if json_file:
             write_json(json_file, report)

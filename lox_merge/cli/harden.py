@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     help="Singular directions of each delta that are extrapolated; search finds the effective rank with --prompts first.",
 )
 @click.option("--prompts", metavar="FILE|DATASET", help="Harmful requests for --rank search (lox-merge search has more settings).")
-@click.option("--judge", default="keyword", show_default=True, metavar="SPEC", help="Who decides in --rank search.")
+@click.option("--judge", metavar="SPEC", help="Who decides in --rank search.  [default: keyword]")
 @click.option("--factors", type=GIVEN_PATH, help="File of lox-merge decompose for this pair: no SVD is spent.")
 @click.option("--alpha", default="1.25", show_default=True, metavar="FLOAT", help="Extrapolation factor, ≥ 0.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Edit only tensors whose name matches. Repeatable.")
@@ -80,7 +80,7 @@ def harden_command(
     out: Path,
     rank: str,
     prompts: str | None,
-    judge: str,
+    judge: str | None,
     factors: Path | None,
     alpha: str,
     include: tuple[str, ...],
@@ -134,23 +134,25 @@ def harden_command(
             begin_early([aligned, base])
     import_torch()
 
-    from lox_merge.cli.adapter import harden_as_adapter, plan_as_adapter
+    from lox_merge.cli.adapter import adapter_json, harden_as_adapter, plan_as_adapter, print_adapter
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_plan, print_result, write_json
+    from lox_merge.jobs.beforehand import all_here, check_model_job
     from lox_merge.jobs.estimate import estimate
     from lox_merge.jobs.executors.choose import PROCESSES, check_executor, workers_of_dry_run
     from lox_merge.jobs.executors.sizing import check_workers, parse_workers
     from lox_merge.jobs.factors import open_factors
-    from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening, resolve_device
-    from lox_merge.jobs.plan import check_disk, check_output
+    from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening
+    from lox_merge.jobs.plan import check_output
     from lox_merge.jobs.quantised import usual_form_error
     from lox_merge.jobs.recipe import Recipe
 
     searched = rank == "search"
     if searched and (prompts is None or dry_run):
         raise RequestError("--rank search finds the rank by behaviour: it needs --prompts FILE and cannot be a --dry-run.")
-    if not searched and prompts is not None:
-        raise RequestError("--prompts chooses the rank: it goes with --rank search.")
+    for option, given in (("--prompts", prompts), ("--judge", judge)):
+        if not searched and given is not None:
+            raise RequestError(f"{option} is about choosing the rank: it goes with --rank search.")
     recipe = Recipe(
         rank=1 if searched else rank,  # any rank will do to check the request before the search
         alpha=number(alpha, "--alpha"),
@@ -203,33 +205,38 @@ def harden_command(
 
             check_output(out, overwrite=overwrite)
             settings = {"device": device, "factors": factors, **sources}
-            found = effective_rank(base, aligned, recipe, prompts=str(prompts), judges=judge, show=json_file != "-", **settings)
+            found = effective_rank(base, aligned, recipe, prompts=str(prompts), judges=judge or "keyword", show=json_file != "-", **settings)
             plan = plan_hardening(base, aligned, out, recipe=recipe.with_rank(found), factors=held, form=form, **sources)
         if dry_run and as_adapter:
-            plan_as_adapter(plan, asked=asked, overwrite=overwrite, json_file=json_file)
+            plan_as_adapter(plan, asked=asked, device=device, overwrite=overwrite, json_file=json_file)
             return
         if dry_run:
-            check_output(out, overwrite=overwrite)
-            check_disk(plan)
-            if plan.base.source.identity()["kind"] == plan.aligned.source.identity()["kind"] == "folder":
-                check_some_delta(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, resolve_device(device, here=executor == PROCESSES)))
+            target = check_model_job(plan, device=device, workers=count, executor=executor, overwrite=overwrite)
+            if all_here(plan):
+                check_some_delta(plan)
+            report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, target))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":
                 print_plan(plan, report)
             return
         if as_adapter:
-            report = harden_as_adapter(plan, asked=asked, device=device, overwrite=overwrite, show=json_file != "-")
+            result = harden_as_adapter(plan, asked=asked, device=device, overwrite=overwrite)
+            report = adapter_json(result)
         else:
             with byte_progress(plan.bytes_written, "hardening") as progress:
                 result = execute(plan, device=device, workers=count, executor=executor, overwrite=overwrite, progress=progress)
             report = result.to_json()
-            if json_file != "-":
-                print_result(result, weights_elsewhere=weights_on_hub)
+    if json_file and json_file != "-":
+        write_json(json_file, report)  # before anything is shown, and again with what publishing adds
+    if json_file != "-":
+        if as_adapter:
+            print_adapter(result)
+        else:
+            print_result(result, weights_elsewhere=weights_on_hub)
     try:
         if pushing:
             report["push"] = pushing.publish(show=json_file != "-")
     finally:
-        if json_file:
+        if json_file and (pushing or json_file == "-"):
             write_json(json_file, report)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import click
 
 from lox_merge.errors import OutputError, WriteError
+from lox_merge.home_paths import expanded
 from lox_merge.jobs.atomic import json_bytes, write_atomically
 from lox_merge.publish.figures.save import check_output_file
 
@@ -33,9 +36,11 @@ def write_json(file: str, value: dict[str, Any], *, left: str = "The output itse
     """Writes JSON to a file, or to standard output for '-'. left: what is there all the same where that fails. Raises WriteError."""
     data = json_bytes(value)
     if file == "-":
-        click.echo(data.decode(), nl=False)
+        # What standard output cannot hold is written in JSON's own escapes.
+        universal = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        click.echo(data.decode() if universal else json.dumps(value, indent=2, allow_nan=False) + "\n", nl=False)
         return
-    path = Path(file)
+    path = expanded(file)
     try:
         if _is_special(path):
             path.write_bytes(data)

@@ -84,7 +84,7 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
         if options["json_file"] not in (None, "-"):
             from lox_merge.cli.json_file import check_json_file
 
-            check_json_file(Path(options["json_file"]), [value for name, value in options.items() if name != "json_file"])
+            check_json_file(expanded(options["json_file"]), [value for name, value in options.items() if name != "json_file"])
         return function(*arguments, **options)
 
     return _json_option(checked)

@@ -130,14 +130,13 @@ def project_command(
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_filter import print_filter_plan, print_filter_result
+    from lox_merge.jobs.beforehand import all_here, check_model_job
     from lox_merge.jobs.estimate import estimate
-    from lox_merge.jobs.execute import resolve_device
     from lox_merge.jobs.executors.choose import check_executor, workers_of_dry_run
     from lox_merge.jobs.executors.sizing import parse_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.filter_checks import check_direction
     from lox_merge.jobs.filter_recipe import FilterRecipe
-    from lox_merge.jobs.plan import check_disk, check_output
     from lox_merge.jobs.project import execute_projection, plan_projection
 
     recipe = FilterRecipe(
@@ -167,11 +166,10 @@ def project_command(
     with open_factors(factors) as held:
         plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, **sources)
         if dry_run:
-            check_output(out, overwrite=overwrite)
-            check_disk(plan)
-            if all(checkpoint.source.identity()["kind"] == "folder" for checkpoint in plan.checkpoints.values()):
-                check_direction(plan)  # reads tensors: on the Hub that would be a download
-            report = estimate(plan, "project", workers_of_dry_run(executor, count, plan, resolve_device(device)))
+            target = check_model_job(plan, device=device, workers=count, executor=executor, overwrite=overwrite)
+            if all_here(plan):
+                check_direction(plan)
+            report = estimate(plan, "project", workers_of_dry_run(executor, count, plan, target))
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":

@@ -206,7 +206,7 @@ def _check_found(result: RankSearch, *, write: bool) -> None:
 
 
 def _write(base: str, aligned: str, recipe: Recipe, options: dict[str, Any], json_file: str | None, *, quiet: bool = False) -> None:
-    from lox_merge.cli.adapter import harden_as_adapter
+    from lox_merge.cli.adapter import adapter_json, harden_as_adapter, print_adapter
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import print_result, write_json
     from lox_merge.jobs.factors import open_factors
@@ -215,13 +215,13 @@ def _write(base: str, aligned: str, recipe: Recipe, options: dict[str, Any], jso
     with open_factors(options["factors"]) as held:
         plan = plan_hardening(base, aligned, options["write"], recipe=recipe, factors=held, form="usual", **source_options(options))
         settings, show = {"device": options["device"], "overwrite": options["overwrite"]}, not quiet and json_file != "-"
-        if plan.form == "adapter":
-            report = harden_as_adapter(plan, asked=False, show=show, **settings)
+        as_adapter = plan.form == "adapter"
+        if as_adapter:
+            result = harden_as_adapter(plan, asked=False, **settings)
         else:
             with byte_progress(plan.bytes_written, "hardening") as progress:
-                hardened = execute(plan, progress=progress, **settings)
-            report = hardened.to_json()
-            if show:
-                print_result(hardened)
+                result = execute(plan, progress=progress, **settings)
     if json_file:
-        write_json(json_file, report)
+        write_json(json_file, adapter_json(result) if as_adapter else result.to_json())
+    if show:
+        (print_adapter if as_adapter else print_result)(result)

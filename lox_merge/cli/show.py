@@ -14,6 +14,9 @@ from lox_merge.cli.json_file import write_json as write_json
 from lox_merge.jobs.execute import JobResult
 from lox_merge.jobs.harden import HardenResult
 from lox_merge.jobs.plan import MANIFEST, Plan
+from lox_merge.wording import first_few
+
+_MOST_NAMED = 8
 
 
 def size(count: float) -> str:
@@ -90,6 +93,12 @@ def print_plan_rows(plan: Plan, report: dict[str, Any], settings: str) -> None:
     print_pairs("Plan (nothing was written)", rows)
 
 
+def skipped_rows(result: JobResult) -> list[tuple[str, str]]:
+    """Which tensors --skip-non-finite left as they were."""
+    skipped = [tensor["name"] for tensor in result.manifest["tensors"] if "non_finite" in tensor]
+    return [("skipped", f"{len(skipped)} tensor(s) with NaN or Inf in a delta: {first_few(skipped, _MOST_NAMED)}")] if skipped else []
+
+
 def time_rows(result: JobResult) -> list[tuple[str, str]]:
     """The last lines of a result's table."""
     if not result.bytes_written:
@@ -116,6 +125,6 @@ def print_result(result: HardenResult, *, weights_elsewhere: bool = False) -> No
         ("worst certificate", certificate),
         ("ambiguous subspaces", f"{summary.ambiguous_matrices} of {summary.edited_matrices}"),
     ]
-    rows += time_rows(result)
+    rows += skipped_rows(result) + time_rows(result)
     print_pairs(f"Hardened model, all but its weights, in {result.out}" if weights_elsewhere else f"Hardened model in {result.out}", rows)
     click.echo(f"Every figure per tensor: {result.out / MANIFEST}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lox_merge.cli.show import figure, print_pairs, print_plan_rows, time_rows
+from lox_merge.cli.show import figure, print_pairs, print_plan_rows, skipped_rows, time_rows
 from lox_merge.jobs.plan import MANIFEST, Plan
 from lox_merge.jobs.project import ProjectResult
 
@@ -56,5 +56,5 @@ def print_filter_result(result: ProjectResult) -> None:
     rows.append(
         ("realised gain", f"{figure(summary.realised_gain)} (worst {figure(summary.smallest_gain)}: {summary.smallest_gain_tensor or 'none'})")
     )
-    print_pairs(f"Filtered model in {result.out}", rows + time_rows(result))
+    print_pairs(f"Filtered model in {result.out}", rows + skipped_rows(result) + time_rows(result))
     click.echo(f"Every figure per tensor: {result.out / MANIFEST}")

@@ -12,6 +12,9 @@ from lox_merge.cli.show import duration, figure, print_utility, size
 from lox_merge.cli.show_asr import attack_cells
 from lox_merge.jobs.decompose import DecomposeResult
 from lox_merge.safety.search import RankSearch
+from lox_merge.wording import first_few
+
+_MOST_NAMED = 8
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> None:
@@ -50,7 +53,7 @@ def print_decomposition(result: DecomposeResult) -> None:
     ]
     skipped = result.factors.document["non_finite"]
     if skipped:
-        rows.append(("left out (NaN or Inf)", f"{len(skipped)} matrices, such as {skipped[0]}"))
+        rows.append(("left out (NaN or Inf)", f"{len(skipped)} matrices: {first_few(skipped, _MOST_NAMED)}"))
     _pairs(f"Factors in {result.path}", rows)
 
 

@@ -21,6 +21,7 @@ from lox_merge.errors import Interrupted, LoxMergeWarning, NumericalError
 from lox_merge.jobs.adapter_file import Triplets, Written, write_factors
 from lox_merge.jobs.adapter_plan import AdapterPlan, Source
 from lox_merge.jobs.atomic import json_bytes, sync_folder, write_atomically
+from lox_merge.jobs.beforehand import check_folder
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import Silent, abandoned_where_not_finite, already_done, resolve_device
 from lox_merge.jobs.harden import HardenResult, check_some_delta
@@ -29,7 +30,7 @@ from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.manifest import build_manifest, job_description
 from lox_merge.jobs.noise import grid_of
 from lox_merge.jobs.pieces import piece_name, write_pieces
-from lox_merge.jobs.plan import MANIFEST, Plan, check_output, check_room
+from lox_merge.jobs.plan import MANIFEST, Plan, check_room
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.maths.edits import apply_update, lox_update
 from lox_merge.maths.subspace import Subspace
@@ -47,18 +48,13 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
     """
     started = time.perf_counter()
     plan = made.plan
-    target = resolve_device(device)
-    job = adapter_job(made, target)
-    journal = Journal(plan.out)
-    check_output(plan.out, overwrite=overwrite)
+    target, job, journal = check_adapter_job(made, device=device, overwrite=overwrite)
     if not overwrite:
-        journal.check(job)
         done = already_done(plan, journal)
         if done is not None:
             remove_pieces(plan)  # stopped between manifest and clean-up
             return HardenResult(plan.out, done, time.perf_counter() - started, len(plan.shards), 0, 0)
-    # Vectors of all edited tensors while it runs, and the adapter beside them; a disk that fills up later loses nothing.
-    check_room(plan.out, 2 * (made.largest_bytes or 0))
+    check_room_for(made)
     plan.fetch()
     check_some_delta(plan)
     for text in plan.warnings:
@@ -76,11 +72,11 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
             weights, outcome = write_factors(made, pieces.ranks, pieces.read, journal)
             texts = {name: plan.aligned.source.path(name).read_bytes() for name in licence_files(plan.side_files)} | {CONFIG: config}
             manifest = _manifest(made, job, pieces, weights, {name: hashlib.sha256(data).hexdigest() for name, data in texts.items()}, outcome)
-            text = json_bytes(manifest)
+            whole = json_bytes(manifest)
             # The configuration is the last but the manifest: without it PEFT loads nothing from a folder that could not be finished.
             for name, data in texts.items():
                 write_atomically(plan.out / name, data, journal.folder)
-            write_atomically(plan.out / MANIFEST, text, journal.folder)
+            write_atomically(plan.out / MANIFEST, whole, journal.folder)
             sync_folder(plan.out)
             remove_pieces(plan)
             journal.end()
@@ -91,6 +87,18 @@ def execute_adapter(made: AdapterPlan, *, device: str = "auto", overwrite: bool 
     if manifest["adapter"]["left_out_share"]:
         warnings.warn(left_out_text(manifest), LoxMergeWarning, stacklevel=2)
     return HardenResult(plan.out, manifest, time.perf_counter() - started, resumed, plan.bytes_read, weights["size"])
+
+
+def check_adapter_job(made: AdapterPlan, *, device: str, overwrite: bool) -> tuple[torch.device, dict[str, Any], Journal]:
+    """What is refused before weights are read. Returns the device, the job and the state of the output."""
+    target = resolve_device(device)
+    job = adapter_job(made, target)
+    return target, job, check_folder(made.plan, job, overwrite=overwrite)
+
+
+def check_room_for(made: AdapterPlan) -> None:
+    # Vectors of all edited tensors while it runs, and the adapter beside them; a disk that fills up later loses nothing.
+    check_room(made.plan.out, 2 * (made.largest_bytes or 0))
 
 
 def remove_pieces(plan: Plan) -> None:

@@ -10,9 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lox_merge.checkpoint.safetensors_format import read_header
 from lox_merge.errors import CheckpointFormatError, Interrupted, LoxMergeWarning, OutputError, RequestError
+from lox_merge.home_paths import expanded
 from lox_merge.jobs.atomic import sync_folder
+from lox_merge.jobs.beforehand import all_here
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import abandoned_where_not_finite
 from lox_merge.jobs.factors import FORMAT, SELECTION, Factors, read_document
@@ -54,7 +58,7 @@ def plan_decomposition(
     cache_dir: Path | None = None,
 ) -> Plan:
     """Preflight from headers alone. recipe: rank (a number) and which tensors. Raises RequestError or PlanError."""
-    path = Path(factors).expanduser()
+    path = expanded(factors)
     chosen = recipe or Recipe(rank=DEFAULT_FACTORS_RANK)
     if path.suffix != ".safetensors":
         raise RequestError(f"the file of factors {path} does not end in .safetensors; call it {path.name}.safetensors or so.")
@@ -97,32 +101,17 @@ def execute_decomposition(
 ) -> DecomposeResult:
     """Carries out a plan; see `decompose`."""
     started = time.perf_counter()
-    path = Path(factors).expanduser()
+    path = expanded(factors)
     target = resolve_device(device)
-    settings = plan.recipe.to_json()
-    job = job_description(plan, target) | {
-        "method": "decompose",
-        "recipe": {key: settings[key] for key in ("rank", "tolerance", "seed", *SELECTION)},
-    }
+    job = _job(plan, target)
     journal = Journal(plan.out)
-    check_work_folder(plan.out)
-    if path.exists():
-        there = _document(path)
-        if there is None:
-            raise OutputError(f"{path} exists and holds no factors of lox-merge; it is not replaced. Choose another name, or remove it yourself.")
-        if not overwrite:
-            if there["job"] != job:
-                changed = ", ".join(key for key in job if there["job"].get(key) != job[key])
-                raise OutputError(f"{path} holds the factors of another job ({changed} differ). Choose another name, or pass --overwrite.")
-            found = Factors.open(path)
-            found.check(plan.base, plan.aligned)
-            if plan.out.exists():  # stopped between the last rename and the clean-up
-                with journal.locked():
-                    shutil.rmtree(plan.out, ignore_errors=True)
-            return DecomposeResult(path, found, time.perf_counter() - started, computed=False)
-    if not overwrite:
-        journal.check(job)
-    check_room(plan.out, 2 * factors_bytes(plan))
+    found = _check_file(plan, path, job, overwrite=overwrite)
+    if found is not None:
+        found.check(plan.base, plan.aligned)
+        if plan.out.exists():  # stopped between the last rename and the clean-up
+            with journal.locked():
+                shutil.rmtree(plan.out, ignore_errors=True)
+        return DecomposeResult(path, found, time.perf_counter() - started, computed=False)
     plan.fetch()
     check_some_delta(plan)
     for text in plan.warnings:
@@ -142,6 +131,42 @@ def execute_decomposition(
             f"interrupted. Finished pieces are kept in {plan.out}; run the same command again to go on, or pass --overwrite to start anew."
         ) from None
     return DecomposeResult(path, Factors.open(path), time.perf_counter() - started, computed=True)
+
+
+def check_decomposition(plan: Plan, factors: str | Path, *, device: str = "auto", overwrite: bool = False) -> None:
+    """What `execute_decomposition` refuses before it writes; weights are read where they are on this machine. Raises RequestError."""
+    found = _check_file(plan, expanded(factors), _job(plan, resolve_device(device)), overwrite=overwrite)
+    if all_here(plan):
+        if found is not None:
+            found.check(plan.base, plan.aligned)
+        else:
+            check_some_delta(plan)
+
+
+def _job(plan: Plan, device: torch.device) -> dict[str, Any]:
+    settings = plan.recipe.to_json()
+    return job_description(plan, device) | {
+        "method": "decompose",
+        "recipe": {key: settings[key] for key in ("rank", "tolerance", "seed", *SELECTION)},
+    }
+
+
+def _check_file(plan: Plan, path: Path, job: dict[str, Any], *, overwrite: bool) -> Factors | None:
+    """The factors of this very job where the file holds them. Raises OutputError where it, or its working folder, is another's."""
+    check_work_folder(plan.out)
+    if path.exists():
+        there = _document(path)
+        if there is None:
+            raise OutputError(f"{path} exists and holds no factors of lox-merge; it is not replaced. Choose another name, or remove it yourself.")
+        if not overwrite:
+            if there["job"] != job:
+                changed = ", ".join(key for key in job if there["job"].get(key) != job[key])
+                raise OutputError(f"{path} holds the factors of another job ({changed} differ). Choose another name, or pass --overwrite.")
+            return Factors.open(path)
+    if not overwrite:
+        Journal(plan.out).check(job)
+    check_room(plan.out, 2 * factors_bytes(plan))
+    return None
 
 
 def factors_bytes(plan: Plan) -> int:
