@@ -19,10 +19,14 @@ from lox_merge.errors import RecipeError
 _SHOWN = 80
 
 
+class FieldError(RecipeError):
+    """A value is of another type than its field."""
+
+
 def check_fields(settings: Any) -> None:
     """Checks every field of a dataclass against its annotation and puts the value in the field's own form: sequences become tuples, a
     single text where several may stand becomes a tuple of one.
-    Raises RecipeError with field, value and what may stand there."""
+    Raises FieldError with field, value and what may stand there."""
     kind: Any = type(settings)
     for name, wanted in _fields(kind):
         object.__setattr__(settings, name, _checked(getattr(settings, name), wanted, name))  # also where it is frozen
@@ -45,7 +49,7 @@ def _checked(value: Any, wanted: Any, name: str) -> Any:
     origin, parts = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
         for part in parts:
-            with suppress(RecipeError):
+            with suppress(FieldError):
                 return _checked(value, part, name)
         raise _wrong(value, wanted if len(parts) > 2 else parts[0], name)
     if origin is tuple:
@@ -80,12 +84,18 @@ def _checked_number(value: Any, wanted: type[int] | type[float], name: str) -> i
     """Numbers of other libraries are numbers too; a truth value is none."""
     if isinstance(value, bool) or not isinstance(value, Real) or (wanted is int and not (isinstance(value, Integral) or float(value).is_integer())):
         raise _wrong(value, wanted, name)
-    return int(value) if wanted is int and isinstance(value, Integral) else wanted(float(value))
+    try:
+        return int(value) if wanted is int and isinstance(value, Integral) else wanted(float(value))
+    except OverflowError:
+        raise _wrong(value, wanted, name) from None
 
 
-def _wrong(value: Any, wanted: Any, name: str) -> RecipeError:
-    shown = repr(value)
-    return RecipeError(f"{name} is {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '…'}; use {_described(wanted)}.")
+def _wrong(value: Any, wanted: Any, name: str) -> FieldError:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no whole numbers of thousands of digits
+        shown = "too large"
+    return FieldError(f"{name} is {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '…'}; use {_described(wanted)}.")
 
 
 def _described(wanted: Any) -> str:

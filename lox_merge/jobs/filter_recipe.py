@@ -11,7 +11,7 @@ from lox_merge.jobs.settings import Settings
 from lox_merge.maths.directions import BASES, Basis, rank_of_fraction
 from lox_merge.maths.filter import MODES, Mode
 from lox_merge.maths.subspace import Side
-from lox_merge.typed_fields import check_choice
+from lox_merge.typed_fields import FieldError, check_choice
 
 Projector = Literal["subspace", "safe-lora"]
 Below = Literal["project", "merge"]
@@ -107,7 +107,7 @@ class FilterRecipe(Settings):
         cls.check_known(values)
         try:
             return cls(**values)
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (FieldError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise cls.not_understood(error) from error
 
     def to_json(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from lox_merge.errors import RecipeError
 from lox_merge.jobs.settings import Settings
 from lox_merge.maths.rank import RankRule, rank_rule
 from lox_merge.maths.update import check_alpha
+from lox_merge.typed_fields import FieldError
 
 DEFAULT_RANK = 6
 DEFAULT_ALPHA = 1.25
@@ -73,7 +74,7 @@ class Recipe(Settings):
         try:
             pairs: dict[str, Any] = {name: _pairs(values[name]) for name in ("rank_pattern", "alpha_pattern") if name in values}
             return cls(**{**values, **pairs})
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (FieldError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise cls.not_understood(error) from error
 
     def to_json(self) -> dict[str, Any]:

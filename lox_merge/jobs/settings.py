@@ -90,4 +90,4 @@ class Settings:
     @staticmethod
     def not_understood(error: Exception) -> RecipeError:
         """The error for a recorded recipe whose values are of another kind than a recipe's."""
-        return RecipeError(f"the recipe on record is damaged: {error}. Restore the file that it stands in.")
+        return RecipeError(f"the recipe on record is damaged: {str(error).rstrip('.')}. Restore the file that it stands in.")
