@@ -211,7 +211,7 @@ def harden_command(
             plan_as_adapter(plan, asked=asked, device=device, overwrite=overwrite, json_file=json_file)
             return
         if dry_run:
-            target = check_model_job(plan, device=device, workers=count, executor=executor, overwrite=overwrite)
+            target, _, _ = check_model_job(plan, device=device, workers=count, executor=executor, overwrite=overwrite)
             if all_here(plan):
                 check_some_delta(plan)
             report = estimate(plan, "harden", workers_of_dry_run(executor, count, plan, target))

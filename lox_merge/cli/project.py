@@ -166,7 +166,7 @@ def project_command(
     with open_factors(factors) as held:
         plan = plan_projection(base, aligned, finetuned, out, recipe=recipe, factors=held, **sources)
         if dry_run:
-            target = check_model_job(plan, device=device, workers=count, executor=executor, overwrite=overwrite)
+            target, _, _ = check_model_job(plan, device=device, workers=count, executor=executor, overwrite=overwrite)
             if all_here(plan):
                 check_direction(plan)
             report = estimate(plan, "project", workers_of_dry_run(executor, count, plan, target))

@@ -64,7 +64,7 @@ def push_command(
     from lox_merge.cli.show import write_json
     from lox_merge.cli.show_push import print_push, print_push_plan
     from lox_merge.errors import RequestError
-    from lox_merge.jobs.harden import resolve_device
+    from lox_merge.jobs.beforehand import resolve_device
     from lox_merge.publish.push import Verifying, plan_push, push
 
     if sample is not None and not recompute:

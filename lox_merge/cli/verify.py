@@ -54,7 +54,7 @@ def verify_command(
     import_torch()
     from lox_merge.cli.progress import byte_progress
     from lox_merge.cli.show import write_json
-    from lox_merge.jobs.harden import resolve_device
+    from lox_merge.jobs.beforehand import resolve_device
     from lox_merge.jobs.verify import raise_for_problems, verify
 
     with byte_progress(None, "verifying") as progress:

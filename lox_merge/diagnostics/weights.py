@@ -23,9 +23,10 @@ from lox_merge.diagnostics.settings import InspectSettings
 from lox_merge.diagnostics.sources import Sources, open_sources
 from lox_merge.diagnostics.summary import as_html
 from lox_merge.errors import LoxMergeWarning, RequestError
+from lox_merge.jobs.beforehand import resolve_device
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import Factors
-from lox_merge.jobs.harden import Silent, resolve_device
+from lox_merge.jobs.harden import Silent
 from lox_merge.jobs.quantised import form_of
 from lox_merge.maths.geometry import REVERTING_COSINE
 

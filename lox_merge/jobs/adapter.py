@@ -21,9 +21,9 @@ from lox_merge.errors import Interrupted, LoxMergeWarning, NumericalError
 from lox_merge.jobs.adapter_file import Triplets, Written, write_factors
 from lox_merge.jobs.adapter_plan import AdapterPlan, Source
 from lox_merge.jobs.atomic import json_bytes, sync_folder, write_atomically
-from lox_merge.jobs.beforehand import check_folder
+from lox_merge.jobs.beforehand import check_folder, resolve_device
 from lox_merge.jobs.engine import Progress
-from lox_merge.jobs.execute import Silent, abandoned_where_not_finite, already_done, resolve_device
+from lox_merge.jobs.execute import Silent, abandoned_where_not_finite, already_done
 from lox_merge.jobs.harden import HardenResult, check_some_delta
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.layout import MatrixView

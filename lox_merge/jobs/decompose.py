@@ -16,11 +16,11 @@ from lox_merge.checkpoint.safetensors_format import read_header
 from lox_merge.errors import CheckpointFormatError, Interrupted, LoxMergeWarning, OutputError, RequestError
 from lox_merge.home_paths import expanded
 from lox_merge.jobs.atomic import sync_folder
-from lox_merge.jobs.beforehand import all_here
+from lox_merge.jobs.beforehand import all_here, resolve_device
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.execute import abandoned_where_not_finite
 from lox_merge.jobs.factors import FORMAT, SELECTION, Factors, read_document
-from lox_merge.jobs.harden import Silent, check_some_delta, plan_hardening, resolve_device
+from lox_merge.jobs.harden import Silent, check_some_delta, plan_hardening
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.manifest import job_description
 from lox_merge.jobs.pieces import assemble, piece_name, write_pieces

@@ -11,21 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lox_merge.checkpoint.checkpoint import SINGLE_INDEX
-from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, RequestError, SourceChangedError
+from lox_merge.errors import Interrupted, LoxMergeWarning, NonFiniteDeltaError, OutputError, SourceChangedError
 from lox_merge.jobs.atomic import copy_atomically, json_bytes, sha256_of, sync_folder, write_atomically
+from lox_merge.jobs.beforehand import check_model_job
 from lox_merge.jobs.engine import Progress
-from lox_merge.jobs.executors.choose import PROCESSES, check_executor, choose_executor
+from lox_merge.jobs.executors.choose import PROCESSES, choose_executor
 from lox_merge.jobs.executors.run import run
-from lox_merge.jobs.executors.sizing import Workers, check_workers
+from lox_merge.jobs.executors.sizing import Workers
 from lox_merge.jobs.factors import source_difference
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.low_disk import Passing
-from lox_merge.jobs.manifest import build_manifest, job_description
-from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, check_disk, check_output, output_config
-from lox_merge.jobs.store import check_can_travel
+from lox_merge.jobs.manifest import build_manifest
+from lox_merge.jobs.plan import MANIFEST, Plan, check_disk, output_config
 
 # Below this share of the intended update the written weights are not what was asked for (bf16 can keep under half).
 WANTED_GAIN = 0.95
@@ -68,28 +66,6 @@ class Silent:
         pass
 
 
-def resolve_device(name: str, *, here: bool = True) -> torch.device:
-    """'auto', 'cpu', 'cuda' or 'cuda:n' as a torch device. Raises RequestError where it is not there.
-
-    here: whether this machine works; else 'cuda' is whatever GPU a cluster gives a worker.
-    """
-    if not here and name == "cuda":
-        return torch.device("cuda")
-    if not here and name.startswith("cuda:"):
-        raise RequestError(f"--device {name} names a GPU of this machine, and a Ray cluster gives each worker one of its own: use --device cuda.")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise RequestError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise RequestError(f"device {name} is not there ({torch.cuda.device_count()} CUDA device(s) found); use --device cpu or auto.")
-    return device
-
-
 def carry_out(
     plan: Plan,
     *,
@@ -109,23 +85,11 @@ def carry_out(
     begin: what the edit has to know of all weights before the first shard; runs once the output is locked.
     """
     started = time.perf_counter()
-    check_workers(workers, low_disk=plan.passing is not None)
-    check_executor(executor, low_disk=plan.passing is not None, weights_on_hub=plan.store is not None)
-    if plan.store:
-        check_can_travel(plan)
-    target = resolve_device(device, here=executor == PROCESSES)
-    job = job_description(plan, target)
-    journal = Journal(plan.out)
-    check_output(plan.out, overwrite=overwrite)
+    target, job, journal = check_model_job(plan, device=device, workers=workers, executor=executor, overwrite=overwrite)
     if not overwrite:
-        journal.check(job)
-        journal.check_store(plan.store)
         done = already_done(plan, journal)
         if done is not None:
             return JobResult(plan.out, done, time.perf_counter() - started, len(plan.shards), 0, 0)
-    fresh = not (plan.out / WORK_FOLDER).exists()
-    if fresh:
-        check_disk(plan)
     plan.fetch()
     if plan.passing is None:
         check(plan, journal)

@@ -16,7 +16,7 @@ from lox_merge.checkpoint.files import find_source
 from lox_merge.checkpoint.quantised.view import as_quantised
 from lox_merge.errors import LoxMergeWarning, PlanError, SourceError
 from lox_merge.jobs.engine import Progress
-from lox_merge.jobs.execute import WANTED_GAIN, JobResult, Silent, carry_out, resolve_device, warn_about_gain
+from lox_merge.jobs.execute import WANTED_GAIN, JobResult, Silent, carry_out, warn_about_gain
 from lox_merge.jobs.executors.choose import PROCESSES, check_executor
 from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.factors import Factors, open_factors
@@ -39,7 +39,6 @@ __all__ = [
     "harden",
     "open_checkpoints",
     "plan_hardening",
-    "resolve_device",
     "with_recipe",
 ]
 

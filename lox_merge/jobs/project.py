@@ -10,8 +10,9 @@ import torch
 
 from lox_merge.errors import RecipeError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, write_atomically
+from lox_merge.jobs.beforehand import resolve_device
 from lox_merge.jobs.engine import Progress
-from lox_merge.jobs.execute import JobResult, carry_out, resolve_device, warn_about_gain
+from lox_merge.jobs.execute import JobResult, carry_out, warn_about_gain
 from lox_merge.jobs.executors.choose import PROCESSES
 from lox_merge.jobs.executors.sizing import Workers
 from lox_merge.jobs.factors import Factors, open_factors

@@ -19,7 +19,7 @@ from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.checkpoint.config_checks import check_depth
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, as_quantised
 from lox_merge.errors import LoxMergeError, PlanError, RequestError, SourceError
-from lox_merge.jobs.harden import resolve_device
+from lox_merge.jobs.beforehand import resolve_device
 from lox_merge.jobs.manifest import output_identity
 from lox_merge.jobs.quantised import form_of
 from lox_merge.safety.automatic import auto_class, load_tokenizer

@@ -12,7 +12,7 @@ from lox_merge.checkpoint.adapter import AdaptedCheckpoint, is_adapter
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.quantised.view import as_quantised
 from lox_merge.errors import PlanError, RequestError, SourceError
-from lox_merge.jobs.harden import resolve_device
+from lox_merge.jobs.beforehand import resolve_device
 from lox_merge.jobs.quantised import form_of
 from lox_merge.safety.adapted import load_adapted, open_any
 from lox_merge.safety.batches import free_memory, release_memory

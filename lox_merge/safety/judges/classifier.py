@@ -56,7 +56,7 @@ class _ModelJudge(ABC):
     """What both kinds share: files, device, identity. The model is loaded when the first reply is judged."""
 
     def __init__(self, source: FileSource, label: str, device: str) -> None:
-        from lox_merge.jobs.harden import resolve_device
+        from lox_merge.jobs.beforehand import resolve_device
 
         self._source, self._label, self._device = source, label, resolve_device(device)
         source.fetch(_files(source, _SIDE_FILES))
