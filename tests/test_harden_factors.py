@@ -108,6 +108,8 @@ def test_a_stacked_expert_takes_its_own_triplets(pair: tuple[Path, Path, Path], 
             torch.testing.assert_close(found.low_rank().double(), (left[:, :3] * values[:3]) @ right[:3], rtol=0, atol=1e-5)
 
 
+# Values that no decomposition gives are seen when they are read, others when they meet their delta.
+REFUSED = "does not hold singular triplets of the delta of|changed.safetensors is damaged"
 CHANGES = [("left", -1.0), ("right", -1.0), ("values", -1.0), ("values", 3.0), ("left", 2.0), ("right", torch.nan)]
 
 
@@ -120,7 +122,7 @@ def test_factors_that_were_changed_write_nothing(pair: tuple[Path, Path, Path], 
         metadata = file.metadata()
     changed = {name: values * factor if name.endswith(f".{what}") else values for name, values in load_file(factors).items()}
     save_file(changed, tmp_path / "changed.safetensors", metadata=metadata)
-    with open_factors(tmp_path / "changed.safetensors") as held, pytest.raises(RequestError, match="does not hold singular triplets of the delta of"):
+    with open_factors(tmp_path / "changed.safetensors") as held, pytest.raises(RequestError, match=REFUSED):
         plan = plan_hardening(base, aligned, tmp_path / "out", recipe=Recipe(rank=4), factors=held, form="adapter" if as_adapter else "model")
         execute_adapter(plan_adapter(plan)) if as_adapter else execute(plan, device="cpu")
     assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -52,7 +52,9 @@ def test_harden_publishes_at_the_end(hub: LoopbackHub, publisher: Publisher, mad
 
 def test_an_adapter_is_published_and_loads_on_aligned(hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     aligned = shutil.copytree(made[1], tmp_path / "aligned")
-    (aligned / "README.md").write_text("---\nlicense: mit\n---\n")
+    (aligned / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    for name in ("USE_POLICY.md", "Notice", "licensing.py"):
+        (aligned / name).write_text(f"{name}\n")
     for role, folder in (("base", made[0]), ("aligned", aligned)):
         hub.put(f"adapted/{role}", folder)
     arguments = ("harden", "adapted/base", "adapted/aligned", tmp_path / "out", "--rank", 3, "--as-adapter", "--push", "owner/adapter")
@@ -62,6 +64,12 @@ def test_an_adapter_is_published_and_loads_on_aligned(hub: LoopbackHub, publishe
     card = stored(hub, "owner/adapter")["README.md"].decode()
     for words in ("library_name: peft\n", "base_model:\n- adapted/aligned\n", "base_model_relation: adapter\n", "PeftModel.from_pretrained"):
         assert words in card
+    # The terms that the card links to come along.
+    there = stored(hub, "owner/adapter")
+    assert there["LICENSE"] == b"Terms.\n" and "license_link: LICENSE\n" in card
+    assert sorted(there) == sorted(
+        ["LICENSE", "USE_POLICY.md", "Notice", "README.md", "adapter_config.json", "adapter_model.safetensors", "lox_merge.json"]
+    )
     checked = publisher.run("verify", "owner/adapter")
     assert checked.returncode == 0, checked.stderr
     body = f"from huggingface_hub import snapshot_download; result = snapshot_download('owner/adapter', revision={done.json['push']['commit']!r})"
@@ -71,29 +79,8 @@ def test_an_adapter_is_published_and_loads_on_aligned(hub: LoopbackHub, publishe
     harden(made[0], made[1], tmp_path / "whole", recipe=Recipe(rank=3, dtype="float32"), device="cpu")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
     assert all(torch.allclose(value, whole[name], atol=1e-5) for name, value in merged.items())
-
-
-def test_an_adapter_brings_the_licence_that_its_card_links_to(
-    hub: LoopbackHub, publisher: Publisher, made: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    aligned = shutil.copytree(made[1], tmp_path / "aligned")
-    (aligned / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
-    for name in ("USE_POLICY.md", "Notice", "licensing.py"):
-        (aligned / name).write_text(f"{name}\n")
-    for role, folder in (("base", made[0]), ("aligned", aligned)):
-        hub.put(f"licensed/{role}", folder)
-    arguments = ("harden", "licensed/base", "licensed/aligned", tmp_path / "out", "--rank", 2, "--as-adapter", "--push", "owner/licensed")
-    done = publisher.run(*arguments)
-    assert done.returncode == 0, done.stderr
-    there = stored(hub, "owner/licensed")
-    assert there["LICENSE"] == b"Terms.\n" and "license_link: LICENSE\n" in there["README.md"].decode()
-    assert sorted(there) == sorted(
-        ["LICENSE", "USE_POLICY.md", "Notice", "README.md", "adapter_config.json", "adapter_model.safetensors", "lox_merge.json"]
-    )
-    checked = publisher.run("verify", "owner/licensed")
-    assert checked.returncode == 0, checked.stderr
     (aligned / "LICENSE").write_text("Terms of hf_" + "a" * 34)
-    arguments = ("harden", made[0], aligned, tmp_path / "second", "--as-adapter", "--push", "owner/licensed")
+    arguments = ("harden", made[0], aligned, tmp_path / "second", "--as-adapter", "--push", "owner/adapter")
     refused(publisher.run(*arguments), "LICENSE, line 1, holds an access token")
 
 
