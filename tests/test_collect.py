@@ -14,13 +14,14 @@ from tiny_models import make_pair
 
 from lox_merge.errors import LoxMergeWarning
 from lox_merge.jobs.engine import source_path
-from lox_merge.jobs.execute import Silent, job_description
+from lox_merge.jobs.execute import Silent
 from lox_merge.jobs.executors.collect import Collected
 from lox_merge.jobs.executors.protocol import ShardJob
 from lox_merge.jobs.executors.writer import ShardWriter, WorkerTask
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.hashing import SourceHasher
 from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.manifest import job_description
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.work import CrewSize
 
