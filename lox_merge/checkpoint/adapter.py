@@ -154,8 +154,9 @@ class AdaptedCheckpoint(Checkpoint):
             return replace(info, dtype=self.own.info(str(change.replaced_by)).dtype)
         return replace(info, dtype="F64" if info.dtype == "F64" else "F32")
 
-    def side_files(self) -> list[str]:
-        return [name for name in super().side_files() if name != CONFIG]
+    @property
+    def weight_files(self) -> set[str]:
+        return {*self.own.headers, *self.base.weight_files}
 
     def tensor(self, name: str) -> Tensor:
         change = self.changes.get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -17,22 +16,12 @@ from lox_merge.checkpoint.collector import no_collection
 from lox_merge.checkpoint.files import FileSource, check_file_name, find_source
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.checkpoint.safetensors_format import Header, TensorInfo
+from lox_merge.checkpoint.side_files import side_files, unknown_weights
 from lox_merge.checkpoint.weights import SafetensorsFile, TorchFile, WeightFile, warn_pickle
 from lox_merge.errors import CheckpointFormatError, PlanError, SourceError
 
 SINGLE, SINGLE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".tflite"}
-# The same weights once more, for another program: an output has none of them, since they are not edited. And what only training reads.
-_OTHER_FORM = re.compile(r"(model|pytorch_model|tf_model|flax_model|rust_model|consolidated|adapter_model)\b.*|model[-_.].*|.*_states\.pt")
-_OTHER_SUFFIXES = {".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite"}
-_TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)\b.*|(optimizer|rng_state)_.*")
-# Voices, speakers, projections of a model come in formats of weights, too. What is larger than this share of the weights is taken for more of them.
-_LARGEST_SHARE = 0.1
-_OF_THIS_PROGRAM = {"lox_merge.json", "lox_merge_asr.svg", "lox_merge_weights.json"}
-_NOT_THE_MODEL = _OF_THIS_PROGRAM | {"mergekit_config.yml", "trainer_state.json", "adapter_config.json"}
-# Where programs that watch a training write; their records hold settings and names of whoever trained.
-_RECORDS = {"wandb", "mlruns", "lightning_logs"}
 
 
 @dataclass
@@ -129,24 +118,18 @@ class Checkpoint:
             return True
         return bool((self.json("tokenizer_config.json") or {}).get("chat_template"))
 
-    def side_files(self) -> list[str]:
-        """Files beside the weights that belong to the model: all but these weights in another form, README, bookkeeping, and what its maker left.
+    @property
+    def weight_files(self) -> set[str]:
+        """Every file of `source` that holds weights, those behind an adapter's own included."""
+        return {*self.headers, *self.weight_headers}
 
-        Nothing that a model needs begins with a dot; keys and passwords (.env, .netrc, .git-credentials) do.
-        """
-        names, unknown = [], set(self.unknown_weights())
-        for name in self.source.names():
-            path = PurePosixPath(name)
-            weights = name in unknown or name in self.weight_headers or _is_other_form(path)
-            if not weights and path.name not in _NOT_THE_MODEL and not path.name.upper().startswith("README") and not _is_left_over(path):
-                names.append(name)
-        return names
+    def side_files(self) -> list[str]:
+        """Files beside the weights that belong to the model; see checkpoint.side_files."""
+        return side_files(self.source.names(), self.weight_files)
 
     def unknown_weights(self) -> list[str]:
-        """Files in a format of weights that are none of these weights by name, and too large for anything else."""
-        names = self.source.names()
-        found = [name for name in names if PurePosixPath(name).suffix in _WEIGHT_SUFFIXES and name not in self.weight_headers]
-        return [name for name in found if not _is_other_form(PurePosixPath(name)) and names[name] > _LARGEST_SHARE * self.bytes]
+        """Files beside the weights that are taken for more weights, by format and size."""
+        return unknown_weights(self.source.names(), self.weight_files)
 
     def fetch(self, files: list[str]) -> None:
         self.source.fetch(files)
@@ -177,22 +160,6 @@ class Checkpoint:
             for file in self._open.values():
                 file.close()
             self._open.clear()
-
-
-def _is_other_form(path: PurePosixPath) -> bool:
-    """These weights for another program, an index of them, or the state of a training, by its name."""
-    if path.suffix in _OTHER_SUFFIXES or _TRAINING.fullmatch(path.name):
-        return True
-    # In folders are parts of a model that have names of their own there.
-    if len(path.parts) > 1:
-        return path.name.endswith("_states.pt")
-    return path.name.endswith(".index.json") or (path.suffix in _WEIGHT_SUFFIXES and _OTHER_FORM.fullmatch(path.name) is not None)
-
-
-def _is_left_over(path: PurePosixPath) -> bool:
-    """Hidden, a log, or the record of a training."""
-    hidden = any(part.startswith(".") for part in path.parts)
-    return hidden or path.suffix == ".log" or path.name.startswith("events.out.tfevents") or not _RECORDS.isdisjoint(path.parts[:-1])
 
 
 def open_checkpoint(text: str | Path | FileSource, role: str, cache_dir: Path | None = None) -> Checkpoint:

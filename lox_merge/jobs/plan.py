@@ -193,8 +193,11 @@ def make_plan(
     warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
     warnings += _left_behind(mirrored)
     shards = plan_shards(mirrored, selection.tensors, recipe, keep_form=edit.requantises)
+    beside = mirrored.side_files()
+    if twice := sorted({shard.file for shard in shards} & set(beside)):  # what is beside the weights is written last, over the edit
+        raise PlanError([f"{mirrored.role}: {', '.join(twice)} of {mirrored.title} would be weights and a file beside them. Rename the latter."])
     triplets = usual_triplets(ordered["base"], ordered["aligned"], recipe)
-    return Plan(ordered, out, recipe, edit, shards, mirrored.side_files(), triplets, form=settled, warnings=warnings)
+    return Plan(ordered, out, recipe, edit, shards, beside, triplets, form=settled, warnings=warnings)
 
 
 def _left_behind(mirrored: Checkpoint) -> list[str]:
