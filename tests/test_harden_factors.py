@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.factors import open_factors
 from lox_merge.jobs.harden import execute, plan_hardening
 from lox_merge.jobs.verify import verify
+from lox_merge.maths.spectral import truncated_svd
 
 HELD = 8
 
@@ -126,3 +128,14 @@ def test_factors_that_were_changed_write_nothing(pair: tuple[Path, Path, Path], 
         plan = plan_hardening(base, aligned, tmp_path / "out", recipe=Recipe(rank=4), factors=held, form="adapter" if as_adapter else "model")
         execute_adapter(plan_adapter(plan)) if as_adapter else execute(plan, device="cpu")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("shape", [(1024, 300), (300, 1024), (400, 400), (40, 30)])
+@pytest.mark.parametrize("tolerance", [1e-3, 0.5])
+def test_factors_of_any_shape_and_tolerance_are_of_their_delta(shape: tuple[int, int], tolerance: float) -> None:
+    """One residual of block Lanczos vanishes by construction, on the short side; the other one is as large as was allowed."""
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = truncated_svd(delta, 6, tolerance=tolerance)
+    assert triplets.spans_part_of(delta, found)
+    assert not triplets.spans_part_of(-delta, found)
+    assert not triplets.spans_part_of(delta, replace(found, singular_values=found.singular_values * 1.01))

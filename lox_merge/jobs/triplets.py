@@ -156,19 +156,25 @@ def _truncated(found: Subspace, rule: RankRule, view: MatrixView, noise_edge: fl
 
 def spans_part_of(delta: Tensor, subspace: Subspace) -> bool:
     """Whether U is orthonormal and V S = ΔᵀU, V with columns of norm 1: then U S Vᵀ = U Uᵀ Δ, an edit along the delta and none against it.
+    Or the same with the sides changed: block Lanczos gives it on the short side, whatever the tolerance left of the other residual.
 
-    One product with the delta, a tenth of what an SVD takes at least. Files of factors come from elsewhere, and nothing else compares them
-    with the weights before an edit is written.
+    One product with the delta or two, a fifth of what an SVD takes at most. Files of factors come from elsewhere, and nothing else compares
+    them with the weights before an edit is written.
     """
     if subspace.rank == 0:
         return True
-    left, right, values = subspace.left, subspace.right, subspace.singular_values.to(delta.device)
+    values = subspace.singular_values.to(delta.device)
+    return _projects(delta, subspace.left, values, subspace.right) or _projects(delta.T, subspace.right, values, subspace.left)
+
+
+def _projects(delta: Tensor, inner: Tensor, values: Tensor, outer: Tensor) -> bool:
+    """Whether `inner` is orthonormal and outer · values = deltaᵀ inner, `outer` with columns of norm 1."""
     with full_precision_matmul(delta.device):
-        image = (left.T @ delta).T.double()
-        gram = (left.T @ left).double()
-    apart = (image - right.double() * values).norm()
-    skew = (gram - torch.eye(subspace.rank, dtype=torch.float64, device=delta.device)).abs().max()
-    uneven = (right.double().norm(dim=0) - 1).abs().max()
+        image = (inner.T @ delta).T.double()
+        gram = (inner.T @ inner).double()
+    apart = (image - outer.double() * values).norm()
+    skew = (gram - torch.eye(len(values), dtype=torch.float64, device=delta.device)).abs().max()
+    uneven = (outer.double().norm(dim=0) - 1).abs().max()
     # Not >, or NaN would pass.
     return bool(((apart <= _SAME * values.norm()) & (skew <= _SAME) & (uneven <= _SAME)).item())
 
