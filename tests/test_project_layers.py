@@ -141,3 +141,13 @@ def test_a_direction_that_was_turned_after_an_interruption_is_seen(own: Three, t
     save_again(own[2], lambda name, tensor: aligned[name] - 0.9 * (aligned[name] - base[name]))
     with pytest.raises(RequestError, match="points back"):
         project(*own, out, recipe=recipe)
+
+
+def test_a_confirmed_order_is_on_record(own: Three, tmp_path: Path) -> None:
+    (own[0] / "chat_template.jinja").write_text("{{ messages }}")
+    for folder in own[1:]:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(RequestError, match="look swapped"):
+        project(*own, tmp_path / "out", recipe=FilterRecipe(fraction=0.25))
+    assert project(*own, tmp_path / "out", recipe=FilterRecipe(fraction=0.25), order_is_right=True).manifest["confirmed"] == ["order"]

@@ -22,7 +22,7 @@ from lox_merge.jobs.filter_recipe import FilterRecipe
 from lox_merge.jobs.filter_record import FilterSummary
 from lox_merge.jobs.harden import open_checkpoints
 from lox_merge.jobs.journal import Journal
-from lox_merge.jobs.plan import Plan, make_plan, output_folder
+from lox_merge.jobs.plan import Plan, confirmed, make_plan, output_folder
 from lox_merge.jobs.triplets import FromFactors
 
 # Working files: layers that were selected, and sources whose direction was found right.
@@ -59,6 +59,7 @@ def plan_projection(
         raise RecipeError("factors hold the leading directions of each delta: they go with basis 'top' and projector 'subspace'.")
     opened = open_checkpoints({"base": base, "aligned": aligned, "finetuned": finetuned}, cache_dir, base_is_right=base_is_right)
     plan = make_plan(opened, output_folder(out), recipe, FilterEdit(recipe), order_confirmed=order_is_right)
+    plan.confirmed = confirmed(opened.values(), order=order_is_right)
     if factors is not None:
         held = FromFactors(factors)
         check_factors(held, plan.edited)
