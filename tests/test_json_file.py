@@ -10,6 +10,7 @@ import click
 import pytest
 from conftest import RunCli
 from openai_server import OpenAIServer
+from tiny_models import make_pair
 
 from lox_merge.cli.json_file import check_json_file, give_result, write_json
 from lox_merge.cli.main import _COMMANDS, cli
@@ -97,3 +98,11 @@ def test_the_table_comes_before_a_file_that_fails(tmp_path: Path, run_cli: RunCl
         done = run_cli(*arguments, "--json", folder / "r.json")
     assert done.returncode == 1 and "100.0 %" in done.stdout
     assert "can't be written" in done.stderr and "complete" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_standard_output_by_its_name_is_standard_output(tmp_path: Path, run_cli: RunCli) -> None:
+    """Opened anew it would be written to from its beginning, and the table over it."""
+    base, aligned = make_pair(tmp_path, "llama")
+    (by_sign, by_name) = (run_cli("inspect", base, aligned, "--json", file) for file in ("-", "/dev/stdout"))
+    assert by_sign.returncode == by_name.returncode == 0, by_name.stderr
+    assert json.loads(by_name.stdout)["command"] == json.loads(by_sign.stdout)["command"] == "inspect"

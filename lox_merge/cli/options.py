@@ -76,11 +76,16 @@ base_option: Decorator = click.option(
 )
 
 
+_STANDARD_OUTPUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """--json, looked at before a command does anything: a file that can't be written at the end would cost its work."""
 
     @functools.wraps(function)
     def checked(*arguments: Any, **options: Any) -> Any:
+        if options["json_file"] in _STANDARD_OUTPUT:  # opened anew it would have a place of its own in a file, and the table another
+            options["json_file"] = "-"
         if options["json_file"] not in (None, "-"):
             from lox_merge.cli.json_file import check_json_file
 
