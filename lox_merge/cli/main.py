@@ -136,6 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):  # before RuntimeError, which click.Abort is
+        click.echo("error: interrupted", err=True)
+        sys.exit(Interrupted.exit_code)
     except OSError as error:  # a disk or a permission that no check foresaw
         click.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
         sys.exit(LoxMergeError.exit_code)
@@ -148,9 +151,6 @@ def main(arguments: list[str] | None = None) -> None:
             err=True,
         )
         sys.exit(LoxMergeError.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("error: interrupted", err=True)
-        sys.exit(Interrupted.exit_code)
     finally:
         # Before it ends Python looks for cycles among all that torch made: the process takes them with it, so leave them out.
         gc.freeze()
