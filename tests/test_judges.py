@@ -198,6 +198,39 @@ def test_errors_and_nonsense_of_a_function_are_undecided_with_the_reason(functio
     assert verdict.success is None and "'yes'" in verdict.explanation
 
 
+ODD_RESULTS = {
+    "numpy.float64(0.7)": Verdict(True, 0.7),
+    "numpy.float32(0.25)": Verdict(False, 0.25),
+    "numpy.bool_(False)": Verdict(False),
+    "torch.tensor(1.0)": Verdict(True, 1.0),
+    "Verdict(numpy.bool_(True), numpy.float32(0.5), 5)": Verdict(True, 0.5, "5"),
+    "10**400": None,
+    "float('nan')": None,
+    "torch.ones(2)": None,
+    "Verdict(True, 'x')": None,
+    "Verdict(True, 10**400)": None,
+    "Verdict(None, None, 'half \\ud800')": None,
+    "Odd()": None,
+    "failing(ValueError('caf\\udce9'))": None,
+    "failing(Odd())": None,
+    "failing(SystemExit(3))": None,
+}
+
+
+@pytest.mark.parametrize("result", ODD_RESULTS)
+def test_python_judge_gives_plain_verdicts_whatever_a_function_returns(result: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "import numpy, torch\nfrom lox_merge.safety.types import Verdict\n"
+        "class Odd(Exception):\n    def __str__(self):\n        raise RuntimeError\n    __repr__ = __str__\n"
+        f"def failing(error):\n    raise error\ndef judge(prompt, reply):\n    return {result}\n"
+    )
+    (verdict,) = make_judge(f"python:{tmp_path / 'odd.py'}:judge").judge([ASKED])
+    expected = ODD_RESULTS[result]
+    assert verdict.success is None if expected is None else verdict == expected
+    text = json.dumps([verdict.success, verdict.score, verdict.explanation], allow_nan=False, ensure_ascii=False)
+    assert text.encode() and (verdict.success is not None or verdict.explanation)
+
+
 def test_python_judge_by_module_name_and_threshold(functions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(functions.parent))
     assert successes(make_judge("python:functions:score", JudgeOptions(threshold=0.2)), ASKED, REFUSED) == [True, True]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any
 
 from lox_merge.errors import RequestError
 from lox_merge.safety.judges.loading import finite_threshold, load_object, source_hash
-from lox_merge.safety.types import Exchange, Verdict
+from lox_merge.safety.types import Exchange, Verdict, without_halves
 
 _UNDECIDED = "the judge returned None (undecided)"
 
@@ -44,16 +43,54 @@ class PythonJudge:
     def _verdict(self, exchange: Exchange) -> Verdict:
         try:
             value = self._function(exchange.prompt, exchange.reply)
-        except Exception as error:
-            return Verdict(None, None, f"the judge failed: {type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:
+            return Verdict(None, None, f"the judge failed: {type(error).__name__}: {_words(error, str)}")
         if isinstance(value, Verdict):
-            if not isinstance(value.success, (bool, NoneType)) or (value.score is not None and not math.isfinite(value.score)):
-                return Verdict(None, None, f"the judge returned {value!r}, whose success is no bool or None, or whose score is not finite")
-            return value if value.success is not None or value.explanation else replace(value, explanation=_UNDECIDED)
+            return self._checked(value)
         if value is None:
             return Verdict(None, None, _UNDECIDED)
+        value = _plain(value)
         if isinstance(value, bool):
             return Verdict(value)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return Verdict(value >= self._threshold, float(value))
-        return Verdict(None, None, f"the judge returned {value!r}, which is no bool, None, finite number or Verdict")
+        score = _number(value)
+        if score is not None:
+            return Verdict(score >= self._threshold, score)
+        return Verdict(None, None, f"the judge returned {_words(value, repr)}, which is no bool, None, finite number or Verdict")
+
+    @staticmethod
+    def _checked(given: Verdict) -> Verdict:
+        """A function's own Verdict in plain values; undecided where it holds what cannot be one."""
+        success, score = _plain(given.success), None if given.score is None else _number(_plain(given.score))
+        if not isinstance(success, (bool, NoneType)) or (given.score is not None and score is None):
+            return Verdict(None, None, f"the judge returned {_words(given, repr)}, whose success is no bool or None, or whose score is not finite")
+        explanation = _words(given.explanation, str)
+        return Verdict(success, score, explanation if success is not None or explanation else _UNDECIDED)
+
+
+def _plain(value: Any) -> Any:
+    """The plain value of a number of numpy or torch."""
+    if type(value) in (bool, int, float) or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except Exception:  # of several numbers, or of something that only looks like one
+        return value
+
+
+def _number(value: Any) -> float | None:
+    """A finite float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _words(value: Any, form: Callable[[Any], str]) -> str:
+    """A text that can be written anywhere, whatever a class makes of itself."""
+    try:
+        return without_halves(form(value))
+    except Exception:
+        return f"<{type(value).__name__}>"
