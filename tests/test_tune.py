@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapters import edit_config, make_adapter
 from conftest import RunCli
 from safetensors.torch import load_file
 
@@ -174,3 +176,24 @@ def test_wrong_requests(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(RequestError, match=r"pip install 'lox-merge\[tune\]'"):
         asked()
+
+
+def test_an_adapter_is_tuned_and_picked_over_a_base_of_another_name(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    adapter = make_adapter(toy_pair_seed0.base, tmp_path / "adapter", chat=False, r=2)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        if (toy_pair_seed0.aligned / file).exists():
+            shutil.copy(toy_pair_seed0.aligned / file, adapter)
+    edit_config(adapter, base_model_name_or_path="elsewhere/another")
+    few = ("--attack-steps", 1, "--trials", 1, "--study", tmp_path / "study.log", "--rank-range", "1-2", "--base-is-right")
+    pair = ToyPair(toy_pair_seed0.base, adapter)
+    done = run_cli(*arguments(pair, files, *few, "--alpha-range", "0.5-2"))
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    picked = run_cli("search", *map(str, (pair.base, adapter)), *arguments(pair, files, *few)[3:], "--pick", "0", "--write", out)
+    assert picked.returncode == 0 and (out / "lox_merge.json").is_file(), picked.stderr
+
+
+def test_a_study_without_any_figures_fails(toy_pair_seed0: ToyPair, files: Path, run_cli: RunCli) -> None:
+    done = run_cli(*arguments(toy_pair_seed0, files, "--attack-steps", 1, "--trials", 1, "--alpha-range", f"{1e30:.0f}-{1e38:.0f}"))
+    assert done.returncode == 1 and "no trial gave figures" in done.stderr, done.stderr
+    assert "None of these is best" not in done.stdout and "--pick TRIAL" not in done.stdout

@@ -98,6 +98,8 @@ def _tune(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any
     give_result(json_file, {"command": "search --tune", **result.to_json()}, lambda: print_tuning(result))
     if options["plot"]:
         _plot_tuning(result, options["plot"])
+    if not result.trials:
+        raise LoxMergeError("no trial gave figures; what each of them met is said above. Ask for other ranks and alphas, or another attack.")
 
 
 def effective_rank(base: str, aligned: str, recipe: Recipe, *, prompts: str, show: bool, **given: Any) -> int:

@@ -40,11 +40,12 @@ def print_tuning(result: Tuning) -> None:
     table.add_row("", "aligned", percent(attack.rate), percent_range(attack.interval), f"{attack.judged}/{attack.n}", "0")
     console = plain_console()
     console.print(table)
-    for note in _NOTES:
+    for note in _NOTES if result.trials else ():
         console.print(note)
     if result.failed:
         console.print(f"{len(result.failed)} trial(s) gave no figures: {', '.join(map(str, result.failed))}.")
-    console.print("Harden with one: the same command with --pick TRIAL --write OUT, or by lox-merge harden.")
+    if result.trials:
+        console.print("Harden with one: the same command with --pick TRIAL --write OUT, or by lox-merge harden.")
 
 
 def _setting(recipe: Recipe) -> str:

@@ -92,6 +92,7 @@ def tune_models(base: str, aligned: str, recipe: Recipe | None, options: dict[st
             device=options["device"],
             cache_dir=options["cache_dir"],
             order_is_right=options["order_is_right"],
+            base_is_right=options["base_is_right"],
             decomposing=decomposing,
             report=lambda text: click.echo(text, err=True),
         )
@@ -99,13 +100,13 @@ def tune_models(base: str, aligned: str, recipe: Recipe | None, options: dict[st
 
 def picked_recipe(base: str, aligned: str, options: dict[str, Any]) -> Recipe:
     """The recipe of the trial that --pick names, after seeing that the study is of this pair. Raises RequestError."""
-    from lox_merge.checkpoint.checkpoint import open_checkpoint
     from lox_merge.jobs.factors import source_difference
+    from lox_merge.jobs.harden import open_checkpoints
     from lox_merge.safety.tune_study import read_study
 
     found = read_study(options["study"])
-    for role, given in (("base", base), ("aligned", aligned)):
-        checkpoint = open_checkpoint(given, role, options["cache_dir"])
+    opened = open_checkpoints({"base": base, "aligned": aligned}, options["cache_dir"], base_is_right=options["base_is_right"])
+    for role, checkpoint in opened.items():
         difference = source_difference(found.identity["sources"][role], checkpoint)
         checkpoint.close()
         if difference:

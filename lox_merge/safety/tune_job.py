@@ -58,6 +58,7 @@ def tune(
     device: str = "auto",
     cache_dir: Path | None = None,
     order_is_right: bool = False,
+    base_is_right: bool = False,
     decomposing: Progress | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Tuning:
@@ -82,7 +83,7 @@ def tune(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lox-merge-")))
         chosen = replace(recipe or Recipe(), rank=space.ranks[1], alpha=1.0, rank_pattern=(), alpha_pattern=())
-        shared: dict[str, Any] = {"order_is_right": order_is_right, "cache_dir": cache_dir}
+        shared: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
         if factors is None:
             factors = decompose(base, aligned, scratch / "factors.safetensors", recipe=chosen, device=device, progress=decomposing, **shared).path
         held = stack.enter_context(Factors.open(factors))
