@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lox_merge.errors import RequestError
-from lox_merge.jobs.plan import MANIFEST
+from lox_merge.jobs.output_folder import MANIFEST
 from lox_merge.publish import upload
 from lox_merge.publish.output import FinishedOutput
 from lox_merge.publish.push import _reasons

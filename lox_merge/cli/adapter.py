@@ -13,7 +13,8 @@ from lox_merge.jobs.adapter import check_adapter_job, check_room_for, execute_ad
 from lox_merge.jobs.adapter_plan import AdapterPlan, plan_adapter
 from lox_merge.jobs.beforehand import all_here
 from lox_merge.jobs.harden import HardenResult, check_some_delta
-from lox_merge.jobs.plan import MANIFEST, Plan
+from lox_merge.jobs.output_folder import MANIFEST
+from lox_merge.jobs.plan import Plan
 from lox_merge.wording import first_few
 
 _MOST_NAMED = 3

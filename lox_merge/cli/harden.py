@@ -143,7 +143,7 @@ def harden_command(
     from lox_merge.jobs.executors.sizing import check_workers, parse_workers
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import check_some_delta, execute, plan_hardening
-    from lox_merge.jobs.plan import check_output
+    from lox_merge.jobs.output_folder import check_output
     from lox_merge.jobs.quantised import usual_form_error
     from lox_merge.jobs.recipe import Recipe
 

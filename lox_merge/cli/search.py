@@ -67,7 +67,7 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
     chosen = recipe if any(selection_of(options).values()) or not options["factors"] else None
     if options["write"]:
         from lox_merge.jobs.harden import plan_hardening
-        from lox_merge.jobs.plan import check_output
+        from lox_merge.jobs.output_folder import check_output
 
         plan_hardening(base, aligned, options["write"], recipe=recipe, form="usual", **source_options(options))  # before an hour of replies
         check_output(options["write"], overwrite=options["overwrite"])

@@ -13,7 +13,8 @@ from lox_merge.cli.json_file import give_result as give_result
 from lox_merge.cli.json_file import write_json as write_json
 from lox_merge.jobs.execute import JobResult
 from lox_merge.jobs.harden import HardenResult
-from lox_merge.jobs.plan import MANIFEST, Plan
+from lox_merge.jobs.output_folder import MANIFEST
+from lox_merge.jobs.plan import Plan
 from lox_merge.wording import first_few
 
 _MOST_NAMED = 8

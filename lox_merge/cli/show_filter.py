@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from lox_merge.cli.show import figure, print_pairs, print_plan_rows, skipped_rows, time_rows
-from lox_merge.jobs.plan import MANIFEST, Plan
+from lox_merge.jobs.output_folder import MANIFEST
+from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.project import ProjectResult
 
 

@@ -73,7 +73,7 @@ def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, c
 
     from lox_merge.cli.show import write_json
     from lox_merge.errors import LoxMergeError
-    from lox_merge.jobs.plan import output_folder
+    from lox_merge.jobs.output_folder import output_folder
     from lox_merge.mergekit.config import one_line, read_configuration
     from lox_merge.mergekit.options import usable_options
     from lox_merge.mergekit.plugin import METHOD, OWN_METHODS

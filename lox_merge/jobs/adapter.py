@@ -29,8 +29,9 @@ from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.manifest import build_manifest, job_description
 from lox_merge.jobs.noise import grid_of
+from lox_merge.jobs.output_folder import MANIFEST, check_room
 from lox_merge.jobs.pieces import piece_name, write_pieces
-from lox_merge.jobs.plan import MANIFEST, Plan, check_room
+from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.maths.edits import apply_update, lox_update
 from lox_merge.maths.subspace import Subspace

@@ -11,7 +11,8 @@ from lox_merge.jobs.executors.choose import PROCESSES, check_executor
 from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.manifest import job_description
-from lox_merge.jobs.plan import Plan, check_disk, check_output
+from lox_merge.jobs.output_folder import check_output
+from lox_merge.jobs.plan import Plan, check_disk
 from lox_merge.jobs.store import check_can_travel
 
 

@@ -23,8 +23,9 @@ from lox_merge.jobs.factors import FORMAT, SELECTION, Factors, read_document
 from lox_merge.jobs.harden import Silent, check_some_delta, plan_hardening
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.manifest import job_description
+from lox_merge.jobs.output_folder import check_room, check_work_folder
 from lox_merge.jobs.pieces import assemble, piece_name, write_pieces
-from lox_merge.jobs.plan import Plan, check_room, check_work_folder
+from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.recorded import factors_damage
 from lox_merge.maths.rank import parse_rank

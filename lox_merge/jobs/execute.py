@@ -23,7 +23,8 @@ from lox_merge.jobs.factors import source_difference
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.low_disk import Passing
 from lox_merge.jobs.manifest import build_manifest
-from lox_merge.jobs.plan import MANIFEST, Plan, check_disk, output_config
+from lox_merge.jobs.output_folder import MANIFEST
+from lox_merge.jobs.plan import Plan, check_disk, output_config
 
 # Below this share of the intended update the written weights are not what was asked for (bf16 can keep under half).
 WANTED_GAIN = 0.95

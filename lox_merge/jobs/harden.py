@@ -22,7 +22,8 @@ from lox_merge.jobs.executors.sizing import Workers, check_workers
 from lox_merge.jobs.factors import Factors, open_factors
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lox_edit import LoxEdit
-from lox_merge.jobs.plan import Plan, confirmed, make_plan, output_folder
+from lox_merge.jobs.output_folder import output_folder
+from lox_merge.jobs.plan import Plan, confirmed, make_plan
 from lox_merge.jobs.quantised import AskedForm, requantised_text
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan

@@ -17,7 +17,7 @@ from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.atomic import json_bytes, sha256_of, sync_folder, write_atomically
 from lox_merge.jobs.locks import acquire
 from lox_merge.jobs.low_disk import DOWNLOADS
-from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, check_work_folder
+from lox_merge.jobs.output_folder import MANIFEST, WORK_FOLDER, check_work_folder
 from lox_merge.jobs.store import WEIGHTS_NOTE, Store
 
 _JOB = "job.json"

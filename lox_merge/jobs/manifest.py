@@ -9,7 +9,8 @@ import torch
 
 from lox_merge._version import __version__
 from lox_merge.checkpoint.checkpoint import Checkpoint
-from lox_merge.jobs.plan import MANIFEST, Plan
+from lox_merge.jobs.output_folder import MANIFEST
+from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.quantised import form_of, form_record
 
 FORMAT = 1

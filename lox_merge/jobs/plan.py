@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,17 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from lox_merge.checkpoint.adapter import AdaptedCheckpoint
-from lox_merge.checkpoint.adapter_files import OverBase
 from lox_merge.checkpoint.checkpoint import SINGLE, SINGLE_INDEX, Checkpoint
 from lox_merge.checkpoint.collector import no_collection
 from lox_merge.checkpoint.files import LocalFolder
 from lox_merge.checkpoint.quantised.view import QuantisedCheckpoint, quantisation_problems, quantised_form
-from lox_merge.errors import OutputError, PlanError
-from lox_merge.home_paths import expanded
+from lox_merge.errors import PlanError
 from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.low_disk import DOWNLOADS, Passing
 from lox_merge.jobs.noise import grid_of
+from lox_merge.jobs.output_folder import WORK_FOLDER, check_room, output_problems
 from lox_merge.jobs.quantised import AskedForm, Form, form_problems, form_warnings, settled_form, usual_form_warnings
 from lox_merge.jobs.select import TensorPlan, select_tensors
 from lox_merge.jobs.settings import Settings
@@ -34,11 +31,6 @@ from lox_merge.jobs.shards import ShardPlan, plan_shards
 from lox_merge.jobs.store import Store
 from lox_merge.jobs.triplets import TripletSource, usual_triplets
 from lox_merge.maths.grid import Grid
-
-WORK_FOLDER = ".lox_merge"
-MANIFEST = "lox_merge.json"
-# Room for index, manifest and file system overhead beside what is counted exactly.
-_DISK_MARGIN = 16 * 2**20
 
 
 @dataclass
@@ -187,7 +179,7 @@ def make_plan(
         warnings = selection.warnings + form_warnings(ordered.values())
         if settled == "adapter" and form == "usual":
             warnings = usual_form_warnings(mirrored) + warnings
-    problems += _output_problems(out, ordered.values())
+    problems += output_problems(out, ordered.values())
     if problems:
         raise PlanError(problems)
     warnings = [note for checkpoint in ordered.values() if isinstance(checkpoint, AdaptedCheckpoint) for note in checkpoint.notes] + warnings
@@ -225,13 +217,6 @@ def confirmed(checkpoints: Iterable[Checkpoint], *, order: bool) -> list[str]:
     return ["order"] * swapped + ["base"] * other_base
 
 
-def output_folder(out: str | Path) -> Path:
-    """The output as it was given. Raises OutputError for an empty text, which would be the current folder."""
-    if not str(out).strip():
-        raise OutputError("the output is empty. Name a folder for it.")
-    return expanded(out)
-
-
 def pair_problems(base: Checkpoint, aligned: Checkpoint, *, order_confirmed: bool = False) -> list[str]:
     """What can be said against a pair before its tensors are compared: one model twice, quantised weights, swapped."""
     problems = _same_source(base, aligned)
@@ -245,16 +230,6 @@ def check_disk(plan: Plan, already_written: int = 0) -> None:
     sources = plan.passing.most_bytes - plan.passing.bytes_there if plan.passing else 0
     shards = 0 if plan.store else plan.bytes_written - already_written
     check_room(plan.out, shards + side + max(0, sources))
-
-
-def check_room(out: Path, count: int) -> None:
-    """Raises OutputError when the file system of `out` lacks room for `count` bytes and a little more."""
-    needed = count + _DISK_MARGIN
-    free = shutil.disk_usage(_existing_parent(out)).free
-    if free < needed:
-        raise OutputError(
-            f"the disk of {out} has {free / 1e9:,.2f} GB free and {needed / 1e9:,.2f} GB are needed. Free some room or choose another disk."
-        )
 
 
 # What it means that a checkpoint was given twice, and what to give instead.
@@ -288,52 +263,6 @@ def _swapped(one: Checkpoint, other: Checkpoint) -> list[str]:
             "if the order is right, add --order-is-right."
         ]
     return []
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _output_problems(out: Path, checkpoints: Iterable[Checkpoint]) -> list[str]:
-    problems = []
-    target = out.resolve()
-    for checkpoint in checkpoints:
-        source = checkpoint.source.adapter if isinstance(checkpoint.source, OverBase) else checkpoint.source
-        if isinstance(source, LocalFolder):
-            root = source.root
-            if target == root or target.is_relative_to(root):
-                problems.append(f"the output {out} lies inside {checkpoint.role} ({checkpoint.title}); choose a folder outside it.")
-            elif root.is_relative_to(target):
-                problems.append(f"{checkpoint.role} ({checkpoint.title}) lies inside the output {out}; choose another output folder.")
-    parent = _existing_parent(out)
-    if not parent.is_dir():
-        problems.append(f"the output {out} can't be made: {parent} is a file, not a folder. Choose another output folder.")
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        problems.append(f"the output {out} can't be made: no permission to write in {parent}. Choose another folder or change its permissions.")
-    return problems
-
-
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """Raises OutputError when `out` holds anything that is not an output of this program."""
-    check_work_folder(out / WORK_FOLDER)
-    if out.is_symlink() and not out.exists():
-        raise OutputError(f"the output {out} is a link to a folder that is not there. Make that folder, or remove the link.")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise OutputError(f"the output {out} is a file. Choose another name.")
-    if not (out / MANIFEST).is_file() and not (out / WORK_FOLDER).is_dir():
-        hint = "--overwrite replaces only folders that lox-merge wrote. " if overwrite else ""
-        raise OutputError(f"the output {out} exists and was not written by lox-merge. {hint}Choose another folder, or empty it yourself.")
-
-
-def check_work_folder(folder: Path) -> None:
-    """Raises OutputError for a link: starting anew would empty the folder that it points to."""
-    if folder.is_symlink():
-        raise OutputError(f"{folder} is a link, and working files have to be in the folder itself. Remove the link, or choose another output.")
 
 
 def output_config(plan: Plan) -> bytes | None:

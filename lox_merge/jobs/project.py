@@ -22,7 +22,8 @@ from lox_merge.jobs.filter_recipe import FilterRecipe
 from lox_merge.jobs.filter_record import FilterSummary
 from lox_merge.jobs.harden import open_checkpoints
 from lox_merge.jobs.journal import Journal
-from lox_merge.jobs.plan import Plan, confirmed, make_plan, output_folder
+from lox_merge.jobs.output_folder import output_folder
+from lox_merge.jobs.plan import Plan, confirmed, make_plan
 from lox_merge.jobs.triplets import FromFactors
 
 # Working files: layers that were selected, and sources whose direction was found right.

@@ -25,7 +25,8 @@ from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.manifest import FORMAT, header_hashes
 from lox_merge.jobs.methods import recorded_edit
-from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER, Plan, make_plan
+from lox_merge.jobs.output_folder import MANIFEST, WORK_FOLDER
+from lox_merge.jobs.plan import Plan, make_plan
 from lox_merge.jobs.recorded import manifest_damage
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.store import check_holds_weights

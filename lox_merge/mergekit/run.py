@@ -24,7 +24,8 @@ from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.files import find_source
 from lox_merge.errors import LoxMergeError, LoxMergeWarning, NonFiniteDeltaError, NumericalError, OutputError
 from lox_merge.jobs.harden import WANTED_GAIN
-from lox_merge.jobs.plan import MANIFEST, check_disk, output_config
+from lox_merge.jobs.output_folder import MANIFEST
+from lox_merge.jobs.plan import check_disk, output_config
 from lox_merge.maths.edits import Realised
 from lox_merge.mergekit.card import merge_card, without_paths
 from lox_merge.mergekit.config import one_line, read_configuration, references

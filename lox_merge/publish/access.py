@@ -14,7 +14,7 @@ from urllib.parse import quote
 from lox_merge.checkpoint.hub_failures import status_of
 from lox_merge.checkpoint.hub_reference import parse_hub_reference
 from lox_merge.errors import LoxMergeWarning, RequestError
-from lox_merge.jobs.plan import MANIFEST
+from lox_merge.jobs.output_folder import MANIFEST
 from lox_merge.publish.failures import explained_push, insistently, no_token
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz", ".tflite")

@@ -12,7 +12,7 @@ from lox_merge.checkpoint.files import check_file_name
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import OutputError, SourceChangedError
 from lox_merge.jobs.manifest import FORMAT
-from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
+from lox_merge.jobs.output_folder import MANIFEST, WORK_FOLDER
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.recorded import manifest_damage
 from lox_merge.jobs.store import WEIGHTS_NOTE

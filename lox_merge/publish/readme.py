@@ -10,7 +10,7 @@ from pathlib import Path
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import OutputError
 from lox_merge.jobs.atomic import write_atomically
-from lox_merge.jobs.plan import MANIFEST, WORK_FOLDER
+from lox_merge.jobs.output_folder import MANIFEST, WORK_FOLDER
 from lox_merge.publish.card import Card, CardSettings, build_card, text_hash
 from lox_merge.publish.front_matter import check_readme
 from lox_merge.publish.output import FinishedOutput

@@ -15,7 +15,7 @@ from typing import Any
 from lox_merge.checkpoint.hub_failures import server_message, status_of
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import PublishError
-from lox_merge.jobs.plan import MANIFEST
+from lox_merge.jobs.output_folder import MANIFEST
 from lox_merge.publish.access import WEIGHTS, check_xet, hub_api
 from lox_merge.publish.failures import Sent, insistently
 from lox_merge.publish.output import FinishedOutput, OutputFile, changed

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.jobs.executors.writer import ShardWriter, Tell, WorkerTask
-from lox_merge.jobs.plan import check_room
+from lox_merge.jobs.output_folder import check_room
 from lox_merge.jobs.stamps import SourceFile
 
 
