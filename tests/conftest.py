@@ -28,7 +28,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The process that hands the tests out loads these too, and waits for nothing that takes seconds to import: fixtures import it.
-pytest_plugins = ["card_fixtures", "hub_fixtures", "lab_fixtures", "mergekit_fixtures", "project_fixtures", "push_fixtures", "report_fixtures"]
+pytest_plugins = [
+    "card_fixtures",
+    "hostile_fixtures",
+    "hub_fixtures",
+    "lab_fixtures",
+    "mergekit_fixtures",
+    "project_fixtures",
+    "push_fixtures",
+    "report_fixtures",
+]
 
 # The longest files of tests, begun first: one of them left to the end would keep one worker busy alone.
 LONG = (

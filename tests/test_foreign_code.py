@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunCli
-from fuzz.materials import Materials, make_materials
+from fuzz.materials import Materials
 from safetensors.torch import load_file
 
 import lox_merge
@@ -22,11 +22,6 @@ from lox_merge.safety.judges.classifier import classifier_judge
 from lox_merge.safety.loading import load_model
 
 PACKAGE = Path(lox_merge.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 class Payload:

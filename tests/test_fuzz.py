@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 from fuzz.cases import run_cases
-from fuzz.materials import Materials, make_materials
+from fuzz.materials import Materials
 from fuzz.targets import TARGETS
 
 CASES = 32
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz.hostile import written
-from fuzz.materials import WEIGHTS, Materials, make_materials, split_header, with_header
+from fuzz.materials import WEIGHTS, Materials, split_header, with_header
 from safetensors.torch import load_file
 from tiny_models import INDEX
 
@@ -24,11 +24,6 @@ from lox_merge.errors import CheckpointFormatError, LoxMergeError, LoxMergeWarni
 from lox_merge.jobs.decompose import decompose
 from lox_merge.jobs.journal import flat_name
 from lox_merge.jobs.verify import verify
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 @pytest.fixture

@@ -8,16 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fuzz.materials import Materials, make_materials
+from fuzz.materials import Materials
 
 from lox_merge import harden
 from lox_merge.checkpoint.files import LocalFolder, find_source
 from lox_merge.errors import CheckpointFormatError, RequestError, SourceError
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 @pytest.fixture

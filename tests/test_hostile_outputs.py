@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from finetuned import finetune
-from fuzz.materials import Materials, make_materials, split_header, with_header
+from fuzz.materials import Materials, split_header, with_header
 
 from lox_merge import Recipe, harden, project
 from lox_merge.errors import OutputError, RecipeError, RequestError
@@ -23,11 +23,6 @@ from lox_merge.publish.output import open_output
 
 MANIFEST = "lox_merge.json"
 Change = Callable[[dict[str, Any]], object]
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 @pytest.fixture

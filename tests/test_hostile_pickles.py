@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz.materials import WEIGHTS, Materials, make_materials
+from fuzz.materials import WEIGHTS, Materials
 from safetensors.torch import load_file
 
 from lox_merge import harden
@@ -16,11 +16,6 @@ from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.checkpoint import open_checkpoint
 from lox_merge.checkpoint.weights import TorchFile
 from lox_merge.errors import CheckpointFormatError, LoxMergeWarning, PlanError
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 def pickled(materials: Materials, folder: Path, extra: dict[Any, torch.Tensor]) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from finetuned import finetune
-from fuzz.materials import Materials, make_materials
+from fuzz.materials import Materials
 from safetensors.torch import load_file, save_file
 
 from lox_merge import Recipe, harden, inspect, project
@@ -30,11 +30,6 @@ from lox_merge.maths.rank import RankRule
 from lox_merge.maths.spectral import truncated_svd
 
 LARGE = "finite, but the sum of their squares overflows float32"
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 def scaled(folder: Path, target: Path, scale: float) -> Path:
