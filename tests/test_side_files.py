@@ -10,19 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fuzz.materials import Materials, make_materials
+from fuzz.materials import Materials
 
 from lox_merge import harden
 from lox_merge.errors import SourceError, WriteError
 from lox_merge.jobs import atomic
-from lox_merge.jobs.atomic import copy_atomically
+from lox_merge.jobs.atomic import copy_atomically, sync_folder
 
 NAME = "__0_0.distcp"
-
-
-@pytest.fixture(scope="module")
-def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return make_materials(tmp_path_factory.mktemp("materials"))
 
 
 @pytest.fixture
@@ -74,3 +69,21 @@ def test_a_copy_is_whole_or_not_there(large: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     assert copy_atomically(large, tmp_path / "copy", scratch) == atomic.sha256_of(tmp_path / "copy") == atomic.sha256_of(large)
     assert not list(scratch.iterdir())
+
+
+def test_folders_of_side_files_survive_a_power_cut(materials: Materials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is on the disk once its folder is synced; the manifest, which says that all is there, comes after."""
+    aligned = shutil.copytree(materials.aligned, tmp_path / "aligned")
+    for name in ("a.txt", "additional/one.txt", "additional/deeper/two.txt"):
+        (aligned / name).parent.mkdir(exist_ok=True)
+        (aligned / name).write_text("x")
+    synced: list[tuple[str, bool]] = []
+    out = tmp_path / "out"
+
+    def noted(folder: Path) -> None:
+        sync_folder(folder)
+        synced.append((folder.relative_to(out).as_posix(), (out / "lox_merge.json").exists()))
+
+    monkeypatch.setattr("lox_merge.jobs.execute.sync_folder", noted)
+    harden(materials.base, aligned, out)
+    assert synced == [("additional", False), ("additional/deeper", False), (".", True)]

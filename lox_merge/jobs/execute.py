@@ -108,9 +108,8 @@ def carry_out(
                 plan.store.prepare()
             with abandoned_where_not_finite(journal, plan.files):
                 begin(plan, journal)
-            resumed = sum(bool(journal.sent(shard.file)) if plan.store else (plan.out / shard.file).is_file() for shard in plan.shards)
-            check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
-            with abandoned_where_not_finite(journal, plan.files):
+                resumed = sum(bool(journal.sent(shard.file)) if plan.store else (plan.out / shard.file).is_file() for shard in plan.shards)
+                check_disk(plan, sum(shard.header.file_size for shard in plan.shards if (plan.out / shard.file).is_file()))
                 records = run(plan, journal, target, progress or Silent(), chosen)
             manifest = build_manifest(plan, job, records, _write_side_files(plan, journal))
             write_atomically(plan.out / MANIFEST, json_bytes(manifest), journal.folder)
@@ -199,6 +198,8 @@ def _write_side_files(plan: Plan, journal: Journal) -> dict[str, str]:
         hashes[SINGLE_INDEX] = copy_atomically(plan.mirrored.source.path(SINGLE_INDEX), plan.out / SINGLE_INDEX, journal.folder)
     elif index is not None:
         hashes[SINGLE_INDEX] = write_atomically(plan.out / SINGLE_INDEX, json_bytes(index), journal.folder)
+    for folder in sorted({(plan.out / name).parent for name in hashes} - {plan.out}):  # that one is synced with the manifest
+        sync_folder(folder)
     return dict(sorted(hashes.items()))
 
 
