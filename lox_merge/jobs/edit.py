@@ -31,6 +31,11 @@ class MatrixOutcome(Protocol):
     @property
     def changed(self) -> bool: ...
 
+    @property
+    def computed(self) -> bool:
+        """Whether what was written is a result, whose range the edit has looked at; else the stored values were copied."""
+        ...
+
     def to_json(self) -> dict[str, Any]:
         """The manifest's record. Undefined values are null."""
         ...

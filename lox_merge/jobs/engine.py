@@ -136,7 +136,7 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksA
         yield tensor_bytes(stored), record | {"action": "copied", "reason": tensor.reason}
         return
     out, results = ahead.take(tensor)
-    if target.dtype != tensor.info.dtype and not tensor.stored:
+    if target.dtype != tensor.info.dtype and not tensor.stored and not all(result.computed for result in results):
         check_range(tensor.name, plan.mirrored.tensor(tensor.name), out)
     if any(result.bad for result in results) and not plan.recipe.skip_non_finite:
         raise NonFiniteDeltaError(count_non_finite(plan))

@@ -71,7 +71,7 @@ class FilterRecipe(Settings):
             raise RecipeError("give either a fraction of the short side, such as 0.1, or a rank: how many directions of the delta make the subspace.")
         if self.fraction is not None and not 0 < self.fraction < 1:
             raise RecipeError(f"fraction is {self.fraction:g}; use a number in (0, 1), such as 0.1: the share of the short side of each matrix.")
-        if self.rank is not None and (self.rank < 1):
+        if self.rank is not None and self.rank < 1:
             raise RecipeError(f"rank {self.rank} is not a whole number ≥ 1.")
 
     def _check_layers(self) -> None:

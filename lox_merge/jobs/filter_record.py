@@ -29,6 +29,10 @@ class FilterOutcome:
     record: dict[str, Any] = field(default_factory=dict)
     realised: Realised | None = None
 
+    @property
+    def computed(self) -> bool:
+        return self.realised is not None
+
     def to_json(self) -> dict[str, Any]:
         """The manifest's record. Undefined values are null."""
         start: dict[str, Any] = {"part": self.label, "shape": list(self.shape)}

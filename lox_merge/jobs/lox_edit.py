@@ -36,6 +36,10 @@ class MatrixResult:
     delta_norm: float = 0.0
     realised: Realised | None = None
 
+    @property
+    def computed(self) -> bool:
+        return self.realised is not None
+
     def to_json(self) -> dict[str, Any]:
         """The manifest's record. Undefined values are null."""
         record: dict[str, Any] = {"part": self.label, "shape": list(self.shape), "delta_norm": self.delta_norm}

@@ -92,5 +92,5 @@ def _words(value: Any, form: Callable[[Any], str]) -> str:
     """A text that can be written anywhere, whatever a class makes of itself."""
     try:
         return without_halves(form(value))
-    except Exception:
+    except Exception:  # its own __str__ or __repr__ fails, with anything
         return f"<{type(value).__name__}>"
