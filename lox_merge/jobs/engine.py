@@ -185,7 +185,8 @@ def _non_finite(plan: Plan, tensor: TensorPlan) -> int:
     bad, step = 0, 2**24
     for start in range(0, stored[0].numel(), step):
         # float64 weights are subtracted as such, as form_delta does: what float32 cannot hold may cancel.
-        values = [piece if piece.dtype == torch.float64 else piece.float() for part in stored for piece in [part[start : start + step]]]
+        pieces = [part[start : start + step] for part in stored]
+        values = [piece if piece.dtype == torch.float64 else piece.float() for piece in pieces]
         finite = [torch.isfinite((later - earlier).float()) for earlier, later in itertools.pairwise(values)]
         bad += int((~torch.stack(finite).all(0)).sum())
     return bad
