@@ -120,12 +120,11 @@ class LocalFolder:
                     found += self._walk(entry, f"{prefix}{entry.name}/")
             elif entry.is_file() or entry.is_symlink():
                 _check_text(entry.name, f"a file in {self.title}/{prefix}")
-                if entry.is_file():
-                    found.append(prefix + entry.name)
-                    continue
-                raise CheckpointFormatError(
-                    f"{self.title}/{prefix}{entry.name} is a link to a file that is not there. Restore the file or remove the link."
-                )
+                if not entry.is_file():
+                    raise CheckpointFormatError(
+                        f"{self.title}/{prefix}{entry.name} is a link to a file that is not there. Restore the file or remove the link."
+                    )
+                found.append(prefix + entry.name)
         return found
 
     def path(self, name: str) -> Path:

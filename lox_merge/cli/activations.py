@@ -65,7 +65,7 @@ def activations_command(base: str, aligned: str, models: tuple[str, ...], json_f
     """
     result = _run(base, aligned, models, options)
     import_torch()
-    from lox_merge.cli.show import give_result
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_activations import print_activations
 
     give_result(json_file, {"command": "activations", **result.to_json()}, lambda: print_activations(result))

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from lox_merge.cli.json_file import write_json
 from lox_merge.cli.progress import byte_progress
-from lox_merge.cli.show import figure, print_pairs, size, skipped_rows, write_json
+from lox_merge.cli.show import figure, print_pairs, size, skipped_rows
 from lox_merge.jobs.adapter import check_adapter_job, check_room_for, execute_adapter
 from lox_merge.jobs.adapter_plan import AdapterPlan, plan_adapter
 from lox_merge.jobs.beforehand import all_here

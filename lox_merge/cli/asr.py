@@ -63,7 +63,7 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
     lox-merge asr aligned hardened --prompts advbench.csv --limit 100 --judge openai:gpt-4.1
     """
     import_torch()
-    from lox_merge.cli.show import give_result
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_asr import print_dry_run, print_evaluations
 
     # Everything that can be refused is refused before a model is loaded.

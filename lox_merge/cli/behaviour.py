@@ -59,7 +59,7 @@ def behaviour_command(base: str, aligned: str, models: tuple[str, ...], json_fil
         raise RequestError("--prefill is how the replies to --next begin; responses of --pairs are given whole. Add --next, or leave it out.")
     result = _run(base, aligned, models, options)
     import_torch()
-    from lox_merge.cli.show import give_result
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_behaviour import print_behaviour
 
     give_result(json_file, {"command": "behaviour", **result.to_json()}, lambda: print_behaviour(result))

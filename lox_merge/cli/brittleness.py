@@ -57,8 +57,8 @@ def brittleness_command(base: str, aligned: str, json_file: str | None, **option
 
         check_picture_file(options["plot"], "--plot")
     import_torch()
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_brittleness import print_brittleness
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.safety.brittleness_job import brittleness

@@ -28,7 +28,7 @@ def card_command(out: str, repo: str | None, print_only: bool, overwrite: bool, 
     lox-merge card out --repo me/model-lox --results asr.json --results robustness.json
     lox-merge card out --license apache-2.0 --print
     """
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.json_file import write_json
     from lox_merge.publish.access import check_repository_name
     from lox_merge.publish.card import build_card
     from lox_merge.publish.output import open_output

@@ -68,7 +68,7 @@ def curvature_command(aligned: str, finetuned: tuple[str, ...], json_file: str |
     """
     result = _run(aligned, finetuned, options)
     import_torch()
-    from lox_merge.cli.show import give_result
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_curvature import print_curvature
 
     give_result(json_file, {"command": "curvature", **result.to_json()}, lambda: print_curvature(result))

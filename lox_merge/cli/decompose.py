@@ -71,8 +71,8 @@ def decompose_command(
     lox-merge search base aligned --factors factors.safetensors --prompts prompts.csv
     """
     import_torch()
+    from lox_merge.cli.json_file import write_json
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import write_json
     from lox_merge.cli.show_search import print_decomposition, print_selection
     from lox_merge.jobs.decompose import check_decomposition, execute_decomposition, plan_decomposition, selection_report
     from lox_merge.jobs.recipe import Recipe

@@ -29,7 +29,8 @@ def demo(out: Path, cache_dir: Path | None, full: bool, seed: int, json_file: st
     receives the hardened checkpoint and a picture.
     """
     import_torch()
-    from lox_merge.cli.show import duration, give_result
+    from lox_merge.cli.json_file import give_result
+    from lox_merge.cli.show import duration
     from lox_merge.cli.show_search import print_search
     from lox_merge.lab.demo import run_demo
     from lox_merge.lab.full import SEEDS, full_json, print_full, run_full

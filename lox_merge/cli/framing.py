@@ -45,7 +45,7 @@ def framing_command(models: tuple[str, ...], json_file: str | None, **options: A
 
         check_picture_file(options["plot"], "--plot")
     import_torch()
-    from lox_merge.cli.show import give_result
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_framing import print_framing
     from lox_merge.diagnostics.framing.job import framing
     from lox_merge.publish.documents import framing as documents

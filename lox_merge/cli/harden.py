@@ -135,8 +135,9 @@ def harden_command(
     import_torch()
 
     from lox_merge.cli.adapter import adapter_json, harden_as_adapter, plan_as_adapter, print_adapter
+    from lox_merge.cli.json_file import write_json
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import print_plan, print_result, write_json
+    from lox_merge.cli.show import print_plan, print_result
     from lox_merge.jobs.beforehand import all_here, check_model_job
     from lox_merge.jobs.estimate import estimate
     from lox_merge.jobs.executors.choose import PROCESSES, check_executor, workers_of_dry_run

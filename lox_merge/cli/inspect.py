@@ -61,8 +61,8 @@ def inspect_command(
     if by not in ("kind", "layer", "none"):
         raise RequestError(f"--by {by!r} is not known; use kind, layer or none.")
     import_torch()
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_inspect import print_inspection
     from lox_merge.diagnostics.weights import execute_inspection, plan_inspection
     from lox_merge.jobs.factors import Factors

@@ -63,7 +63,7 @@ def landscape_command(models: tuple[str, ...], json_file: str | None, **options:
     lox-merge landscape aligned base ft1 ft2 --prompts p.csv --json plane.json --plot plane.svg
     """
     import_torch()
-    from lox_merge.cli.show import give_result
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_landscape import print_landscape
     from lox_merge.safety.decoding import Decoding
     from lox_merge.safety.landscape.run import landscape

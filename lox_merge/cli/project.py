@@ -127,8 +127,8 @@ def project_command(
             begin_early([finetuned, aligned, base])
     import_torch()
 
+    from lox_merge.cli.json_file import write_json
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import write_json
     from lox_merge.cli.show_filter import print_filter_plan, print_filter_result
     from lox_merge.jobs.beforehand import all_here, check_model_job
     from lox_merge.jobs.estimate import estimate

@@ -60,8 +60,8 @@ def push_command(
     lox-merge push out me/model-lox --public --results asr.json --results robustness.json
     """
     import_torch()
+    from lox_merge.cli.json_file import write_json
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import write_json
     from lox_merge.cli.show_push import print_push, print_push_plan
     from lox_merge.errors import RequestError
     from lox_merge.jobs.beforehand import resolve_device

@@ -79,7 +79,7 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
     """
     result = _run(base, aligned, hardened, options)
     import_torch()
-    from lox_merge.cli.show import give_result
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_robustness import print_robustness
 
     give_result(json_file, {"command": "robustness", **result.to_json()}, lambda: print_robustness(result))

@@ -87,7 +87,7 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
 
 def _tune(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any], json_file: str | None) -> None:
     """Runs the study and shows it in every way asked for."""
-    from lox_merge.cli.show import give_result
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_tune import print_tuning
 
     if options["plot"]:
@@ -122,8 +122,8 @@ def _search(base: str, aligned: str, recipe: Recipe | None, options: dict[str, A
         from lox_merge.publish.figures.save import check_picture_file
 
         check_picture_file(options["plot"], "--plot")
+    from lox_merge.cli.json_file import give_result
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import give_result
     from lox_merge.cli.show_search import print_search
     from lox_merge.safety.search_job import search
 
@@ -209,8 +209,9 @@ def _check_found(result: RankSearch, *, write: bool) -> None:
 
 def _write(base: str, aligned: str, recipe: Recipe, options: dict[str, Any], json_file: str | None, *, quiet: bool = False) -> None:
     from lox_merge.cli.adapter import adapter_json, harden_as_adapter, print_adapter
+    from lox_merge.cli.json_file import write_json
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import print_result, write_json
+    from lox_merge.cli.show import print_result
     from lox_merge.jobs.factors import open_factors
     from lox_merge.jobs.harden import execute, plan_hardening
 

@@ -9,8 +9,6 @@ import click
 from rich.table import Table
 
 from lox_merge.cli.console import plain_console
-from lox_merge.cli.json_file import give_result as give_result
-from lox_merge.cli.json_file import write_json as write_json
 from lox_merge.jobs.execute import JobResult
 from lox_merge.jobs.harden import HardenResult
 from lox_merge.jobs.output_folder import MANIFEST

@@ -52,8 +52,8 @@ def verify_command(
             "Leave one of them out."
         )
     import_torch()
+    from lox_merge.cli.json_file import write_json
     from lox_merge.cli.progress import byte_progress
-    from lox_merge.cli.show import write_json
     from lox_merge.jobs.beforehand import resolve_device
     from lox_merge.jobs.verify import raise_for_problems, verify
 

@@ -71,7 +71,7 @@ class MergekitCommand(click.Command):
 def yaml_command(overwrite: bool, order_is_right: bool, json_file: str | None, config_file: str, out_path: str, **values: Any) -> None:
     from mergekit.scripts.run_yaml import main
 
-    from lox_merge.cli.show import write_json
+    from lox_merge.cli.json_file import write_json
     from lox_merge.errors import LoxMergeError
     from lox_merge.jobs.output_folder import output_folder
     from lox_merge.mergekit.config import one_line, read_configuration
