@@ -41,7 +41,14 @@ def test_products_have_the_errors_of_float32(ran: Any) -> None:
         assert error <= 1e-6, shape  # not <: NaN fails it
 
 
+def test_products_of_rows_have_the_errors_of_float64(ran: Any) -> None:
+    assert len(ran["rows"]) == 10
+    for shape, error in ran["rows"].items():
+        assert error <= 1e-15, shape
+
+
 def test_rows_become_orthonormal_as_with_torch(ran: Any) -> None:
+    assert len(ran["orthonormal"]) == 4
     for found in ran["orthonormal"]:
         assert found["lost"] == found["expected_lost"] == [False, False, True, True, True, True]
         assert found["of_lost"] == 0
@@ -51,13 +58,14 @@ def test_rows_become_orthonormal_as_with_torch(ran: Any) -> None:
 
 
 def test_whole_svds_go_through_them(ran: Any) -> None:
-    assert ran["calls"] > 20
+    assert ran["calls"]["rows_times"] > 20
+    assert ran["calls"]["products_of_rows"] > 2 and ran["calls"]["orthonormal_rows"] > 8
     assert len(ran["svd"]) == 2 and all(error <= 1e-3 for error in ran["svd"])
 
 
 def test_they_are_built_for_a_gpu(tmp_path: Path) -> None:
     built = program("build", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(built) == 6
+    assert len(built) == 10
     for kernel, found in built.items():
         assert 0 < found["shared"] <= SHARED_MEMORY[int(kernel.split()[1])], kernel
         assert found["matrix_units"], kernel

@@ -10,6 +10,9 @@ import json
 import math
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +41,20 @@ def product_errors() -> dict[str, float]:
             thin_kernels.rows_times(rows, matrices, out, address, first)
             expected = rows.double() @ matrices[first:].double()
             found[f"{name} {count} {summed} {kept} {width} {first}"] = float(((out - expected).norm(dim=2) / expected.norm(dim=2)).max())
+    return found
+
+
+def rows_errors() -> dict[str, float]:
+    """Largest error of products of rows with rows, relative to the sizes of both, by shape (b, w, r, n) and what the others are."""
+    found = {}
+    for count, width, height, columns in [(2, 8, 64, 4500), (3, 16, 33, 700), (1, 3, 3, 1), (2, 8, 8, 513), (1, 8, 64, 70_000)]:
+        rows = normal(count, width, columns)
+        for dtype in (torch.float32, torch.float64):
+            others = normal(count, height, columns, seed=1).to(dtype)
+            expected = rows.double() @ others.double().mT
+            sizes = rows.double().norm(dim=2)[:, :, None] * others.double().norm(dim=2)[:, None, :]
+            difference = (thin_kernels.products_of_rows(rows, others) - expected).abs() / sizes
+            found[f"{count} {width} {height} {columns} {dtype}"] = float(difference.max())
     return found
 
 
@@ -103,14 +120,21 @@ def run() -> dict[str, Any]:
         return chosen(*arguments)
 
     thin_kernels._splits = noted
-    report: dict[str, Any] = {"products": product_errors(), "orthonormal": [orthonormal(8, 500), orthonormal(16, 257), orthonormal(3, 70)]}
+    report: dict[str, Any] = {"products": product_errors(), "rows": rows_errors()}
+    # One program for a block, two, and as many as there may be, each with several steps.
+    report["orthonormal"] = [orthonormal(3, 70), orthonormal(8, 500), orthonormal(16, 700), orthonormal(8, 20_000)]
     report["splits"] = sorted(splits)
-    taken = []
-    original = thin_kernels.rows_times
-    thin_kernels.rows_times = lambda *arguments: (taken.append(1), original(*arguments))[1]
+    taken = Counter[str]()
+    for name in ("rows_times", "products_of_rows", "orthonormal_rows"):
+        setattr(thin_kernels, name, partial(_counted, taken, name, getattr(thin_kernels, name)))
     thin_products._built = lambda device: thin_kernels
-    report["svd"], report["calls"] = whole(), len(taken)
+    report["svd"], report["calls"] = whole(), dict(taken)
     return report
+
+
+def _counted(calls: Counter[str], name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
+    calls[name] += 1
+    return kernel(*arguments)
 
 
 def build() -> dict[str, Any]:
@@ -127,8 +151,14 @@ def build() -> dict[str, Any]:
         sides = {"SUMMED": thin_kernels._SUMMED, "KEPT": thin_kernels._KEPT, "SPLITS": 2}
         for swapped in (False, True):
             found[f"product {stages} {swapped}"] = _built(*settings, thin_kernels._rows_times, types, sides | {"SWAPPED": swapped})
-        types = {"rows": "*fp32", "out": "*fp32", "gram": "*fp64", "lost": "*i8", "width": "i32", "columns": "i32"}
-        constants = {"CHECK": True, "TOLERANCE": NEARLY, "COLUMNS": thin_kernels._COLUMNS}
+        types = {"left": "*fp32", "right": "*fp32", "parts": "*fp64"} | dict.fromkeys(("width", "height", "columns", "steps"), "i32")
+        sides = {"HEIGHT": 16, "COLUMNS": thin_kernels._COLUMNS}
+        found[f"rows {stages}"] = _built(*settings, thin_kernels._products_of_rows, types, sides)
+        sides = {"HEIGHT": thin_kernels.LARGEST_HEIGHT, "COLUMNS": thin_kernels._COLUMNS_OF_MANY}
+        found[f"images {stages}"] = _built(*settings, thin_kernels._products_of_rows, types | {"right": "*fp64"}, sides)
+        types = {"rows": "*fp32", "parts": "*fp64", "out": "*fp32", "gram": "*fp64", "lost": "*i8"}
+        types |= dict.fromkeys(("width", "columns", "steps", "splits"), "i32")
+        constants = {"CHECK": True, "TOLERANCE": NEARLY, "COLUMNS": thin_kernels._COLUMNS, "PARTS": thin_kernels._MOST_PROGRAMS}
         found[f"orthonormal {stages}"] = _built(*settings, thin_kernels._orthonormal, types, constants)
     return found
 
@@ -137,7 +167,7 @@ def _built(
     source: Any, compile_kernel: Any, options: dict[str, Any], target: Any, kernel: Any, types: dict[str, str], constants: dict[str, Any]
 ) -> dict[str, Any]:
     signature = types | dict.fromkeys(constants, "constexpr")
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name not in ("first", "width")}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if name not in ("first", "width", "height", "steps", "splits")}
     built = compile_kernel(source(kernel, signature, constexprs=constants, attrs=aligned), target=target, options=options)
     return {"shared": built.metadata.shared, "matrix_units": built.asm["ptx"].count("mma")}
 

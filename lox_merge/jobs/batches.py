@@ -18,8 +18,9 @@ from lox_merge.maths.batched_spectral import batched_memory, batched_rank
 BATCH_ENTRIES = 2**28
 # More matrices than this gain nothing, and the slowest keeps the others waiting.
 LARGEST_BATCH = 16
-# Tensors are taken together within stretches of a shard of about this many bytes: the outputs of two stretches are in host memory.
-WINDOW_BYTES = 2**30
+# Tensors are taken together within stretches of a shard of about this many bytes: the outputs of two stretches are in host memory. Half as
+# much leaves so few attention matrices of an 8B model in a batch that a GPU is done with them before the host has told it more.
+WINDOW_BYTES = 2**31
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lox_merge.maths.block_qr import orthonormal_rows
 from lox_merge.maths.lanes import Lanes, borrowed, lanes_of
 from lox_merge.maths.replayed import Replayed
-from lox_merge.maths.thin_products import LongSide, fast_kernels
+from lox_merge.maths.thin_products import LongSide, fast_kernels, products_of_rows
 from lox_merge.maths.transport import arriving, to_device
 
 # Rows of a basis that are always taken whole, those not yet found being zero: its steps are alike then, and can be recorded. Most deltas
@@ -156,11 +156,11 @@ class KrylovSpaces:
 
     def _add(self, chosen: Sequence[int]) -> None:
         assert self._product is not None
-        image = self._product.to_long(self._block, chosen, self._long_rows).double()
+        image = self._product.to_long(self._block, chosen, self._long_rows)
         self._basis.index_copy_(1, self._places, self._block)
-        self._images.index_copy_(1, self._places, image)
+        self._images.index_copy_(1, self._places, image.double())
         used = self.rows if self._padded else self.size + self.width
-        self._gram[:, :, :used].index_copy_(1, self._places, image @ self._images[:, :used].mT)
+        self._gram[:, :, :used].index_copy_(1, self._places, products_of_rows(image, self._images[:, :used]))
         self._places += self.width
         remainder = self._without(self._product.to_short(self._long_rows, chosen, self._short_rows), used, rounds=2)
         square, coupled = self.rows**2, self.width**2

@@ -17,11 +17,16 @@ from torch import Tensor
 
 # Rows of a block as the matrix units take them; fewer are filled up with zeros.
 LARGEST_WIDTH = 16
+# Rows on the other side of `products_of_rows`: what a multiprocessor has room for.
+LARGEST_HEIGHT = 64
 # Steps through the summed side that a program takes at least: splitting that side further costs more than idle multiprocessors.
 _FEWEST_STEPS = 8
 # Sides of what a program reads at a time.
 _SUMMED, _KEPT = 64, 128
-_COLUMNS = 256
+# Columns that a program takes at a time for products of rows with rows, by how many rows there are on the other side; and how many a
+# program takes in all, while there are no more than so many programs for a block: each waits for memory once per step.
+_COLUMNS, _COLUMNS_OF_MANY = 256, 64
+_COLUMNS_OF_A_PROGRAM, _MOST_PROGRAMS = 512, 32
 # Shared memory of a block that a pipeline of three needs, by any release of Triton; consumer GPUs have 99 kB, and take one of two.
 _NEEDED_FOR_THREE = 120_000
 
@@ -96,19 +101,74 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _orthonormal(rows, out, gram, lost, width, columns, CHECK: tl.constexpr, TOLERANCE: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One round of Cholesky QR of rows[b] in float64, by one program; see maths.block_qr."""
-    batch = tl.program_id(0).to(tl.int64)
+def _products_of_rows(  # type: ignore[no-untyped-def]
+    left, right, parts, width, height, columns, steps, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """parts[b, s, i, j] = Σ_c left[b, i, c] right[b, j, c] over the s-th part of c, in float64."""
+    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, other = tl.arange(0, 16)[:, None], tl.arange(0, HEIGHT)
+    left += batch * width * columns
+    right += batch * height * columns
+    total = tl.zeros((16, HEIGHT), tl.float64)
+    for step in range(0, steps):
+        place = (split * steps + step) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        one = tl.load(left + row * columns + place, mask=(row < width) & (place < columns), other=0.0).to(tl.float64)
+        two = tl.load(right + other[:, None] * columns + place, mask=(other[:, None] < height) & (place < columns), other=0.0).to(tl.float64)
+        total = tl.dot(one, tl.trans(two), total, out_dtype=tl.float64)
+    parts += (batch * tl.num_programs(1) + split) * width * height
+    tl.store(parts + row * height + other[None, :], total, mask=(row < width) & (other[None, :] < height))
+
+
+def products_of_rows(rows: Tensor, others: Tensor) -> Tensor:
+    """rows @ othersᵀ in float64, (b, w, r). rows: (b, w, n), others: (b, r, n), contiguous, float32 or float64, w ≤ 16, r ≤ 64."""
+    return torch.sum(_parts_of_products(rows, others, _COLUMNS_OF_MANY), dim=1)
+
+
+def _parts_of_products(rows: Tensor, others: Tensor, columns_at_a_time: int) -> Tensor:
+    """(b, s, w, r), to be summed over s."""
+    count, width, columns = rows.shape
+    height = others.shape[1]
+    steps, splits = _steps(columns, columns_at_a_time)
+    parts = torch.empty(count, splits, width, height, dtype=torch.float64, device=rows.device)
+    sides = {"HEIGHT": max(16, triton.next_power_of_2(height)), "COLUMNS": columns_at_a_time}
+    _products_of_rows[(count, splits)](rows, others, parts, width, height, columns, steps, **sides, **options_for(rows.device))
+    return parts
+
+
+@cache
+def _steps(columns: int, at_a_time: int) -> tuple[int, int]:
+    """Steps of a program through its part of the columns, and how many parts there are."""
+    steps = max(triton.cdiv(_COLUMNS_OF_A_PROGRAM, at_a_time), triton.cdiv(columns, at_a_time * _MOST_PROGRAMS))
+    return steps, max(1, triton.cdiv(columns, at_a_time * steps))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _orthonormal(  # type: ignore[no-untyped-def]
+    rows,
+    parts,
+    out,
+    gram,
+    lost,
+    width,
+    columns,
+    steps,
+    splits,
+    CHECK: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One round of Cholesky QR of rows[b] in float64 from the parts of its Gram matrix; see maths.block_qr. Each program factors that matrix
+    and makes its part of the columns. What several programs write to `gram` and `lost` is the same."""
+    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, column = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     inside = (row < width) & (column < width)
     identity = (row == column).to(tl.float64)
     rows += batch * width * columns
     out += batch * width * columns
-    products = tl.zeros((16, 16), tl.float64)
-    for start in range(0, columns, COLUMNS):
-        place = start + tl.arange(0, COLUMNS)[None, :]
-        part = tl.load(rows + row * columns + place, mask=(row < width) & (place < columns), other=0.0).to(tl.float64)
-        products = tl.dot(part, tl.trans(part), products, out_dtype=tl.float64)
+    part = tl.arange(0, PARTS)[:, None, None]
+    places = (batch * splits + part) * width * width + row[None, :, :] * width + column[None, :, :]
+    products = tl.sum(tl.load(parts + places, mask=(part < splits) & inside[None, :, :], other=0.0), 0)
     tl.store(gram + batch * width * width + row * width + column, products, mask=inside)
     # Rows that are not there are those of the identity, which stays as it is.
     left = tl.where(inside, products, identity)
@@ -118,7 +178,7 @@ def _orthonormal(rows, out, gram, lost, width, columns, CHECK: tl.constexpr, TOL
         failed = (~(tl.max(tl.max(tl.abs(left - identity), 1), 0) <= TOLERANCE)).to(tl.int32)
     inverse = identity
     # Elimination of the Gram matrix L Lᵀ, done to the identity as well: that becomes L⁻¹.
-    for index in range(0, 16):
+    for index in range(0, width):
         pivot = tl.sum(tl.sum(tl.where((row == index) & (column == index), left, 0.0), 1), 0)
         failed = failed | (~(pivot > 0)).to(tl.int32)
         scale = 1 / tl.sqrt(pivot)
@@ -130,11 +190,11 @@ def _orthonormal(rows, out, gram, lost, width, columns, CHECK: tl.constexpr, TOL
     # Also what was lost before; such rows become zeros, which spoil nothing.
     lost_now = tl.load(lost + batch).to(tl.int32) | failed
     tl.store(lost + batch, (lost_now != 0).to(tl.int8))
-    for start in range(0, columns, COLUMNS):
-        place = start + tl.arange(0, COLUMNS)[None, :]
+    for step in range(0, steps):
+        place = (split * steps + step) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         mask = (row < width) & (place < columns)
-        part = tl.load(rows + row * columns + place, mask=mask, other=0.0).to(tl.float64)
-        product = tl.dot(inverse, part, out_dtype=tl.float64).to(tl.float32)
+        given = tl.load(rows + row * columns + place, mask=mask, other=0.0).to(tl.float64)
+        product = tl.dot(inverse, given, out_dtype=tl.float64).to(tl.float32)
         tl.store(out + row * columns + place, tl.where(lost_now != 0, 0.0, product), mask=mask)
 
 
@@ -144,10 +204,10 @@ def orthonormal_rows(block: Tensor, lost: Tensor, nearly: float | None) -> tuple
     block = block.contiguous()
     out = torch.empty_like(block)
     gram = torch.empty(count, width, width, dtype=torch.float64, device=block.device)
-    check, tolerance = nearly is not None, nearly or 0.0
-    _orthonormal[(count,)](
-        block, out, gram, lost.view(torch.int8), width, columns, CHECK=check, TOLERANCE=tolerance, COLUMNS=_COLUMNS, **options_for(block.device)
-    )
+    parts, (steps, splits) = _parts_of_products(block, block, _COLUMNS), _steps(columns, _COLUMNS)
+    constants = {"CHECK": nearly is not None, "TOLERANCE": nearly or 0.0, "COLUMNS": _COLUMNS, "PARTS": triton.next_power_of_2(splits)}
+    sizes = width, columns, steps, splits
+    _orthonormal[(count, splits)](block, parts, out, gram, lost.view(torch.int8), *sizes, **constants, **options_for(block.device))
     return out, gram
 
 

@@ -90,6 +90,16 @@ class LongSide:
         return out
 
 
+def products_of_rows(rows: Float[Tensor, "b w n"], others: Float[Tensor, "b r n"]) -> Float[Tensor, "b w r"]:
+    """rows @ othersᵀ in float64. rows: float32; others: float64, rows of a contiguous tensor. A product library adds up a long n within
+    one of a GPU's multiprocessors."""
+    fast = fast_kernels(rows.device)
+    if fast is not None and rows.shape[1] <= fast.LARGEST_WIDTH and others.shape[1] <= fast.LARGEST_HEIGHT and others.is_contiguous():
+        product: Tensor = fast.products_of_rows(rows, others)
+        return product
+    return rows.double() @ others.mT
+
+
 def runs(chosen: Sequence[int]) -> list[slice]:
     """Ascending indices as slices: matrices that are done are left out without copying the others."""
     parts: list[slice] = []
