@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import threading
@@ -21,12 +22,14 @@ from lox_merge import FilterRecipe, Recipe, harden, project
 from lox_merge.errors import LoxMergeWarning, NonFiniteDeltaError
 from lox_merge.jobs import batches
 from lox_merge.jobs.ahead import Ahead
-from lox_merge.jobs.batches import BATCH_ENTRIES, LARGEST_BATCH, batch_bytes, batch_size, batches_of
+from lox_merge.jobs.batches import BATCH_ENTRIES, LARGEST_BATCH, batch_bytes, batch_size, batches_of, outputs_bytes
+from lox_merge.jobs.estimate import PROCESS_BYTES, peak_memory
 from lox_merge.jobs.harden import plan_hardening
 from lox_merge.jobs.lookahead import look_ahead
 from lox_merge.jobs.lox_edit import LoxEdit
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.project import plan_projection
+from lox_merge.jobs.transfers import BUFFER_BYTES, BUFFERS
 from lox_merge.jobs.triplets import TakenNow
 from lox_merge.jobs.work import Crew, CrewSize
 
@@ -77,6 +80,17 @@ def test_batches_are_bounded(pair: Pair, tmp_path: Path, monkeypatch: pytest.Mon
         assert sum(tensors.values()) <= 2**20
     monkeypatch.setattr(batches, "LARGEST_BATCH", 2)
     assert max(len(batch.members) for batch in batches_of(plan, 0)) == 2
+
+
+def test_outputs_of_two_stretches_count_as_memory_of_the_host(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(pair, tmp_path / "out")
+    edited = [sum(tensor.info.bytes for tensor in shard.tensors if tensor.action == "edit") for shard in plan.shards]
+    neighbours = [one + other for one, other in itertools.pairwise(edited)]
+    assert outputs_bytes(plan) == max(neighbours)
+    on_gpu, buffers = torch.device("cuda"), 2 * BUFFERS * BUFFER_BYTES
+    assert peak_memory(plan, on_gpu) >= peak_memory(plan) and peak_memory(plan, on_gpu) >= PROCESS_BYTES + buffers + max(neighbours)
+    monkeypatch.setattr(batches, "WINDOW_BYTES", 2**20)
+    assert 2**20 < outputs_bytes(plan) <= 2**21
 
 
 def test_a_batch_is_counted_with_all_that_it_takes(pair: Pair, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def project_command(
             target, _, _ = check_model_job(plan, device=device, workers=count, executor=executor, overwrite=overwrite)
             if all_here(plan):
                 check_direction(plan)
-            report = estimate(plan, "project", workers_of_dry_run(executor, count, plan, target))
+            report = estimate(plan, "project", workers_of_dry_run(executor, count, plan, target), target)
             if json_file:
                 write_json(json_file, report)
             if json_file != "-":

@@ -5,6 +5,7 @@ Memory that happens to be free decides how many batches are in flight, never wha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -75,6 +76,17 @@ def batches_of(plan: Plan, shard: int) -> list[Batch]:
     order = {tensor.name: place for place, tensor in enumerate(plan.shards[shard].tensors)}
     found = [Batch(shard, key[0], tuple(members)) for key, batches in groups.items() for members in batches]  # type: ignore[index]
     return sorted(found, key=lambda batch: (order[batch.members[0].tensor.name], batch.members[0].index))
+
+
+def outputs_bytes(plan: Plan) -> int:
+    """The most bytes that outputs wait in on the host: those of two stretches, one after another."""
+    sizes: list[int] = []
+    for position, shard in enumerate(plan.shards):
+        windows = Counter[int]()
+        for tensor, window in {member.tensor.name: batch.window for batch in batches_of(plan, position) for member in batch.members}.items():
+            windows[window] += shard.header.tensors[tensor].bytes
+        sizes += [size for _, size in sorted(windows.items())]
+    return max((sum(sizes[start : start + 2]) for start in range(len(sizes))), default=0)
 
 
 def batch_bytes(plan: Plan, batch: Batch) -> int:

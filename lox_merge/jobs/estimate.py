@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from lox_merge.checkpoint.collector import no_collection
+from lox_merge.jobs.batches import outputs_bytes
 from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.transfers import BUFFER_BYTES, BUFFERS
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, available_cores
 
 # Interpreter, torch and its thread pools, measured (benchmarks/harden.py).
@@ -39,23 +41,28 @@ def _seconds_per_entry(plan: Plan) -> float:
         torch.set_num_threads(before)
 
 
-def peak_memory(plan: Plan) -> int:
-    """Upper estimate of the bytes that one process takes beside mapped files."""
+def peak_memory(plan: Plan, device: torch.device | None = None) -> int:
+    """Upper estimate of the bytes of the host that one process takes beside mapped files. device: a GPU's own host memory, some hundred
+    megabytes that its driver takes, is not counted."""
     costs = [(plan.working_memory(tensor, view), tensor, view) for tensor in plan.edited for view in tensor.views]
     total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
     largest = max((cost + 4 * tensor.info.size for cost, tensor, _ in costs), default=0)
-    return PROCESS_BYTES + max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest)
+    here = max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest)
+    if device is not None and device.type == "cuda":
+        # A matrix that the device has no room for is edited here.
+        here = max(here, outputs_bytes(plan) + 2 * BUFFERS * BUFFER_BYTES)
+    return PROCESS_BYTES + here
 
 
 @no_collection()
-def estimate(plan: Plan, command: str = "harden", workers: int = 1) -> dict[str, Any]:
-    """Plain values: counts, bytes, peak_memory (bytes, anonymous, of all workers), seconds on this CPU.
+def estimate(plan: Plan, command: str = "harden", workers: int = 1, device: torch.device | None = None) -> dict[str, Any]:
+    """Plain values: counts, bytes, peak_memory (bytes of the host, anonymous, of all workers, where they work on `device`), seconds on this CPU.
 
     Workers divide the cores that one process would use, so that they shorten what is not arithmetic, and start up first.
     """
     matrices = [(tensor, view) for tensor in plan.edited for view in tensor.views]
     entries = sum(view.shape[0] * view.shape[1] for _, view in matrices)
-    read, written = plan.bytes_read, plan.bytes_written
+    read, written, each = plan.bytes_read, plan.bytes_written, peak_memory(plan, device)
     moving = _SECONDS_PER_BYTE * (read + written) / workers
     seconds = _TRIAL_FACTOR * entries * _seconds_per_entry(plan) / available_cores() + moving + (_START_SECONDS if workers > 1 else 0)
     return {
@@ -67,7 +74,7 @@ def estimate(plan: Plan, command: str = "harden", workers: int = 1) -> dict[str,
         "bytes_written": written,
         **({"most_bytes_downloaded_at_once": plan.passing.most_bytes} if plan.passing else {}),
         "workers": workers,
-        "peak_memory": peak_memory(plan) if workers == 1 else PROCESS_BYTES + workers * peak_memory(plan),
+        "peak_memory": each if workers == 1 else PROCESS_BYTES + workers * each,
         "seconds": seconds,
         "recipe": plan.recipe.to_json(),
         "warnings": plan.warnings,

@@ -172,7 +172,7 @@ def _shares(ray: Any, plan: Plan, device: torch.device, asked: Workers, shards: 
     if cuda:
         nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
     count = min(shards, gpus if cuda else len(nodes)) if asked == "auto" else min(shards, asked)
-    each = peak_memory(plan)
+    each = peak_memory(plan, device)
     places = [places_of(node, each, cuda) for node in nodes]
     fit = max(1, sum(places))
     if fit < count:

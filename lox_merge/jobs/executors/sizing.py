@@ -56,7 +56,7 @@ def settle_workers(workers: Workers, plan: Plan, device: torch.device, available
         most = min(most, workers)
     if most == 1:
         return 1
-    each = peak_memory(plan)
+    each = peak_memory(plan, device)
     free = available_memory() if available is None else available
     fit = max(1, (free - PROCESS_BYTES) // each)
     if workers != "auto" and fit < most:
