@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -90,6 +90,9 @@ def test_a_study_from_the_command_line_goes_on_and_is_picked_from(toy_pair_seed0
     aligned, hardened = (load_model(path, device="cpu") for path in (toy_pair_seed0.aligned, tmp_path / "out"))
     reference = reference_log_probabilities(aligned.model, aligned.tokenizer, harmless, last=8)
     assert kl_divergence(reference, hardened.model).value == pytest.approx(result["trials"][number]["divergence"], rel=1e-4)
+    picking = ("--study", tmp_path / "study.log", "--pick", number, "--write", tmp_path / "x")
+    elsewhere = run_cli(*arguments(toy_pair_seed0, files, *picking, "--include", "q_proj"))
+    assert elsewhere.returncode == 2 and "--include is not what study.log was made with" in elsewhere.stderr and not (tmp_path / "x").exists()
     other = run_cli(*arguments(toy_pair_seed0, files, *study, "--seed", 5))
     assert other.returncode == 2 and "of another request (different: recipe, seed)" in other.stderr
     swapped = ToyPair(toy_pair_seed0.aligned, toy_pair_seed0.base)
@@ -137,6 +140,22 @@ def test_trials_count_over_interruptions_and_failures(tmp_path: Path) -> None:
         found.trial(3)
 
 
+def test_a_study_killed_in_its_first_trial_asks_the_papers_setting_again(tmp_path: Path) -> None:
+    class Killed(Measured):
+        def measure(self, recipe: Recipe | None) -> tuple[AttackSuccess, float]:
+            if recipe is not None:
+                raise KeyboardInterrupt
+            return super().measure(recipe)
+
+    space, killed, tuner = TuneSpace((1, 8), (0.5, 2.0), ("mlp",)), Killed(), Measured()
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(open_study(tmp_path / "s.log", IDENTITY, 0), space, cast("Any", killed), Recipe(), 3)
+    found = run_trials(open_study(tmp_path / "s.log", IDENTITY, 0), space, cast("Any", tuner), Recipe(), 2)
+    assert [trial.number for trial in found.trials] == [1, 2]
+    settings = [(str(trial.recipe.rank), trial.recipe.alpha) for trial in found.trials]
+    assert settings[0] == ("6", 1.25) and settings[1] != settings[0]
+
+
 def test_a_plan_follows_another_recipe(toy_pair_seed0: ToyPair, tmp_path: Path) -> None:
     recipe = Recipe(rank=3, alpha=0.7, rank_pattern=(("q_proj", 2),), alpha_pattern=(("mlp", 0.1),), exclude=("lm_head",))
     direct = plan_hardening(toy_pair_seed0.base, toy_pair_seed0.aligned, tmp_path / "out", recipe=recipe)
@@ -160,6 +179,10 @@ def test_wrong_requests(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path, mo
         (("--rank-range", "8-2"), "leave nothing to choose"),
         (("--rank-range", "1.5-2"), "two whole numbers"),
         (("--alpha-range", "0-2"), "above 0"),
+        (("--alpha-range", "0.0004-2"), "told apart to 0.001, and 0.0004 is less"),
+        (("--alpha", "1.25"), "--alpha does not go with --tune, which chooses it"),
+        (("--rho", "0.1"), "--rho does not go with --tune"),
+        (("--dtype", "auto"), "--dtype does not go with --tune"),
         (("--group", "("), "not a regular expression"),
         (("--group", "no_such_tensor"), "matches no tensor that is edited"),
         (("--study", tmp_path / "other.txt"), "is not a study"),
@@ -170,7 +193,13 @@ def test_wrong_requests(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path, mo
             asked(*more)
     assert (tmp_path / "other.txt").read_text() == "not a study\n"
     plain = ["search", str(toy_pair_seed0.base), str(toy_pair_seed0.aligned), "--prompts", str(files / "prompts.txt")]
-    for more, message in ((["--attack", "x.jsonl"], "--attack goes with --tune"), (["--tune"], "--tune needs --attack")):
+    for more, message in (
+        (["--attack", "x.jsonl"], "--attack goes with --tune"),
+        (["--trials", "20"], "--trials goes with --tune"),
+        (["--rank-range", "1-4", "--lora"], "--lora goes with --tune"),
+        (["--pick", "0"], "--pick goes with --tune"),
+        (["--tune"], "--tune needs --attack"),
+    ):
         with pytest.raises(RequestError, match=message):
             cli.main([*plain, *more], standalone_mode=False)
     monkeypatch.setitem(sys.modules, "optuna", None)

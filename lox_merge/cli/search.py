@@ -62,7 +62,7 @@ def search_command(base: str, aligned: str, json_file: str | None, **options: An
     import_torch()
     from lox_merge.jobs.recipe import Recipe
 
-    check_tune_options(options)
+    check_tune_options(click.get_current_context())
     recipe = Recipe(alpha=number(options["alpha"], "--alpha"), seed=options["seed"], **selection_of(options))
     chosen = recipe if any(selection_of(options).values()) or not options["factors"] else None
     if options["write"]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from lox_merge.cli.in_memory import selection_of
 from lox_merge.cli.measuring import cache_of, judges_of, options_in_order, prompts_of, rendering_of
 from lox_merge.cli.options import GIVEN_FILE, GIVEN_PATH, number
 from lox_merge.errors import RequestError
@@ -14,9 +16,22 @@ if TYPE_CHECKING:
     from lox_merge.jobs.recipe import Recipe
     from lox_merge.safety.tuning import TuneSpace, Tuning
 
-# Options that only mean something with --tune, and those that only do without it; defaults tell whether one was given.
-_OWN = ("attack", "group", "study", "pick")
-_OTHERS = ("ranks", "bisect", "max_rank", "confident", "replies", "utility_questions", "utility_text", "lm_eval", "device_map")
+# Options that only mean something with --tune, and those that only do without it.
+_OWN = ("attack", "attack_steps", "attack_batch_size", "learning_rate", "lora", "trials", "rank_range", "alpha_range", "group", "study", "pick")
+_OTHERS = (
+    "ranks",
+    "bisect",
+    "max_rank",
+    "rho",
+    "confident",
+    "alpha",
+    "replies",
+    "utility_questions",
+    "utility_text",
+    "lm_eval",
+    "dtype",
+    "device_map",
+)
 
 tune_options = options_in_order(
     click.option("--tune", is_flag=True, help="Choose rank and alpha: ASR after --attack against KL on --utility-prompts."),
@@ -34,16 +49,18 @@ tune_options = options_in_order(
 )
 
 
-def check_tune_options(options: dict[str, Any]) -> None:
-    """Raises RequestError for options that do not go together."""
-    given = [name for name in _OWN if options[name]]
+def check_tune_options(context: click.Context) -> None:
+    """Raises RequestError for options of a command line that do not go together."""
+    options, given = context.params, _given(context)
     if not options["tune"]:
-        if given or options["pick"] is not None:
-            raise RequestError(f"--{(given or ['pick'])[0].replace('_', '-')} goes with --tune.")
+        wrong = [name for name in given if name in _OWN]
+        if wrong:
+            raise RequestError(f"--{wrong[0].replace('_', '-')} goes with --tune.")
         return
-    wrong = [name for name in _OTHERS if options[name]] + ["dtype"] * (options["dtype"] != "auto")
+    wrong = [name for name in given if name in _OTHERS]
     if wrong:
-        raise RequestError(f"--{wrong[0].replace('_', '-')} does not go with --tune, which measures ASR after an attack and KL.")
+        what = "chooses it" if wrong[0] == "alpha" else "measures ASR after an attack and KL"
+        raise RequestError(f"--{wrong[0].replace('_', '-')} does not go with --tune, which {what}.")
     if options["pick"] is not None:
         if options["write"] is None or options["study"] is None:
             raise RequestError("--pick hardens with a trial of a study: it needs --study FILE and --write OUT.")
@@ -53,6 +70,12 @@ def check_tune_options(options: dict[str, Any]) -> None:
     missing = [name for name in ("attack", "utility_prompts") if options[name] is None]
     if missing:
         raise RequestError(f"--tune needs --{missing[0].replace('_', '-')}: data to attack with, and harmless prompts for the KL divergence.")
+
+
+def _given(context: click.Context) -> list[str]:
+    """What the command line names. What the environment has for the other way of searching stands in nobody's way."""
+    names = [parameter.name for parameter in context.command.params if parameter.name]
+    return [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def tune_models(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any]) -> Tuning:
@@ -111,7 +134,15 @@ def picked_recipe(base: str, aligned: str, options: dict[str, Any]) -> Recipe:
         checkpoint.close()
         if difference:
             raise RequestError(f"{options['study'].name} is a study of another pair ({difference}). Give the models that it was made with.")
-    return found.trial(options["pick"]).recipe
+    recipe = found.trial(options["pick"]).recipe
+    asked = {name: value for name, value in selection_of(options).items() if value}
+    for name, value in asked.items():
+        if value != getattr(recipe, name):
+            option = f"--{name.replace('_', '-')}"
+            raise RequestError(
+                f"{option} is not what {options['study'].name} was made with; --pick hardens with the recipe of its trial: leave it out."
+            )
+    return recipe
 
 
 def _space(options: dict[str, Any]) -> TuneSpace:

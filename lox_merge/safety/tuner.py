@@ -75,7 +75,8 @@ def run_trials(study: Any, space: TuneSpace, tuner: Tuner, recipe: Recipe, trial
         say(f"{ALIGNED}, attacked")
         attack, _ = tuner.measure(None)
         study.set_user_attr(ALIGNED_KEY, asdict(attack))
-    if not study.trials:
+    # A process that was killed leaves the trial that it was at, and that was the first one if there is no other.
+    if all(trial.state == optuna.trial.TrialState.RUNNING for trial in study.get_trials(deepcopy=False)):
         study.enqueue_trial(space.default())
     attempts = trials - len(study.get_trials(deepcopy=False, states=[finished]))
     for _ in range(max(0, attempts)):

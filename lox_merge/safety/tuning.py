@@ -37,6 +37,8 @@ class TuneSpace:
             raise RequestError(f"ranks from {self.ranks[0]} to {self.ranks[1]} leave nothing to choose; give two numbers, the first one 1 or more.")
         if not 0 < self.alphas[0] <= self.alphas[1] < float("inf"):
             raise RequestError(f"alphas from {self.alphas[0]:g} to {self.alphas[1]:g}: both must be finite and above 0, the first not the larger.")
+        if self.alphas[0] < 10**-_ALPHA_DIGITS:
+            raise RequestError(f"alphas are told apart to {10**-_ALPHA_DIGITS:g}, and {self.alphas[0]:g} is less; begin with that or more.")
         if len(set(self.groups)) < len(self.groups):
             raise RequestError("a group is named twice; name each once.")
         for pattern in self.groups:
