@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -25,7 +26,29 @@ class _Job:
     bytes: int
     out: Tensor | None = None
     submitted: int = 0
-    futures: deque[tuple[Future[MatrixOutcome], int]] = field(default_factory=deque)
+    futures: deque[Future[MatrixOutcome]] = field(default_factory=deque)
+
+
+class _Memory:
+    """Memory of tensors that are written, for those to come. Fresh memory costs a page fault every 4 kB, on virtual machines a dear one."""
+
+    def __init__(self) -> None:
+        self._spare: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        """(size or up to twice as much,) bytes."""
+        for place, buffer in enumerate(self._spare):
+            if size <= buffer.numel() <= 2 * size:
+                return self._spare.pop(place)
+        return torch.empty(size, dtype=torch.uint8)
+
+    def give(self, buffer: Tensor) -> None:
+        self._spare = sorted([*self._spare, buffer], key=torch.numel)
+
+    def keep(self, room: int) -> None:
+        """Lets go of what is more than `room` bytes, the largest first."""
+        while sum(map(torch.numel, self._spare)) > max(0, room):
+            self._spare.pop()
 
 
 class Ahead:
@@ -41,7 +64,10 @@ class Ahead:
         )
         self._started: deque[_Job] = deque()
         self._in_flight = 0
-        self._budget = IN_FLIGHT_BYTES + plan.largest_matrix_bytes
+        # Memory of work that has ended and is not taken yet: the writer may wait long for a large matrix before it.
+        self._freed, self._ended = 0, threading.Condition()
+        self._memory, self._lent = _Memory(), dict[str, Tensor]()
+        self._budget = IN_FLIGHT_BYTES + plan.largest_edit_bytes
         # Where sources pass through the disk, those of later shards are not there yet.
         self._horizon = len(plan.shards) if plan.passing is None else -1
 
@@ -59,19 +85,35 @@ class Ahead:
         while len(results) < len(tensor.views):
             if not job.futures:
                 self._submit_view(job)
-            future, cost = job.futures.popleft()
+            future = job.futures.popleft()
+            while not future.done():
+                self._fill()
+                self._wait_for_some_end(future)
             self._fill()
             results.append(future.result())
-            self._in_flight -= cost
         self._started.popleft()
         assert job.out is not None
         return job.out, results
 
     def release(self, tensor: TensorPlan, size: int) -> None:
         self._in_flight -= size
+        self._memory.give(self._lent.pop(tensor.name))
         self._fill()
 
+    def _wait_for_some_end(self, awaited: Future[MatrixOutcome]) -> None:
+        with self._ended:
+            while not self._freed and not awaited.done():
+                self._ended.wait()
+
+    def _count_end(self, cost: int) -> None:
+        """In the thread that edited."""
+        with self._ended:
+            self._freed += cost
+            self._ended.notify()
+
     def _fill(self) -> None:
+        with self._ended:
+            self._in_flight, self._freed = self._in_flight - self._freed, 0
         while True:
             job = self._started[-1] if self._started else None
             if job is None or job.submitted == len(job.tensor.views):
@@ -94,7 +136,8 @@ class Ahead:
     def _start_next(self) -> None:
         job = self._waiting.popleft()
         code = self._plan.shards[job.shard].code_in_memory(job.tensor)
-        job.out = torch.empty(job.tensor.info.shape, dtype=dtypes.torch_dtype(code))
+        memory = self._lent[job.tensor.name] = self._memory.take(job.bytes)
+        job.out = memory[: job.bytes].view(dtypes.torch_dtype(code)).view(job.tensor.info.shape)
         self._in_flight += job.bytes
         self._started.append(job)
         self._submit_view(job)
@@ -107,4 +150,6 @@ class Ahead:
         edit, grid = self._plan.edit, self._plan.grid(job.tensor, view)
         future = self._crew.submit(edit.matrix, sources, view.select(job.out), view, job.tensor, self._crew.device, self._plan.triplets, grid)
         self._in_flight += cost
-        job.futures.append((future, cost))
+        self._memory.keep(self._budget - self._in_flight)
+        job.futures.append(future)
+        future.add_done_callback(lambda _: self._count_end(cost))

@@ -47,7 +47,7 @@ def peak_memory(plan: Plan, device: torch.device | None = None) -> int:
     costs = [(plan.working_memory(tensor, view), tensor, view) for tensor in plan.edited for view in tensor.views]
     total = sum(cost + 4 * view.shape[0] * view.shape[1] for cost, _, view in costs)
     largest = max((cost + 4 * tensor.info.size for cost, tensor, _ in costs), default=0)
-    here = max(min(IN_FLIGHT_BYTES + plan.largest_matrix_bytes, total), largest)
+    here = max(min(IN_FLIGHT_BYTES + plan.largest_edit_bytes, total), largest)
     if device is not None and device.type == "cuda":
         # A matrix that the device has no room for is edited here.
         here = max(here, outputs_bytes(plan) + 2 * BUFFERS * BUFFER_BYTES)

@@ -114,8 +114,14 @@ class Plan:
     # Asked for at every shard, and each time it goes through all tensors.
     @cached_property
     def largest_matrix_bytes(self) -> int:
-        """float32 bytes of the largest matrix that is decomposed."""
-        return max((4 * view.shape[0] * view.shape[1] for tensor in self.edited for view in tensor.views), default=0)
+        """Upper estimate of the bytes that work on the largest matrix takes."""
+        return max((self.working_memory(tensor, view) for tensor in self.edited for view in tensor.views), default=0)
+
+    @cached_property
+    def largest_edit_bytes(self) -> int:
+        """The same with what its tensor takes in the output: more than any tensor takes that is edited matrix by matrix."""
+        edited = [(tensor, shard.bytes_in_memory(tensor)) for shard in self.shards for tensor in shard.tensors if tensor.action == "edit"]
+        return max((size + self.working_memory(tensor, view) for tensor, size in edited for view in tensor.views), default=0)
 
     @property
     def largest_tensor_bytes(self) -> int:

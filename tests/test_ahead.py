@@ -1,0 +1,105 @@
+"""Matrices are edited ahead of the writer: side by side, within the memory that the plan allows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tiny_models import make_pair
+
+from lox_merge.jobs import ahead
+from lox_merge.jobs.ahead import Ahead
+from lox_merge.jobs.edit import Edit
+from lox_merge.jobs.harden import plan_hardening
+from lox_merge.jobs.plan import Plan
+from lox_merge.jobs.recipe import Recipe
+from lox_merge.jobs.select import TensorPlan
+from lox_merge.jobs.work import Crew, CrewSize
+
+# Longer than any of this takes, shorter than anybody waits.
+PATIENCE = 20.0
+
+
+class Watched:
+    """An edit that says before which matrix it is, and after which."""
+
+    def __init__(self, edit: Edit, before: Callable[[str], object], after: Callable[[str], object] = lambda _name: None) -> None:
+        self._edit, self._before, self._after = edit, before, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._edit, name)
+
+    def matrix(self, sources: Any, out: Any, view: Any, tensor: TensorPlan, *others: Any) -> Any:
+        self._before(tensor.name + view.label)
+        try:
+            return self._edit.matrix(sources, out, view, tensor, *others)
+        finally:
+            self._after(tensor.name + view.label)
+
+
+def watched(plan: Plan, *looks: Callable[[str], object]) -> Plan:
+    return replace(plan, edit=cast("Edit", Watched(plan.edit, *looks)))
+
+
+def edited(plan: Plan) -> list[TensorPlan]:
+    return [tensor for tensor in plan.shards[0].tensors if tensor.action == "edit"]
+
+
+def test_work_goes_on_while_the_writer_waits_for_a_large_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair(tmp_path, "llama", aligned_shards=1, vocabulary=2000, tie_word_embeddings=True)
+    plan = plan_hardening(*pair, tmp_path / "out", recipe=Recipe())
+    first, *others = edited(plan)
+    costs = [plan.working_memory(tensor, tensor.views[0]) for tensor in others]
+    # Room for what they give, and for the work on two of them at a time.
+    room = sum(plan.shards[0].bytes_in_memory(tensor) for tensor in others) + 2 * max(costs)
+    assert room < sum(costs) and plan.working_memory(first, first.views[0]) > room
+    monkeypatch.setattr(ahead, "IN_FLIGHT_BYTES", room)
+    large, done = threading.Event(), threading.Semaphore(0)
+    plan = watched(
+        plan,
+        lambda name: large.wait(PATIENCE) if name == first.name else None,
+        lambda name: done.release() if name != first.name else None,
+    )
+    crew = Crew(torch.device("cpu"), CrewSize(2, 1))
+    looking = Ahead(plan, [0], crew)
+    writer = threading.Thread(target=looking.take, args=(first,))
+    writer.start()
+    try:
+        finished = [done.acquire(timeout=PATIENCE / 10) for _ in others]
+    finally:
+        large.set()
+        writer.join(PATIENCE)
+        crew.close()
+    assert all(finished) and len(finished) >= 14
+
+
+def test_parts_of_a_tensor_larger_than_the_memory_for_work_go_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair(tmp_path, "gpt_oss", aligned_shards=1, num_local_experts=64)
+    plan = plan_hardening(*pair, tmp_path / "out", recipe=Recipe())
+    stacked = max(edited(plan), key=lambda tensor: len(tensor.views))
+    room = 2 * plan.working_memory(stacked, stacked.views[0])
+    assert plan.shards[0].bytes_in_memory(stacked) > room + plan.largest_matrix_bytes
+    monkeypatch.setattr(ahead, "IN_FLIGHT_BYTES", room)
+    together = threading.Barrier(2, timeout=PATIENCE / 4)
+    met = [0]
+
+    def meet(name: str) -> None:
+        if name.startswith(f"{stacked.name}["):
+            together.wait()
+            met[0] += 1
+
+    plan = watched(plan, meet)
+    crew = Crew(torch.device("cpu"), CrewSize(2, 1))
+    try:
+        looking = Ahead(plan, [0], crew)
+        for tensor in edited(plan):
+            looking.take(tensor)
+            looking.release(tensor, plan.shards[0].bytes_in_memory(tensor))
+    finally:
+        crew.close()
+    assert met[0] == len(stacked.views) >= 4
