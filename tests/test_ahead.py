@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,12 @@ from tiny_models import make_pair
 from lox_merge.jobs import ahead
 from lox_merge.jobs.ahead import Ahead
 from lox_merge.jobs.edit import Edit
-from lox_merge.jobs.harden import plan_hardening
+from lox_merge.jobs.execute import Silent
+from lox_merge.jobs.executors.run import run
+from lox_merge.jobs.executors.serial import Serial
+from lox_merge.jobs.harden import harden, plan_hardening
+from lox_merge.jobs.journal import Journal
+from lox_merge.jobs.manifest import job_description
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.jobs.select import TensorPlan
@@ -103,3 +110,32 @@ def test_parts_of_a_tensor_larger_than_the_memory_for_work_go_side_by_side(tmp_p
     finally:
         crew.close()
     assert met[0] == len(stacked.views) >= 4
+
+
+def test_the_disk_has_something_to_do_while_the_writer_waits(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "llama", aligned_shards=1, vocabulary=2000, tie_word_embeddings=True)
+    expected = harden(*pair, tmp_path / "expected").out
+    plan = plan_hardening(*pair, tmp_path / "out", recipe=Recipe())
+    first, *others = edited(plan)
+    (name,) = (shard.file for shard in plan.shards)
+    whole = (expected / name).read_bytes()
+    places = [plan.shards[0].header.tensors[tensor.written] for tensor in others]
+    early = []
+
+    def wait_for_the_others(matrix: str) -> None:
+        """Until the unfinished file holds all of them, though the first tensor is not there."""
+        partial, until = Journal(plan.out).partial(name), time.monotonic() + PATIENCE
+        while matrix == first.name and not early and time.monotonic() < until:
+            found = partial.read_bytes()
+            if all(found[place.begin : place.end] == whole[place.begin : place.end] for place in places):
+                early.append(found[plan.shards[0].header.tensors[first.written].begin :][: first.info.bytes])
+            time.sleep(0.01)
+
+    plan = watched(plan, wait_for_the_others)
+    journal = Journal(plan.out)
+    with journal.locked():
+        journal.begin(job_description(plan, torch.device("cpu")))
+        (record,) = run(plan, journal, torch.device("cpu"), Silent(), Serial())
+    assert early == [bytes(first.info.bytes)], "a hole"
+    assert (plan.out / name).read_bytes() == whole
+    assert record["output"]["sha256"] == hashlib.sha256(whole).hexdigest()

@@ -267,8 +267,8 @@ def test_outputs_of_two_stretches_at_most_are_in_memory(pair: Pair, tmp_path: Pa
             ahead = super().look_ahead(plan, todo, crew)
             take = ahead.take
 
-            def watched(tensor: Any) -> Any:
-                found = take(tensor)
+            def watched(tensor: Any, *others: Any) -> Any:
+                found = take(tensor, *others)
                 held.append(sum(4 * one.out.numel() for one in ahead._tensors.values()))
                 return found
 

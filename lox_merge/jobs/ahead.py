@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -27,6 +28,13 @@ class _Job:
     out: Tensor | None = None
     submitted: int = 0
     futures: deque[Future[MatrixOutcome]] = field(default_factory=deque)
+    told: bool = False
+
+    @property
+    def edited(self) -> bool:
+        """Whether all of it is done, and well."""
+        whole = self.submitted == len(self.tensor.views)
+        return whole and all(future.done() and future.exception() is None for future in self.futures)
 
 
 class _Memory:
@@ -75,8 +83,8 @@ class Ahead:
         """The sources of this shard are there."""
         self._horizon = max(self._horizon, position)
 
-    def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixOutcome]]:
-        """The edited tensor and the results of its matrices. Its memory counts until `release`."""
+    def take(self, tensor: TensorPlan, early: Callable[[TensorPlan, Tensor], None] | None = None) -> tuple[Tensor, list[MatrixOutcome]]:
+        """The edited tensor and the results of its matrices. Its memory counts until `release`. early: see jobs.lookahead."""
         if not self._started:
             self._start_next()
         job = self._started[0]
@@ -88,7 +96,8 @@ class Ahead:
             future = job.futures.popleft()
             while not future.done():
                 self._fill()
-                self._wait_for_some_end(future)
+                if early is None or not self._tell_of_one(job, early):
+                    self._wait_for_some_end(future)
             self._fill()
             results.append(future.result())
         self._started.popleft()
@@ -99,6 +108,15 @@ class Ahead:
         self._in_flight -= size
         self._memory.give(self._lent.pop(tensor.name))
         self._fill()
+
+    def _tell_of_one(self, awaited: _Job, early: Callable[[TensorPlan, Tensor], None]) -> bool:
+        for job in self._started:
+            if job is not awaited and not job.told and job.shard == awaited.shard and job.edited:
+                assert job.out is not None
+                job.told = True
+                early(job.tensor, job.out)
+                return True
+        return False
 
     def _wait_for_some_end(self, awaited: Future[MatrixOutcome]) -> None:
         with self._ended:

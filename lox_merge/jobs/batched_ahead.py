@@ -55,8 +55,8 @@ class BatchedAhead:
         """The sources of this shard are there."""
         self._horizon = max(self._horizon, position)
 
-    def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixOutcome]]:
-        """The edited tensor and the results of its matrices."""
+    def take(self, tensor: TensorPlan, early: object = None) -> tuple[Tensor, list[MatrixOutcome]]:
+        """The edited tensor and the results of its matrices. Nothing is early: batches end faster than a disk writes them."""
         self._window = self._window_of[tensor.name]
         self._fill()
         while tensor.name not in self._tensors or None in self._tensors[tensor.name].outcomes:

@@ -18,7 +18,7 @@ from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError, NumericalError
 from lox_merge.jobs.atomic import write_error
 from lox_merge.jobs.journal import Journal
-from lox_merge.jobs.lookahead import LooksAhead
+from lox_merge.jobs.lookahead import Early, LooksAhead
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.stamps import SourceFile, Stamp, stamp
@@ -73,12 +73,18 @@ def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progre
     output = _Hashed()
     try:
         file = path.open("wb", buffering=0)
+
+        def early(tensor: TensorPlan, out: Tensor) -> None:
+            """The disk has something to do while the writer waits for a large matrix, often the first of a shard."""
+            if not (plan.requantised and tensor.stored):
+                output.write(file, tensor_bytes(out), shard.header.tensors[tensor.written].begin)
+
         try:
-            output.put(file, shard.header.raw)
+            output.put(file, shard.header.raw, 0)
             for tensor in shard.tensors:
-                size = shard.header.tensors[tensor.written].bytes
-                for data, record in _tensor_data(plan, shard, tensor, ahead):
-                    output.put(file, data)
+                begin, size = shard.header.tensors[tensor.written].begin, shard.header.tensors[tensor.written].bytes
+                for data, record in _tensor_data(plan, shard, tensor, ahead, early):
+                    output.put(file, data, begin)
                     tensors.append(record)
                 if tensor.action == "edit":
                     ahead.release(tensor, shard.bytes_in_memory(tensor))
@@ -97,24 +103,33 @@ def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progre
 
 
 class _Hashed:
-    """Writes pieces of a file and hashes them meanwhile: a core does either at about 1.5 GB/s."""
+    """Writes pieces of a file and hashes them meanwhile: a core does either at about 1.5 GB/s. They are hashed in the order of the file."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self._digest, self._there = hashlib.sha256(), set[tuple[int, int]]()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash output")
 
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
-    def put(self, file: IO[bytes], data: bytes | memoryview) -> None:
+    def write(self, file: IO[bytes], data: bytes | memoryview, begin: int) -> None:
+        """Only writes what begins at this place of the file."""
+        view, size = memoryview(data), memoryview(data).nbytes
+        file.seek(begin)
+        while view:
+            view = view[file.write(view) :]
+        self._there.add((begin, size))
+
+    def put(self, file: IO[bytes], data: bytes | memoryview, begin: int) -> None:
+        """The next piece of the file."""
         view = memoryview(data)
         beside = self._pool.submit(self._digest.update, view) if view.nbytes >= _WORTH_A_THREAD else None
         try:
             if beside is None:
                 self._digest.update(view)
-            while view:
-                view = view[file.write(view) :]
+            if (begin, view.nbytes) not in self._there:
+                self.write(file, view, begin)
         finally:
             if beside is not None:
                 beside.result()  # also when the disk is full: it reads memory that is given back then
@@ -123,7 +138,7 @@ class _Hashed:
         self._pool.shutdown()
 
 
-def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksAhead) -> Iterator[tuple[memoryview, dict[str, Any]]]:
+def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksAhead, early: Early) -> Iterator[tuple[memoryview, dict[str, Any]]]:
     """The bytes to write for one tensor and its record (a generator, so that they are gone before the next is taken)."""
     target = shard.header.tensors[tensor.written]
     record: dict[str, Any] = {"name": tensor.written, "shape": list(target.shape), "dtype": target.dtype}
@@ -135,7 +150,7 @@ def _tensor_data(plan: Plan, shard: ShardPlan, tensor: TensorPlan, ahead: LooksA
             stored = converted
         yield tensor_bytes(stored), record | {"action": "copied", "reason": tensor.reason}
         return
-    out, results = ahead.take(tensor)
+    out, results = ahead.take(tensor, early)
     if target.dtype != tensor.info.dtype and not tensor.stored and not all(result.computed for result in results):
         check_range(tensor.name, plan.mirrored.tensor(tensor.name), out)
     if any(result.bad for result in results) and not plan.recipe.skip_non_finite:

@@ -15,6 +15,9 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.work import Crew
 
+# Told of tensors of the same shard that are edited before the one that the writer waits for, in the writer's thread; each once at most.
+Early = Callable[[TensorPlan, Tensor], None]
+
 
 class LooksAhead(Protocol):
     """Edits the tensors of shards ahead of the writer, who takes them in order."""
@@ -23,8 +26,8 @@ class LooksAhead(Protocol):
         """The sources of this shard are there."""
         ...
 
-    def take(self, tensor: TensorPlan) -> tuple[Tensor, list[MatrixOutcome]]:
-        """The edited tensor and the results of its matrices."""
+    def take(self, tensor: TensorPlan, early: Early | None = None) -> tuple[Tensor, list[MatrixOutcome]]:
+        """The edited tensor and the results of its matrices. early: see Early."""
         ...
 
     def release(self, tensor: TensorPlan, size: int) -> None:
