@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from lox_merge.jobs.execute import Silent
 from lox_merge.jobs.executors.run import run
 from lox_merge.jobs.executors.serial import Serial
 from lox_merge.jobs.harden import harden, plan_hardening
+from lox_merge.jobs.in_flight import InFlight
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.manifest import job_description
 from lox_merge.jobs.plan import Plan
@@ -139,3 +141,33 @@ def test_the_disk_has_something_to_do_while_the_writer_waits(tmp_path: Path) -> 
     assert early == [bytes(first.info.bytes)], "a hole"
     assert (plan.out / name).read_bytes() == whole
     assert record["output"]["sha256"] == hashlib.sha256(whole).hexdigest()
+
+
+def test_memory_counts_until_work_ends_not_until_it_is_taken() -> None:
+    in_flight = InFlight(10)
+    first, second = Future[int](), Future[int]()
+    in_flight.watch(first, 4)
+    in_flight.watch(second, 5)
+    in_flight.add(3)
+    assert in_flight.room == -2
+    waited = threading.Event()
+
+    def wait() -> None:
+        in_flight.wait(first)
+        waited.set()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    assert not waited.wait(0.1), "nothing has ended"
+    second.set_exception(ValueError("so does work that fails"))
+    assert waited.wait(PATIENCE) and in_flight.room == 3
+    waiting.join(PATIENCE)
+    again = threading.Thread(target=in_flight.wait, args=(first,), daemon=True)
+    again.start()
+    again.join(0.1)
+    assert again.is_alive(), "an end that was seen is no new one"
+    first.set_result(1)
+    again.join(PATIENCE)
+    assert not again.is_alive() and in_flight.room == 7
+    in_flight.add(-3)
+    assert in_flight.room == 10

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lox_merge.errors import NumericalError
 from lox_merge.jobs.device_memory import on_cpu_where_too_large
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.factors import Factors
+from lox_merge.jobs.in_flight import InFlight, in_order
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.noise import RoundingNoise, noise_between
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew, CrewSize, form_delta, working_memory
@@ -103,26 +105,28 @@ def measure_all(sources: Sources, settings: InspectSettings, device: torch.devic
 def _in_order(sources: Sources, settings: InspectSettings, crew: Crew, factors: Factors | None) -> Iterator[tuple[Compared, Matrix | Vector]]:
     """Results in the order of the files; matrices are measured ahead while the memory budget allows."""
     waiting = deque((tensor, view) for tensor in sources.tensors for view in tensor.views or (None,))
-    started: deque[tuple[Compared, MatrixView | None, Future[Measures] | Future[Vector], int]] = deque()
+    started: deque[tuple[tuple[Compared, MatrixView | None], Future[Measures | Vector]]] = deque()
     costs = [_bytes(view, settings) + sources.made_bytes(tensor) for tensor in sources.tensors for view in tensor.views]
-    in_flight, budget = 0, IN_FLIGHT_BYTES + max(costs, default=0)
-    while waiting or started:
+    in_flight = InFlight(IN_FLIGHT_BYTES + max(costs, default=0))
+
+    def begin_more() -> None:
         while waiting:
             tensor, view = waiting[0]
             cost = 0 if view is None else _bytes(view, settings) + sources.made_bytes(tensor)
-            if started and (in_flight + cost > budget or len(started) > 4 * crew.workers + 8):
-                break
+            if started and (cost > in_flight.room or len(started) > 4 * crew.workers + 8):
+                return
             waiting.popleft()
             stored = list(_stored(tensor, sources))  # opened here: files are not opened by two threads at once
+            future: Future[Any]
             if view is None:
-                started.append((tensor, None, crew.submit(_measure_vector, tensor, stored), 0))
+                future = crew.submit(_measure_vector, tensor, stored)
             else:
                 noises = _noises(tensor, view, sources)
-                started.append((tensor, view, crew.submit(_measure_matrix, tensor, view, stored, noises, settings, crew.device, factors), cost))
-            in_flight += cost
-        tensor, view, future, cost = started.popleft()
-        result = future.result()
-        in_flight -= cost
+                future = crew.submit(_measure_matrix, tensor, view, stored, noises, settings, crew.device, factors)
+            in_flight.watch(future, cost)
+            started.append(((tensor, view), future))
+
+    for (tensor, view), result in in_order(started, in_flight, begin_more):
         if isinstance(result, Vector):
             yield tensor, result
         else:

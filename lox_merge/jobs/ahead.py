@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lox_merge.checkpoint import dtypes
 from lox_merge.jobs.edit import MatrixOutcome
+from lox_merge.jobs.in_flight import InFlight
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew
@@ -71,11 +71,8 @@ class Ahead:
             if tensor.action == "edit"
         )
         self._started: deque[_Job] = deque()
-        self._in_flight = 0
-        # Memory of work that has ended and is not taken yet: the writer may wait long for a large matrix before it.
-        self._freed, self._ended = 0, threading.Condition()
+        self._in_flight = InFlight(IN_FLIGHT_BYTES + plan.largest_edit_bytes)
         self._memory, self._lent = _Memory(), dict[str, Tensor]()
-        self._budget = IN_FLIGHT_BYTES + plan.largest_edit_bytes
         # Where sources pass through the disk, those of later shards are not there yet.
         self._horizon = len(plan.shards) if plan.passing is None else -1
 
@@ -97,7 +94,7 @@ class Ahead:
             while not future.done():
                 self._fill()
                 if early is None or not self._tell_of_one(job, early):
-                    self._wait_for_some_end(future)
+                    self._in_flight.wait(future)
             self._fill()
             results.append(future.result())
         self._started.popleft()
@@ -105,7 +102,7 @@ class Ahead:
         return job.out, results
 
     def release(self, tensor: TensorPlan, size: int) -> None:
-        self._in_flight -= size
+        self._in_flight.add(-size)
         self._memory.give(self._lent.pop(tensor.name))
         self._fill()
 
@@ -118,20 +115,7 @@ class Ahead:
                 return True
         return False
 
-    def _wait_for_some_end(self, awaited: Future[MatrixOutcome]) -> None:
-        with self._ended:
-            while not self._freed and not awaited.done():
-                self._ended.wait()
-
-    def _count_end(self, cost: int) -> None:
-        """In the thread that edited."""
-        with self._ended:
-            self._freed += cost
-            self._ended.notify()
-
     def _fill(self) -> None:
-        with self._ended:
-            self._in_flight, self._freed = self._in_flight - self._freed, 0
         while True:
             job = self._started[-1] if self._started else None
             if job is None or job.submitted == len(job.tensor.views):
@@ -146,7 +130,7 @@ class Ahead:
                 return
 
     def _fits(self, cost: int) -> bool:
-        return self._in_flight + cost <= self._budget
+        return cost <= self._in_flight.room
 
     def _cost(self, job: _Job, position: int) -> int:
         return self._plan.working_memory(job.tensor, job.tensor.views[position])
@@ -156,7 +140,7 @@ class Ahead:
         code = self._plan.shards[job.shard].code_in_memory(job.tensor)
         memory = self._lent[job.tensor.name] = self._memory.take(job.bytes)
         job.out = memory[: job.bytes].view(dtypes.torch_dtype(code)).view(job.tensor.info.shape)
-        self._in_flight += job.bytes
+        self._in_flight.add(job.bytes)
         self._started.append(job)
         self._submit_view(job)
 
@@ -167,7 +151,6 @@ class Ahead:
         sources = {role: view.select(checkpoint.tensor(job.tensor.name_in(role))) for role, checkpoint in self._plan.checkpoints.items()}
         edit, grid = self._plan.edit, self._plan.grid(job.tensor, view)
         future = self._crew.submit(edit.matrix, sources, view.select(job.out), view, job.tensor, self._crew.device, self._plan.triplets, grid)
-        self._in_flight += cost
-        self._memory.keep(self._budget - self._in_flight)
+        self._in_flight.watch(future, cost)
+        self._memory.keep(self._in_flight.room)
         job.futures.append(future)
-        future.add_done_callback(lambda _: self._count_end(cost))

@@ -28,6 +28,7 @@ from lox_merge.jobs.device_memory import on_cpu_where_too_large
 from lox_merge.jobs.engine import Progress, by_role, count_non_finite, first_stamp, source_path, typical_cost
 from lox_merge.jobs.factors import METADATA_KEY
 from lox_merge.jobs.hashing import SourceHasher
+from lox_merge.jobs.in_flight import InFlight, in_order
 from lox_merge.jobs.journal import Journal, flat_name
 from lox_merge.jobs.layout import MatrixView
 from lox_merge.jobs.noise import PairNoise, RoundingNoise
@@ -140,22 +141,23 @@ def _record(tensor: TensorPlan, view: MatrixView, subspace: Subspace, noise_edge
 def _in_order(plan: Plan, shard: ShardPlan, crew: Crew, examine: Examine) -> Iterator[tuple[TensorPlan, MatrixView, _Decomposed]]:
     """Results in the order of the file; matrices are decomposed ahead while the memory budget allows."""
     waiting = deque((tensor, view) for tensor in _edited(shard) for view in tensor.views)
-    started: deque[tuple[TensorPlan, MatrixView, Future[_Decomposed], int]] = deque()
-    in_flight, budget = 0, IN_FLIGHT_BYTES + plan.largest_matrix_bytes
-    while waiting or started:
+    started: deque[tuple[tuple[TensorPlan, MatrixView], Future[_Decomposed]]] = deque()
+    in_flight = InFlight(IN_FLIGHT_BYTES + plan.largest_matrix_bytes)
+
+    def begin_more() -> None:
         while waiting:
             tensor, view = waiting[0]
             cost = plan.working_memory(tensor, view)
-            if started and in_flight + cost > budget:
-                break
+            if started and cost > in_flight.room:
+                return
             waiting.popleft()
             base, aligned = view.select(plan.base.tensor(tensor.base_name)), view.select(plan.aligned.tensor(tensor.name))
             noise = PairNoise(plan.base, plan.aligned).of(tensor, view)
-            started.append((tensor, view, crew.submit(_decompose, base, aligned, noise, tensor, view, plan.triplets, examine, crew.device), cost))
-            in_flight += cost
-        tensor, view, future, cost = started.popleft()
-        result = future.result()
-        in_flight -= cost
+            future = crew.submit(_decompose, base, aligned, noise, tensor, view, plan.triplets, examine, crew.device)
+            in_flight.watch(future, cost)
+            started.append(((tensor, view), future))
+
+    for (tensor, view), result in in_order(started, in_flight, begin_more):
         yield tensor, view, result
 
 
