@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy
 import pytest
 import torch
 
@@ -29,6 +30,7 @@ from lox_merge.safety.judges.openai_judge import OpenAIJudge
 from lox_merge.safety.judges.python_judge import PythonJudge
 from lox_merge.safety.prompts import prompt_set
 from lox_merge.safety.robustness import compare_under_attack
+from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.types import Prompt
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
@@ -118,6 +120,14 @@ def test_functions_refuse_seeds_before_they_load_a_model(seed: Any) -> None:
         # Settings look at the type first.
         with pytest.raises(RequestError, match=f"the seed {seed!r} is not a whole number from 0 to 4294967295|seed is {seed!r}; use a whole number"):
             call()
+
+
+def test_a_seed_of_numpy_s_is_python_s_own() -> None:
+    for seed in (numpy.int64(3), numpy.uint32(3)):
+        found = check_seed(seed)
+        assert found == 3 and type(found) is int
+    with pytest.raises(RequestError, match=r"the seed .*3\.0.* is not"):
+        check_seed(numpy.float64(3))
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)

@@ -98,7 +98,7 @@ def fine_tune(
     dtype or device, NumericalError where the weights do not stay finite, LoxMergeError when memory runs out.
     """
     check_attack_packages(settings.lora)
-    check_seed(seed)
+    seed = check_seed(seed)
     _check_model(model)
     if examples is None:
         examples = tokenised(data, tokenizer, rendering or Rendering(), settings.max_length)

@@ -63,7 +63,7 @@ def brittleness(
     """
     highest = max(check_probe(ranks, controls, draws))
     check_attack(prompts, [judge])
-    check_seed(seed)
+    seed = check_seed(seed)
     with open_factored(
         base,
         aligned,

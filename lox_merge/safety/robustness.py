@@ -164,8 +164,7 @@ def compare_under_attack(
     examples, the adapters' first values and the random controls. One model in memory at a time, float32; attacked weights are
     never written. Raises RequestError before any attack wherever headers, data and packages can tell.
     """
-    for seed in seeds:
-        check_seed(seed)
+    seeds = [check_seed(seed) for seed in seeds]
     settings, rendering = settings or AttackSettings(), rendering or Rendering()
     check_attack_packages(settings.lora)
     check_judges(judges)

@@ -69,7 +69,7 @@ def tune(
     the deltas are decomposed now, once. Nothing is written beside the study. Raises RequestError before any model is loaded
     wherever headers, data and packages can tell. Where no figure can be had from aligned: LoxMergeError.
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     space, settings, rendering = space or TuneSpace(), settings or AttackSettings(steps=(50,)), rendering or Rendering()
     check_tune_packages()
     check_attack_packages(settings.lora)

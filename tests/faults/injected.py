@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from faults import seccomp
 from faults.jobs import JOBS, Job, Sources, contents
 from faults.kills import looks_finished
@@ -75,16 +77,27 @@ def _out_of_memory(job: Job, sources: Sources, folder: Path) -> str | None:
     return _bad_end(ended, out) or _resumed(job, sources, out, folder)
 
 
+def _held(out: Path) -> bool:
+    """Whether some process has a lock in this folder; its file stays when it is given back."""
+    for path in out.rglob("*lock"):
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout:
+            return True
+    return False
+
+
 def _two_at_once(job: Job, sources: Sources, folder: Path) -> str | None:
     """The second is refused while the first runs, and goes on once that was killed."""
     for attempt in range(_ATTEMPTS):
         out = folder / f"out{attempt}"
         out.mkdir(parents=True)
         first = Running(job.command(sources, out), folder / "log")
-        first.until(lambda out=out: any(out.rglob("*lock")))  # type: ignore[misc]
+        first.until(lambda out=out: _held(out))  # type: ignore[misc]
         os.kill(first._child, signal.SIGSTOP)  # as slow as need be
-        second = Running(job.command(sources, out), folder / "log2").wait()
-        if first.going and any(out.rglob("*lock")):
+        if first.going and _held(out):  # `search` has a lock for each model's replies, and none between them
+            second = Running(job.command(sources, out), folder / "log2").wait()
             first.kill()
             if second.code != 2 or "another process is writing" not in second.stderr:
                 return f"the second one ended with {second.code}: {second.stderr[-500:]}"

@@ -76,7 +76,7 @@ def activations(
     Raises RequestError or PlanError before weights are loaded: models that cannot be compared, layers that do not exist, texts that
     cannot be read whole; NumericalError for states that are not finite.
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     domains, sets = _domains(pairs, limit), _prompt_sets(prompts or {}, limit, cache_dir)
     _check(domains, sets, tokens, etas, directions, vector, permutations)
     named = {BASE: base, ALIGNED: aligned, **labelled(models)}

@@ -66,7 +66,7 @@ def behaviour(
     Raises RequestError or PlanError for models of different vocabularies and for texts that cannot be read whole, before weights are
     loaded; NumericalError for scores that are not finite.
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     sets, prefixes = _sets(pairs, limit), [Prefix(prefix) if isinstance(prefix, str) else prefix for prefix in next_tokens]
     _check(sets, prefixes, top)
     named = {BASE: base, ALIGNED: aligned, **labelled(models)}

@@ -51,7 +51,7 @@ def framing(
     bootstrap. Raises RequestError for data sets that do not share their completions, rows that are too long, a pattern that
     finds nothing; SourceError, PlanError for models that cannot be read; NumericalError for NaN.
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     data = tuple(load_conversations(one, "data") if isinstance(one, (str, Path)) else one for one in (first, second))
     rows = matched_rows(data[0], data[1], matching)
     chosen = rendering or Rendering()

@@ -77,7 +77,7 @@ def landscape(
     """
     named, marked = dict(others or {}), dict(marks or {})
     check_judges(judges)
-    check_seed(seed)
+    seed = check_seed(seed)
     if not len(prompts):
         raise RequestError(f"{prompts.source} holds no prompts, so there is no attack to measure. Name a file with at least one prompt.")
     check_labels([*named, *marked])
