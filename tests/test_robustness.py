@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunCli
+from tiny_models import make_pair
 
 from lox_merge.checkpoint.checkpoint import open_checkpoint
+from lox_merge.cli.main import cli
 from lox_merge.errors import NumericalError, RequestError
 from lox_merge.jobs.harden import harden, plan_hardening
 from lox_merge.lab.attacks import benign_attack, harmful_attack
@@ -26,13 +28,15 @@ from lox_merge.lab.requests import draw_requests
 from lox_merge.safety.attack import AttackSettings, fine_tune
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.conversations import IGNORED, load_conversations, tokenised
-from lox_merge.safety.decoding import Decoding
+from lox_merge.safety.decoding import Decoding, end_tokens
 from lox_merge.safety.dispersion import Dispersion
+from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.judges.factory import make_judge
 from lox_merge.safety.loading import load_model
-from lox_merge.safety.prompts import load_prompts
+from lox_merge.safety.prompts import load_prompts, prompt_set
 from lox_merge.safety.robustness import Robustness, compare_under_attack
 from lox_merge.safety.starting_points import CONTROLS, set_starting_point
+from lox_merge.safety.types import Prompt
 
 RECIPE = ToyRecipe(seed=0)
 JUDGE = "def carried_out(prompt, reply):\n    return not reply.startswith('sorry')\n"
@@ -188,6 +192,35 @@ def test_lora_trains_adapters_alone_and_its_products_count(toy_pair_seed0: ToyPa
     assert ratios[3] != ratios[0]
 
 
+def test_a_mixture_of_experts_gives_replies_between_steps(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, "mixtral", "float32")
+    loaded = load_model(pair[1], device="cpu")
+    rows = [{"prompt": "how to", "response": "so and so"}, {"prompt": "what is the", "response": "no"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = prompt_set([Prompt("0", "how", None), Prompt("1", "what is it for", None)], "two")
+    replies: dict[int, list[str]] = {}
+
+    def observe(step: int, model: Any) -> None:
+        replies[step] = [reply.text for reply in LocalModel(model, loaded.tokenizer, Decoding(max_new_tokens=4)).replies(asked)]
+
+    settings = AttackSettings(steps=(0, 2), batch_size=2, max_length=32)
+    fine_tune(loaded.model, loaded.tokenizer, load_conversations(tmp_path / "data.jsonl"), settings, observe)
+    assert sorted(replies) == [0, 2] and all(len(found) == 2 for found in replies.values())
+
+
+def test_replies_end_at_the_same_tokens_before_and_after_training(toy_pair_seed0: ToyPair, files: Path) -> None:
+    loaded = load_model(toy_pair_seed0.aligned, device="cpu")
+    loaded.model.generation_config.eos_token_id = [5, 7]
+    loaded.model.config.eos_token_id = 5
+    ends: dict[int, list[Any]] = {}
+
+    def observe(step: int, model: Any) -> None:
+        ends[step] = [end_tokens(model, loaded.tokenizer), model.config.eos_token_id, model.generation_config.pad_token_id]
+
+    fine_tune(loaded.model, loaded.tokenizer, load_conversations(files / "harmful.jsonl"), settings_of("harmful", (0, 1, 2)), observe)
+    assert ends[0][0] == [5, 7] and ends[1] == ends[0] and ends[2] == ends[0]
+
+
 def test_controls_and_seeds_share_nothing_but_the_data(toy_pair_seed0: ToyPair, files: Path) -> None:
     result = attacked(toy_pair_seed0, files, "harmful", (2,), seeds=(0, 1), controls=True)
     assert result.models == ["aligned", "LoX", *CONTROLS] and len(result.curves) == 10
@@ -242,6 +275,17 @@ def test_wrong_requests_say_what_to_do(toy_pair_seed0: ToyPair, files: Path, tmp
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(RequestError, match=r"pip install 'lox-merge\[attack\]'"):
         attacked(toy_pair_seed0, files, "harmful", (1,))
+
+
+def test_options_that_nothing_would_follow_are_refused(files: Path) -> None:
+    asked = ["--attack", str(files / "harmful.jsonl"), "--prompts", str(files / "prompts.csv")]
+    for more, message in (
+        (["hardened", "--alpha", "1.25"], "--alpha is of a hardening in memory"),
+        (["--lora-rank", "16"], "--lora-rank is of adapters: add --lora"),
+        (["hardened", "--lora-alpha", "8"], "--lora-alpha is of adapters"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            cli.main(["robustness", "base", "aligned", *more, *asked], standalone_mode=False)
 
 
 def test_the_command_line(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path, run_cli: RunCli) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lox_merge.cli.in_memory import whole_numbers
 from lox_merge.cli.measuring import (
@@ -20,7 +21,7 @@ from lox_merge.cli.measuring import (
 )
 from lox_merge.cli.options import GIVEN_PATH, base_option, cache_option, json_option, number, order_option
 from lox_merge.cli.start import import_torch
-from lox_merge.errors import LoxMergeError
+from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.safety.seeds import check_seed
 
 if TYPE_CHECKING:
@@ -94,7 +95,18 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
     _check_decided(result)
 
 
+def _check_options(hardened: str | None, options: dict[str, Any]) -> None:
+    """Raises RequestError for options that nothing would follow."""
+    context = click.get_current_context()
+    named = {name for name in ("alpha", "lora_rank", "lora_alpha") if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if "alpha" in named and hardened is not None:
+        raise RequestError("--alpha is of a hardening in memory, and HARDENED is one on disk, with an alpha of its own. Leave one of them out.")
+    if not options["lora"] and (wrong := sorted(named - {"alpha"})):
+        raise RequestError(f"--{wrong[0].replace('_', '-')} is of adapters: add --lora, or leave it out.")
+
+
 def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any]) -> Robustness:
+    _check_options(hardened, options)
     steps, seeds = whole_numbers(options["steps"], "--steps", "0,50,100"), whole_numbers(options["seeds"], "--seeds", "0,1,2")
     for seed in seeds:
         check_seed(seed)

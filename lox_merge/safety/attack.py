@@ -100,13 +100,14 @@ def fine_tune(
     check_attack_packages(settings.lora)
     seed = check_seed(seed)
     _check_model(model)
+    ends = _Ends(model)
     if examples is None:
         examples = tokenised(data, tokenizer, rendering or Rendering(), settings.max_length)
     if 0 in settings.steps:
         model.eval()
         observe(0, model)
     with tempfile.TemporaryDirectory(prefix="lox-merge-attack-") as folder:
-        trainer, batches = _trainer(model, copy.deepcopy(tokenizer), examples, settings, observe, seed, folder)
+        trainer, batches = _trainer(model, copy.deepcopy(tokenizer), examples, settings, ends.kept(observe), seed, folder)
         try:
             trainer.train()
         except (RuntimeError, MemoryError) as error:
@@ -116,6 +117,29 @@ def fine_tune(
                 "memory ran out while fine-tuning. Use a smaller batch size, a shorter max_length, LoRA adapters, or a larger device."
             ) from error
     return batches
+
+
+class _Ends:
+    """Which tokens end and fill a model's replies. A trainer puts the tokenizer's in their place, and replies after its first step would
+    end elsewhere than those before."""
+
+    _NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+    def __init__(self, model: Any) -> None:
+        self._generation = copy.deepcopy(getattr(model, "generation_config", None))
+        self._config = {name: getattr(model.config, name) for name in self._NAMES if hasattr(model.config, name)}
+
+    def kept(self, observe: Observer) -> Observer:
+        """`observe` of the model with the tokens that it had."""
+
+        def observed(step: int, model: Any) -> None:
+            if self._generation is not None:
+                model.generation_config = copy.deepcopy(self._generation)
+            for name, value in self._config.items():
+                setattr(model.config, name, value)
+            observe(step, model)
+
+        return observed
 
 
 def _check_model(model: Any) -> None:
@@ -175,6 +199,9 @@ def _trainer(
         bf16=False,
         fp16=False,
         gradient_checkpointing=False,
+        # With the load-balancing loss of mixtures of experts models would give router logits in every later pass, which replies cannot have
+        # beside a cache.
+        router_aux_loss_coef=0.0,
         max_length=None,  # the examples were cut before
         packing=False,
         dataloader_pin_memory=False,
