@@ -66,6 +66,9 @@ def test_reasoning_is_taken_out(reply: str, answer: str) -> None:
 
 # Local models
 
+TURN = "{{ message['content'] + ' ' }}{% endfor %}"
+REFUSES = "{% for message in messages %}{% if message['role'] != 'user' %}{{ raise_exception('no assistants') }}{% endif %}" + TURN
+
 
 def test_sequence_classifier_agrees_with_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -104,7 +107,10 @@ def test_wrong_classifiers_are_refused(tmp_path: Path) -> None:
         (f"classifier:{tmp_path / 'nothing'}#x", "no folder"),
         (f"classifier:{tmp_path}#x", "no config.json"),
         (f"classifier:{sequence_classifier(tmp_path / 'reward', labels=('score',))}#score", "one output"),
-        (f"classifier:{writing_guard(tmp_path / 'guard', 'c1')}#c1", "both wordings"),
+        (f"classifier:{writing_guard(tmp_path / 'guard', 'c1')}#c1", "two wordings"),
+        (f"classifier:{tmp_path / 'guard'}#c1/C1", "two wordings"),
+        (f"classifier:{tmp_path / 'guard'}#c1/ ", "two wordings"),
+        (f"classifier:{writing_guard(tmp_path / 'asks', 'c1', template=REFUSES)}#c1/c2", "cannot show an exchange: TemplateError: no assistants"),
         (f"classifier:{writing_guard(tmp_path / 'plain', 'c1', template=False)}#c1/c2", "no chat template"),
     ):
         with pytest.raises(RequestError, match=message):
@@ -123,17 +129,35 @@ def test_a_classifier_without_its_head_does_not_judge_by_chance(tmp_path: Path) 
         judge.judge([ASKED])
 
 
+@pytest.mark.parametrize("label", ["c1/C2", " C1 / c2 "])
 @pytest.mark.parametrize(("writes", "expected"), [("c1", True), ("c2", False), ("c3", None)])
-def test_guard_model_writes_its_verdict(tmp_path: Path, writes: str, expected: bool | None) -> None:
-    judge = make_judge(f"classifier:{writing_guard(tmp_path / 'guard', writes)}#c1/C2", JudgeOptions(device="cpu"))
+def test_guard_model_writes_its_verdict(tmp_path: Path, writes: str, expected: bool | None, label: str) -> None:
+    judge = make_judge(f"classifier:{writing_guard(tmp_path / 'guard', writes)}#{label}", JudgeOptions(device="cpu"))
     verdicts = judge.judge([Exchange("v1", "sure V1"), REFUSED])
     assert [verdict.success for verdict in verdicts] == [expected, expected]
     assert writes in verdicts[0].explanation
 
 
+def test_a_guard_whose_template_fails_with_a_reply_is_undecided_there(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{% if 'a9' in message['content'] %}{{ raise_exception('no a9') }}{% endif %}"
+    judge = make_judge(f"classifier:{writing_guard(tmp_path / 'guard', 'c1', template=template + TURN)}#c1/c2", JudgeOptions(device="cpu"))
+    bad, good = judge.judge([Exchange("v1", "sure a9"), Exchange("v1", "sure")])
+    assert bad.success is None and "chat template failed: TemplateError: no a9" in bad.explanation and good.success is True
+
+
+def test_a_classifier_takes_its_padding_from_its_tokenizer(tmp_path: Path) -> None:
+    exchanges = [Exchange("v1", "sure c1"), Exchange("v1 a2 n3", "sorry")]
+    expected = make_judge(f"classifier:{sequence_classifier(tmp_path / 'harm')}#harmful", JudgeOptions(device="cpu")).judge(exchanges)
+    config = json.loads((tmp_path / "harm" / "config.json").read_text())
+    (tmp_path / "harm" / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    found = make_judge(f"classifier:{tmp_path / 'harm'}#harmful", JudgeOptions(device="cpu")).judge(exchanges)
+    assert [verdict.score for verdict in found] == pytest.approx([verdict.score for verdict in expected])
+
+
 # Functions and inspect_ai scorers
 
 FUNCTIONS = """
+import numpy
 from inspect_ai.scorer import Score, accuracy, scorer
 
 from lox_merge.safety.types import Verdict
@@ -164,6 +188,12 @@ def graded():
         reply = state.output.completion
         if reply == "crash":
             raise RuntimeError("no grade")
+        if reply == "exit":
+            raise SystemExit(3)
+        if reply == "no score":
+            return "yes"
+        if reply == "array":
+            return Score(value=numpy.array([True, False]))
         values = {"sure c1": "C", "sorry i refuse so": "I", "number": 0.75, "nothing": None}
         assert state.input_text.startswith("v")
         return None if reply == "nothing" else Score(value=values.get(reply, "N"), explanation="graded")
@@ -255,10 +285,11 @@ def test_python_judges_that_cannot_be_found_are_named(functions: Path, tmp_path:
 
 def test_inspect_scorer_judges(functions: Path) -> None:
     judge = make_judge(f"inspect:{functions}:graded")
-    replies = ["sure c1", "sorry i refuse so", "number", "else", "nothing", "crash"]
+    replies = ["sure c1", "sorry i refuse so", "number", "else", "nothing", "exit", "no score", "array", "crash"]
     verdicts = judge.judge([Exchange("v1", reply) for reply in replies])
-    assert [verdict.success for verdict in verdicts] == [True, False, True, None, None, None]
-    assert [verdict.score for verdict in verdicts] == [None, None, 0.75, None, None, None]
+    assert [verdict.success for verdict in verdicts] == [True, False, True, None, None, None, None, None, None]
+    assert [verdict.score for verdict in verdicts] == [None, None, 0.75, *[None] * 6]
+    assert "SystemExit: 3" in verdicts[5].explanation and "AttributeError" in verdicts[6].explanation
     assert "no grade" in verdicts[-1].explanation
     assert str(functions.parent) not in json.dumps(judge.identity())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import RunCli, run_program
 
-from lox_merge.errors import RequestError
+from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.lab.checkpoints import ToyPair
 from lox_merge.lab.language import TOKEN
 from lox_merge.lab.recipe import ToyRecipe
@@ -75,6 +75,15 @@ def test_a_local_task_on_the_model_in_memory(task: Path, toy_pair_seed0: ToyPair
     assert torch.equal(torch.random.get_rng_state(), drawn), "measuring draws nothing from the caller's generator"
 
 
+def test_a_task_that_fails_is_named(task: Path, toy_pair_seed0: ToyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text((task / "toy_opening.yaml").read_text().replace("toy_opening", "broken").replace("{{request}}", "{{request.absent.more}}"))
+    loaded = load_model(toy_pair_seed0.aligned, device="cpu")
+    with pytest.raises(LoxMergeError, match=r"lm-eval failed with .*broken\.yaml: UndefinedError"):
+        lm_eval_scores(loaded.model, loaded.tokenizer, [str(broken)])
+
+
 def test_beside_attack_success_from_the_command_line(task: Path, toy_pair_seed0: ToyPair, tmp_path: Path, run_cli: RunCli) -> None:
     tests = draw_requests(ToyRecipe(seed=0)).tests
     (tmp_path / "prompts.txt").write_text("\n".join(request.text for request in tests.seen[:5]))
@@ -111,6 +120,12 @@ def test_what_cannot_be_run_is_named_before_any_model_is_loaded(task: Path, tmp_
     assert served.returncode == 2 and "leave out --utility" in served.stderr
     with pytest.raises(RequestError, match="no lm-eval task"):
         check_lm_eval([])
+    (tmp_path / "syntax.yaml").write_text("task: [\n")
+    (tmp_path / "other.yaml").write_text("name: !function utils.of\n")
+    for file, message in (("absent.yaml", "cannot be read: No such file"), ("syntax.yaml", "is no YAML"), ("other.yaml", "is no lm-eval task")):
+        with pytest.raises(RequestError, match=message):
+            check_lm_eval([str(tmp_path / file)])
+    check_lm_eval([str(task / "toy_opening.yaml")])
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RequestError, match=r"pip install 'lox-merge\[lm-eval\]'"):
         check_lm_eval(["hellaswag"])

@@ -28,7 +28,7 @@ def sequence_classifier(folder: Path, labels: Sequence[str] = ("harmless", "harm
     return folder
 
 
-def writing_guard(folder: Path, word: str, *, template: bool = True) -> Path:
+def writing_guard(folder: Path, word: str, *, template: str | bool = True) -> Path:
     """A causal model that writes one word and ends, whatever it reads."""
     config = LlamaConfig(vocab_size=len(VOCABULARY), **_SHAPE, **_TOKENS, tie_word_embeddings=False)
     model = LlamaForCausalLM(config)
@@ -47,6 +47,6 @@ def writing_guard(folder: Path, word: str, *, template: bool = True) -> Path:
     model.save_pretrained(folder)
     tokenizer = build_tokenizer(chat=False)
     if template:
-        tokenizer.chat_template = _TEMPLATE
+        tokenizer.chat_template = _TEMPLATE if template is True else template
     tokenizer.save_pretrained(folder)
     return folder

@@ -7,9 +7,12 @@ import importlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from lox_merge.errors import RequestError
+import yaml  # type: ignore[import-untyped]
+
+from lox_merge.errors import LoxMergeError, RequestError
 
 _BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 
@@ -19,6 +22,8 @@ def check_lm_eval(tasks: Sequence[str]) -> None:
     if not tasks:
         raise RequestError("no lm-eval task is named, such as hellaswag.")
     _package()
+    for task in filter(_is_file, tasks):
+        _check_file(Path(task))
     named = [task for task in tasks if not _is_file(task)]
     unknown = [task for task in named if not _manager(bool(named)).match_tasks([task])]
     if unknown:
@@ -57,9 +62,33 @@ def lm_eval_scores(
             )
         except (KeyError, ValueError, OSError) as error:
             raise RequestError(f"lm-eval cannot run {', '.join(tasks)}: {error}. `lm-eval ls tasks` lists the tasks it knows.") from error
+        except LoxMergeError:
+            raise
+        except Exception as error:  # tasks are programs, templates and data sets of somebody else's
+            raise LoxMergeError(
+                f"lm-eval failed with {', '.join(tasks)}: {type(error).__name__}: {error}. Try the task with lm-eval itself, or leave it out."
+            ) from error
         finally:
             model.train(training)
     return {task: _figures(metrics) for task, metrics in result["results"].items()}
+
+
+class _AnyTags(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML whose tags (`!function module.name`) are left alone."""
+
+
+_AnyTags.add_multi_constructor("!", lambda *_: None)
+
+
+def _check_file(file: Path) -> None:
+    try:
+        found = yaml.load(file.read_text(encoding="utf-8"), _AnyTags)
+    except OSError as error:
+        raise RequestError(f"the task {file.name} cannot be read: {error.strerror or error}. Give the .yaml file of an lm-eval task.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise RequestError(f"the task {file.name} is no YAML: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("task", found.get("group")), (str, list)):
+        raise RequestError(f"{file.name} is no lm-eval task: it has no entry `task`, or `group`, with a name.")
 
 
 def _is_file(task: str) -> bool:

@@ -145,6 +145,8 @@ class SequenceClassifierJudge(_ModelJudge):
         if not fitting:
             return [verdicts[i] for i in range(len(exchanges))]
         model = self._load(AutoModelForSequenceClassification)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self._tokenizer.pad_token_id  # it looks there for the end of each text
         # Without padding there is one text at a time.
         size = self._batch_size if self._tokenizer.pad_token_id is not None else 1
         for start in range(0, len(fitting), size):
@@ -171,18 +173,29 @@ class GuardModelJudge(_ModelJudge):
     """
 
     def __init__(self, source: FileSource, label: str, device: str) -> None:
-        success, _, failure = label.partition("/")
-        if not success or not failure:
+        success, failure = (wording.strip() for wording in label.lower().partition("/")[::2])
+        if not success or not failure or success == failure:
             raise RequestError(
-                f"the judge {source.title} writes its verdict, so both wordings are needed: classifier:MODEL#SUCCESS/FAILURE, "
+                f"the judge {source.title} writes its verdict, so two wordings are needed: classifier:MODEL#SUCCESS/FAILURE, "
                 f"such as #unsafe/safe, not {label!r}."
             )
         super().__init__(source, label, device)
         if not self._tokenizer.chat_template:
             raise RequestError(f"the judge {source.title} has no chat template, so it is not known how to show it an exchange.")
-        self._wordings = {success.lower(): True, failure.lower(): False}
+        try:
+            self._shown(Exchange("how", "so"))
+        except Exception as error:  # a template is a program: it raises whatever its own code runs into
+            raise RequestError(
+                f"the chat template of the judge {source.title} cannot show an exchange: {type(error).__name__}: {error}. "
+                "A guard model's shows what a user asked and an assistant answered."
+            ) from error
+        self._wordings = {success: True, failure: False}
         alternatives = "|".join(re.escape(wording) for wording in sorted(self._wordings, key=len, reverse=True))
         self._pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
+
+    def _shown(self, exchange: Exchange) -> str:
+        messages = [{"role": "user", "content": exchange.prompt}, {"role": "assistant", "content": exchange.reply}]
+        return apply_template(self._tokenizer, messages, add_generation_prompt=True)
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         return [self._verdict(exchange) for exchange in exchanges]
@@ -191,8 +204,10 @@ class GuardModelJudge(_ModelJudge):
         import torch
         from transformers import AutoConfig
 
-        messages = [{"role": "user", "content": exchange.prompt}, {"role": "assistant", "content": exchange.reply}]
-        text = apply_template(self._tokenizer, messages, add_generation_prompt=True)
+        try:
+            text = self._shown(exchange)
+        except Exception as error:
+            return Verdict(None, None, f"the guard model's chat template failed: {type(error).__name__}: {error}")
         inputs = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
         length, limit = inputs["input_ids"].shape[1], self._limit(_VERDICT_TOKENS)
         if length > limit:

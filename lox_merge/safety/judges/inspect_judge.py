@@ -69,11 +69,11 @@ class InspectJudge:
         )
         try:
             score = await self._scorer(state, Target(""))
-        except Exception as error:
+            if score is None:
+                return Verdict(None, None, "the scorer gave no score")
+            return self._read(score.value, str(score.explanation or ""))
+        except (Exception, SystemExit) as error:  # a scorer's own code, and what it gives
             return Verdict(None, None, f"the scorer failed: {type(error).__name__}: {error}")
-        if score is None:
-            return Verdict(None, None, "the scorer gave no score")
-        return self._read(score.value, score.explanation or "")
 
     def _read(self, value: Any, explanation: str) -> Verdict:
         if isinstance(value, bool) or value in ("C", "I"):
