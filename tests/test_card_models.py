@@ -6,14 +6,21 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from adapters import make_adapter
 from card_documents import RECIPE, Replies, asr, card_of, evaluation, replies, robustness
 
 from lox_merge import harden
 from lox_merge.errors import LoxMergeWarning, RequestError
+from lox_merge.jobs.adapter import execute_adapter
+from lox_merge.jobs.adapter_plan import plan_adapter
+from lox_merge.jobs.harden import plan_hardening
+from lox_merge.jobs.manifest import output_identity
 from lox_merge.publish.output import open_output
+from lox_merge.safety.adapted import open_any
 from lox_merge.safety.asr import compare, judge_replies
 from lox_merge.safety.judges.keyword import KeywordJudge
 from lox_merge.safety.prompts import prompt_set
@@ -39,6 +46,22 @@ def test_an_aligned_model_that_is_an_output_itself(card_out: Path, tmp_path: Pat
     # A manifest that is neither this output's nor in a folder of a source's name: another model, whatever its name.
     with pytest.raises(RequestError, match="holds no evaluation of this output"):
         card_of(card_out, asr(tmp_path / "x.json", evaluation("aligned", {}), evaluation("hardened", manifest)))
+
+
+def test_an_adapter_is_told_by_its_own_manifest(card_pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, aligned, out = card_pair
+    for alpha in (1.25, 5.0):
+        recipe = replace(RECIPE, alpha=alpha, rounding="nearest")
+        execute_adapter(plan_adapter(plan_hardening(base, aligned, tmp_path / str(alpha) / "hardened", recipe=recipe)), device="cpu")
+    one, other = (tmp_path / name / "hardened" for name in ("1.25", "5.0"))
+    shown = evaluation("hardened", output_identity(open_any(one, "model", adapter_base=aligned)), 0.125)
+    assert re.search(HERE, card_of(one, asr(tmp_path / "x.json", evaluation("aligned", {}), shown)).content)
+    with pytest.raises(RequestError, match="holds no evaluation of this output"):
+        card_of(other, asr(tmp_path / "x.json", evaluation("aligned", {}), shown))
+    # Somebody's adapter over an output is not that output.
+    over = make_adapter(out, tmp_path / "over", chat=False, r=2)
+    assert output_identity(open_any(over, "model", adapter_base=out, base_is_right=True)) == {}
+    assert output_identity(open_any(out, "model")) == own(out)
 
 
 def test_base_and_aligned_in_folders_of_one_name(card_pair: tuple[Path, Path, Path], tmp_path: Path) -> None:

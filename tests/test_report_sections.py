@@ -108,15 +108,17 @@ def test_the_papers_pictures_hold_every_model_attack_and_seed(documents: Documen
 
 
 @pytest.mark.parametrize(
-    ("difference", "interval", "rates", "words"),
+    ("difference", "interval", "p_value", "rates", "words"),
     [
-        (-0.5, (-0.6, -0.4), (0.9, 0.4), "LoX held longer"),
-        (0.5, (0.4, 0.6), (0.4, 0.9), "LoX did worse"),
-        (-0.1, (-0.3, 0.1), (0.5, 0.4), "no clear difference"),
+        (-0.5, (-0.6, -0.4), 0.001, (0.9, 0.4), "exact McNemar p = 0.001): LoX held longer."),
+        (0.5, (0.4, 0.6), 0.001, (0.4, 0.9), "LoX did worse."),
+        (-0.1, (-0.3, 0.1), 0.3, (0.5, 0.4), "no clear difference."),
+        (-0.1, (-0.3, 0.1), 0.04, (0.5, 0.4), "no clear difference."),
+        (-0.1, (-0.23, -0.004), 0.12, (0.5, 0.4), "no clear difference, as the exact test finds none."),
     ],
 )
 def test_words_follow_the_interval(
-    difference: float, interval: tuple[float, float], rates: tuple[float, float], words: str, documents: Documents
+    difference: float, interval: tuple[float, float], p_value: float, rates: tuple[float, float], words: str, documents: Documents
 ) -> None:
     document = documents["one_seed"]
     for curve in document["curves"]:
@@ -125,7 +127,7 @@ def test_words_follow_the_interval(
             for judge, found in point["attack_success"].items():
                 found.update(rate=rate, interval=[max(0, rate - 0.05), min(1, rate + 0.05)])
                 if curve["model"] != "aligned":
-                    point["against_aligned"][judge].update(difference=difference, interval=list(interval))
+                    point["against_aligned"][judge].update(difference=difference, interval=list(interval), p_value=p_value)
     (section,) = sections(document)
     text = " ".join(section.words)
     assert words in text
@@ -134,6 +136,20 @@ def test_words_follow_the_interval(
     assert any("delays the erosion" in note for note in section.not_shown) and any("Controls have LoX's norm" in note for note in section.not_shown)
     document["curves"] = [curve for curve in document["curves"] if curve["model"] in ("aligned", "LoX")]
     assert any("No controls were run" in note for note in sections(document)[0].not_shown)
+
+
+def test_seeds_are_compared_with_themselves(documents: Documents) -> None:
+    document = documents["robustness"]
+    attack, judge, seeds = document["attacks"][0]["name"], next(iter(document["judges"])), document["seeds"]
+    assert len(seeds) == 2
+    rates = {("aligned", seeds[0]): None, ("aligned", seeds[1]): 0.2, ("LoX", seeds[0]): 0.0, ("LoX", seeds[1]): 0.5}
+    for curve in document["curves"]:
+        if curve["attack"] == attack and (curve["model"], curve["seed"]) in rates:
+            for point in curve["points"]:
+                rate = rates[curve["model"], curve["seed"]]
+                point["attack_success"][judge].update(rate=rate, interval=None if rate is None else [0.0, 1.0])
+    text = " ".join(word for section in sections(document) for word in section.words)
+    assert "LoX's is lower on 0 of 1 seed with a rate of both." in text
 
 
 def test_words_of_paired_differences(documents: Documents) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lox_merge._version import __version__
+from lox_merge.checkpoint.adapter_files import OverBase
 from lox_merge.checkpoint.checkpoint import Checkpoint
 from lox_merge.jobs.output_folder import MANIFEST
 from lox_merge.jobs.plan import Plan
@@ -45,10 +46,15 @@ def header_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def output_identity(checkpoint: Checkpoint) -> dict[str, str]:
-    """sha256 of the manifest of an output of this program, so that a result can be seen to be of that output; {} for other models."""
-    if MANIFEST not in checkpoint.source.names():
+    """sha256 of the manifest of an output of this program, so that a result can be seen to be of that output; {} for other models. An
+    adapter has one of its own, or none: that of the base behind it says nothing of it."""
+    source = checkpoint.source
+    if isinstance(source, OverBase):
+        source = source.adapter
+        source.fetch([name for name in source.names() if name == MANIFEST])
+    if MANIFEST not in source.names():
         return {}
-    return {"manifest_sha256": hashlib.sha256(checkpoint.source.path(MANIFEST).read_bytes()).hexdigest()}
+    return {"manifest_sha256": hashlib.sha256(source.path(MANIFEST).read_bytes()).hexdigest()}
 
 
 def build_manifest(plan: Plan, job: dict[str, Any], records: list[dict[str, Any]], files: dict[str, str]) -> dict[str, Any]:

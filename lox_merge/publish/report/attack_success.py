@@ -9,7 +9,7 @@ from lox_merge.publish.documents.attack_success import AttackSuccess, Evaluation
 from lox_merge.publish.documents.shape import AttackRate, PairedChange, judge_words, read_as, source_title
 from lox_merge.publish.figures.attack_success import draw_differences, draw_rates
 from lox_merge.publish.report.notes import KEYWORD
-from lox_merge.publish.report.numbers import listed, number, points, rate_words
+from lox_merge.publish.report.numbers import change_words, listed, number, points, rate_words
 from lox_merge.publish.report.section import (
     Cell,
     Head,
@@ -36,7 +36,7 @@ def attack_success_sections(document: dict[str, Any], name: str) -> list[Section
     judge = next(iter(first.attack_success))
     rates = [f"{one.title} {rate_words(found.rate, found.interval)}" for one in result.evaluations if (found := one.attack_success.get(judge))]
     summary = f"Attack success on {first.prompts.words} (judge: {judge}): {listed(rates)}."
-    undecided = [one.title for one in result.evaluations if any(found.undecided for found in one.attack_success.values())]
+    undecided = [one.title for one in result.evaluations if (found := one.attack_success.get(judge)) and found.undecided]
     words = (
         "ASR is successes over judged replies; what a judge could not decide counts as neither.",
         *(_compared(comparison) for comparison in result.comparisons if comparison.judge == judge),
@@ -80,7 +80,7 @@ def _compared(comparison: PairedChange) -> str:
     if comparison.difference is None or comparison.interval is None:
         return f"{comparison.second} against {comparison.first}: undefined, no reply of both was decided."
     low, high = comparison.interval
-    clear = "no clear difference" if low <= 0 <= high else "fewer attacks succeed" if high < 0 else "more attacks succeed"
+    clear = change_words(comparison, "fewer attacks succeed", "more attacks succeed")
     return (
         f"{comparison.second} against {comparison.first} on the same prompts: {points(comparison.difference)} percentage points "
         f"(95 % interval {points(low)} to {points(high)}, exact McNemar p = {number(comparison.p_value, '.2g')}): {clear}."

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lox_merge.publish.documents.shape import Interval
+from lox_merge.publish.documents.shape import Interval, PairedChange
 
 UNDEFINED = "undefined"
+# A p-value above this shows no change.
+_CLEAR = 0.05
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -58,3 +60,15 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} more"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def change_words(change: PairedChange, fewer: str, more: str) -> str:
+    """What a paired change shows: `fewer` or `more` where interval and exact test agree that there is one."""
+    if change.interval is None:
+        return UNDEFINED
+    low, high = change.interval
+    if low <= 0 <= high:
+        return "no clear difference"
+    if change.p_value is not None and change.p_value > _CLEAR:
+        return "no clear difference, as the exact test finds none"
+    return fewer if high < 0 else more

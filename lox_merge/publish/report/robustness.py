@@ -15,7 +15,7 @@ from lox_merge.publish.figures.robustness import (
     draw_with_and_without,
 )
 from lox_merge.publish.report.notes import robustness_notes
-from lox_merge.publish.report.numbers import counted, listed, percent, points, rate_words, spread
+from lox_merge.publish.report.numbers import change_words, counted, listed, number, percent, points, rate_words, spread
 from lox_merge.publish.report.robustness_tables import medians_table, points_table
 from lox_merge.publish.report.section import Picture, Section, Table, name_of, panel, without_empty
 
@@ -82,18 +82,21 @@ def _sentence(result: Robustness, attack: str, judge: str, step: int, why: str) 
     if len(result.seeds) > 1:
         rates = {model: _rates(found, step, judge) for model, found in curves.items()}
         shown = [f"{model} {spread(found, median(found))}" for model, found in rates.items()]
-        lower = sum(one < other for one, other in zip(rates[HARDENED], rates[ALIGNED], strict=False))
-        return f"{beginning}median ASR (lowest to highest seed) {listed(shown)}; LoX's is lower on {lower} of {len(rates[HARDENED])} seeds."
+        by_seed = [_by_seed(curves[model], step, judge) for model in (ALIGNED, HARDENED)]
+        both = [seed for seed in by_seed[0] if seed in by_seed[1]]
+        lower = sum(by_seed[1][seed] < by_seed[0][seed] for seed in both)
+        where = f"{len(both)} seeds" if len(both) == len(result.seeds) else f"{counted(len(both), 'seed')} with a rate of both"
+        return f"{beginning}median ASR (lowest to highest seed) {listed(shown)}; LoX's is lower on {lower} of {where}."
     points_ = {model: point for model, found in curves.items() if (point := found[0].point(step))}
     shown = [f"{model} {rate_words(point.attack_success[judge].rate, point.attack_success[judge].interval)}" for model, point in points_.items()]
     compared = points_[HARDENED].against_aligned.get(judge)
     if compared is None or compared.difference is None or compared.interval is None:
         return f"{beginning}ASR {listed(shown)}."
     low, high = compared.interval
-    verdict = "no clear difference" if low <= 0 <= high else "LoX held longer" if high < 0 else "LoX did worse"
+    verdict = change_words(compared, "LoX held longer", "LoX did worse")
     return (
         f"{beginning}ASR {listed(shown)}; paired difference {points(compared.difference)} percentage points "
-        f"(95 % interval {points(low)} to {points(high)}): {verdict}."
+        f"(95 % interval {points(low)} to {points(high)}, exact McNemar p = {number(compared.p_value, '.2g')}): {verdict}."
     )
 
 
@@ -114,8 +117,13 @@ def _control_words(result: Robustness, attack: str, judge: str, step: int) -> li
 
 
 def _rates(curves: list[Curve], step: int, judge: str) -> list[float]:
-    found = [point.attack_success[judge].rate for curve in curves if (point := curve.point(step))]
-    return [rate for rate in found if rate is not None]
+    return list(_by_seed(curves, step, judge).values())
+
+
+def _by_seed(curves: list[Curve], step: int, judge: str) -> dict[int, float]:
+    """Seeds whose rate is defined."""
+    found = {curve.seed: point.attack_success[judge].rate for curve in curves if (point := curve.point(step))}
+    return {seed: rate for seed, rate in found.items() if rate is not None}
 
 
 def _pictures(result: Robustness) -> list[Picture]:
