@@ -290,6 +290,8 @@ def test_options_that_make_no_sense_together_are_refused(toy: Path) -> None:
     arguments = ["asr", "no-model", "--prompts", str(toy / "prompts.csv")]
     for extra, message in (
         (["--rubric", "x.txt"], "--rubric is for the openai judge"),
+        (["--judge-endpoint", "http://localhost:1/v1"], "--judge-endpoint is for the openai judge"),
+        (["--judge-temperature", "0"], "--judge-temperature is for the openai judge"),
         (["--threshold", "4", "--judge", "openai:x", "--judge", "python:a:b"], "different scales"),
         (["--threshold", "high", "--judge", "python:a:b"], "not a number"),
         (["--judge", "oracle"], "is not known"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lox_merge.cli.options import GIVEN_PATH, Decorator, cache_option, number
 from lox_merge.errors import RecipeError
@@ -36,6 +37,15 @@ prompt_options = options_in_order(
     click.option("--split", metavar="NAME", help="Split of a Hub data set."),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask N prompts only."),
 )
+
+
+_OF_OPENAI = ("rubric", "judge_endpoint", "judge_key_variable", "judge_temperature", "judge_concurrency")
+
+
+def on_command_line(name: str) -> bool:
+    """Whether the parameter of this name was given by the command line that runs, not by a default or the environment."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def judge_options(*, several: bool) -> Decorator:
@@ -99,8 +109,11 @@ def judges_of(options: dict[str, Any], *, dry_run: bool = False) -> list[Judge]:
 
     named = options["judges"]
     texts: tuple[str, ...] = (named,) if isinstance(named, str) else tuple(named)
-    if options["rubric"] is not None and not any(text.startswith("openai:") for text in texts):
-        raise RecipeError("--rubric is for the openai judge, which is not among the judges. Add --judge openai:MODEL, or leave it out.")
+    if not any(text.startswith("openai:") for text in texts):
+        for name in _OF_OPENAI:
+            if options[name] is not None and on_command_line(name):
+                option = f"--{name.replace('_', '-')}"
+                raise RecipeError(f"{option} is for the openai judge, which is not among the judges. Add --judge openai:MODEL, or leave it out.")
     scoring = {text.partition(":")[0] for text in texts} & {"openai", "python", "inspect"}
     if options["threshold"] is not None and not scoring:
         raise RecipeError("--threshold is for judges that give scores (openai, python, inspect), and none is among the judges. Leave it out.")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from lox_merge.cli.in_memory import whole_numbers
 from lox_merge.cli.measuring import (
     cache_of,
     judge_options,
     judges_of,
+    on_command_line,
     prompt_options,
     prompts_of,
     rendering_of,
@@ -97,8 +97,7 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
 
 def _check_options(hardened: str | None, options: dict[str, Any]) -> None:
     """Raises RequestError for options that nothing would follow."""
-    context = click.get_current_context()
-    named = {name for name in ("alpha", "lora_rank", "lora_alpha") if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    named = set(filter(on_command_line, ("alpha", "lora_rank", "lora_alpha")))
     if "alpha" in named and hardened is not None:
         raise RequestError("--alpha is of a hardening in memory, and HARDENED is one on disk, with an alpha of its own. Leave one of them out.")
     if not options["lora"] and (wrong := sorted(named - {"alpha"})):

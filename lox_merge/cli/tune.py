@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from lox_merge.cli.in_memory import selection_of
-from lox_merge.cli.measuring import cache_of, judges_of, options_in_order, prompts_of, rendering_of
+from lox_merge.cli.measuring import cache_of, judges_of, on_command_line, options_in_order, prompts_of, rendering_of
 from lox_merge.cli.options import GIVEN_FILE, GIVEN_PATH, number
 from lox_merge.errors import RequestError
 
@@ -51,7 +50,9 @@ tune_options = options_in_order(
 
 def check_tune_options(context: click.Context) -> None:
     """Raises RequestError for options of a command line that do not go together."""
-    options, given = context.params, _given(context)
+    options = context.params
+    # What the environment has for the other way of searching stands in nobody's way.
+    given = [parameter.name for parameter in context.command.params if parameter.name and on_command_line(parameter.name)]
     if not options["tune"]:
         wrong = [name for name in given if name in _OWN]
         if wrong:
@@ -70,12 +71,6 @@ def check_tune_options(context: click.Context) -> None:
     missing = [name for name in ("attack", "utility_prompts") if options[name] is None]
     if missing:
         raise RequestError(f"--tune needs --{missing[0].replace('_', '-')}: data to attack with, and harmless prompts for the KL divergence.")
-
-
-def _given(context: click.Context) -> list[str]:
-    """What the command line names. What the environment has for the other way of searching stands in nobody's way."""
-    names = [parameter.name for parameter in context.command.params if parameter.name]
-    return [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
 def tune_models(base: str, aligned: str, recipe: Recipe | None, options: dict[str, Any]) -> Tuning:
