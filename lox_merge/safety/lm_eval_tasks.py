@@ -82,7 +82,7 @@ _AnyTags.add_multi_constructor("!", lambda *_: None)
 
 def _check_file(file: Path) -> None:
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), _AnyTags)
+        found = _AnyTags(file.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise RequestError(f"the task {file.name} cannot be read: {error.strerror or error}. Give the .yaml file of an lm-eval task.") from error
     except (ValueError, yaml.YAMLError) as error:
