@@ -63,7 +63,7 @@ def test_options_that_are_numbers_are_finite(text: str, judge_file: str) -> None
     attack = (*pair, "--attack", "rows.jsonl", *prompts)
     for arguments in (
         ("asr", "model", *judged, f"--threshold={text}"),
-        ("asr", "model", *judged, f"--judge-temperature={text}"),
+        ("asr", "model", *prompts, "--judge", "openai:grader", f"--judge-temperature={text}"),
         ("search", *pair, *judged, f"--rho={text}"),
         ("landscape", "model", *judged, "--range", f"{text}:1"),
         ("robustness", *attack, f"--learning-rate={text}"),
