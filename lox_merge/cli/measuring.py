@@ -39,6 +39,7 @@ prompt_options = options_in_order(
 )
 
 
+# Settings of the openai judge alone.
 _OF_OPENAI = ("rubric", "judge_endpoint", "judge_key_variable", "judge_temperature", "judge_concurrency")
 
 
@@ -110,10 +111,9 @@ def judges_of(options: dict[str, Any], *, dry_run: bool = False) -> list[Judge]:
     named = options["judges"]
     texts: tuple[str, ...] = (named,) if isinstance(named, str) else tuple(named)
     if not any(text.startswith("openai:") for text in texts):
-        for name in _OF_OPENAI:
-            if options[name] is not None and on_command_line(name):
-                option = f"--{name.replace('_', '-')}"
-                raise RecipeError(f"{option} is for the openai judge, which is not among the judges. Add --judge openai:MODEL, or leave it out.")
+        for name in filter(on_command_line, _OF_OPENAI):
+            option = f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{option} is for the openai judge, which is not among the judges. Add --judge openai:MODEL, or leave it out.")
     scoring = {text.partition(":")[0] for text in texts} & {"openai", "python", "inspect"}
     if options["threshold"] is not None and not scoring:
         raise RecipeError("--threshold is for judges that give scores (openai, python, inspect), and none is among the judges. Leave it out.")

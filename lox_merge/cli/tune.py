@@ -130,9 +130,8 @@ def picked_recipe(base: str, aligned: str, options: dict[str, Any]) -> Recipe:
         if difference:
             raise RequestError(f"{options['study'].name} is a study of another pair ({difference}). Give the models that it was made with.")
     recipe = found.trial(options["pick"]).recipe
-    asked = {name: value for name, value in selection_of(options).items() if value}
-    for name, value in asked.items():
-        if value != getattr(recipe, name):
+    for name, value in selection_of(options).items():
+        if value and value != getattr(recipe, name):
             option = f"--{name.replace('_', '-')}"
             raise RequestError(
                 f"{option} is not what {options['study'].name} was made with; --pick hardens with the recipe of its trial: leave it out."

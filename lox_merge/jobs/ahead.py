@@ -17,6 +17,9 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.work import IN_FLIGHT_BYTES, Crew
 
+# Told of tensors of the same shard that are edited before the one that the writer waits for, in the writer's thread; each once at most.
+Early = Callable[[TensorPlan, Tensor], None]
+
 
 @dataclass
 class _Job:
@@ -80,8 +83,8 @@ class Ahead:
         """The sources of this shard are there."""
         self._horizon = max(self._horizon, position)
 
-    def take(self, tensor: TensorPlan, early: Callable[[TensorPlan, Tensor], None] | None = None) -> tuple[Tensor, list[MatrixOutcome]]:
-        """The edited tensor and the results of its matrices. Its memory counts until `release`. early: see jobs.lookahead."""
+    def take(self, tensor: TensorPlan, early: Early | None = None) -> tuple[Tensor, list[MatrixOutcome]]:
+        """The edited tensor and the results of its matrices. Its memory counts until `release`. early: see Early."""
         if not self._started:
             self._start_next()
         job = self._started[0]
@@ -106,7 +109,7 @@ class Ahead:
         self._memory.give(self._lent.pop(tensor.name))
         self._fill()
 
-    def _tell_of_one(self, awaited: _Job, early: Callable[[TensorPlan, Tensor], None]) -> bool:
+    def _tell_of_one(self, awaited: _Job, early: Early) -> bool:
         for job in self._started:
             if job is not awaited and not job.told and job.shard == awaited.shard and job.edited:
                 assert job.out is not None

@@ -16,9 +16,10 @@ from torch import Tensor
 from lox_merge.checkpoint import dtypes
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError, NumericalError
+from lox_merge.jobs.ahead import Early
 from lox_merge.jobs.atomic import write_error
 from lox_merge.jobs.journal import Journal
-from lox_merge.jobs.lookahead import Early, LooksAhead
+from lox_merge.jobs.lookahead import LooksAhead
 from lox_merge.jobs.plan import Plan, ShardPlan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.stamps import SourceFile, Stamp, stamp

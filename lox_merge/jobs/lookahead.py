@@ -7,16 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lox_merge.jobs.ahead import Ahead
+from lox_merge.jobs.ahead import Ahead, Early
 from lox_merge.jobs.batched_ahead import BatchedAhead
 from lox_merge.jobs.edit import MatrixOutcome
 from lox_merge.jobs.pipeline import Pipeline
 from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.work import Crew
-
-# Told of tensors of the same shard that are edited before the one that the writer waits for, in the writer's thread; each once at most.
-Early = Callable[[TensorPlan, Tensor], None]
 
 
 class LooksAhead(Protocol):

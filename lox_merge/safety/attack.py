@@ -100,14 +100,14 @@ def fine_tune(
     check_attack_packages(settings.lora)
     seed = check_seed(seed)
     _check_model(model)
-    ends = _Ends(model)
+    observe = _with_its_end_tokens(model, observe)
     if examples is None:
         examples = tokenised(data, tokenizer, rendering or Rendering(), settings.max_length)
     if 0 in settings.steps:
         model.eval()
         observe(0, model)
     with tempfile.TemporaryDirectory(prefix="lox-merge-attack-") as folder:
-        trainer, batches = _trainer(model, copy.deepcopy(tokenizer), examples, settings, ends.kept(observe), seed, folder)
+        trainer, batches = _trainer(model, copy.deepcopy(tokenizer), examples, settings, observe, seed, folder)
         try:
             trainer.train()
         except (RuntimeError, MemoryError) as error:
@@ -119,27 +119,20 @@ def fine_tune(
     return batches
 
 
-class _Ends:
-    """Which tokens end and fill a model's replies. A trainer puts the tokenizer's in their place, and replies after its first step would
-    end elsewhere than those before."""
+def _with_its_end_tokens(model: Any, observe: Observer) -> Observer:
+    """`observe` of a model whose replies end, and are filled up, with the tokens that `model` has now. A trainer puts the tokenizer's in
+    their place, and replies after its first step would end elsewhere than those before."""
+    generation = copy.deepcopy(getattr(model, "generation_config", None))
+    kept = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id") if hasattr(model.config, name)}
 
-    _NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
+    def observed(step: int, model: Any) -> None:
+        if generation is not None:
+            model.generation_config = copy.deepcopy(generation)
+        for name, value in kept.items():
+            setattr(model.config, name, value)
+        observe(step, model)
 
-    def __init__(self, model: Any) -> None:
-        self._generation = copy.deepcopy(getattr(model, "generation_config", None))
-        self._config = {name: getattr(model.config, name) for name in self._NAMES if hasattr(model.config, name)}
-
-    def kept(self, observe: Observer) -> Observer:
-        """`observe` of the model with the tokens that it had."""
-
-        def observed(step: int, model: Any) -> None:
-            if self._generation is not None:
-                model.generation_config = copy.deepcopy(self._generation)
-            for name, value in self._config.items():
-                setattr(model.config, name, value)
-            observe(step, model)
-
-        return observed
+    return observed
 
 
 def _check_model(model: Any) -> None:
