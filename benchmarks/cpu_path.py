@@ -23,8 +23,9 @@ from torch import Tensor
 from lox_merge.jobs.work import form_delta
 from lox_merge.maths import lanczos, truncated_svd
 from lox_merge.maths.edits import apply_update, lox_update
-from lox_merge.maths.pieces import PIECE
+from lox_merge.maths.pieces import PIECE, rows_at_once
 from lox_merge.maths.rank import RankRule
+from lox_merge.maths.update import Update, UpdateRows
 
 SHAPES = [(1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096), (4096, 14336)]
 WIDTHS = (8, 12, 16, 24)
@@ -79,6 +80,29 @@ def updates() -> list[dict[str, Any]]:
         found = interleaved({"in pieces": lambda: apply_update(aligned, update, out=out), "at once": whole})  # noqa: B023
         rows.append({"shape": shape, **found})
         print(f"update {shape!s:14s} " + per_entry(found, shape))
+    return rows
+
+
+def products() -> list[dict[str, Any]]:
+    """Adding thin factors to wide pieces and judging what was kept: as the engine does it, and with small pieces and transposed factors."""
+    rows = []
+    for columns in (4096, 11008, 28672):
+        for rank in (6, 64, 256):
+            whole = torch.randn(64, columns)
+            update = Update(torch.randn(64, rank), torch.randn(columns, rank))
+            small = PIECE // columns
+            pieces = {
+                "as the engine": (rows_at_once(whole, rank), update.in_pieces(rows_at_once(whole, rank), whole.dtype)),
+                "transposed": (small, [UpdateRows(left=part, right=update.right.T) for part in torch.split(update.left, small)]),  # type: ignore[union-attr, arg-type]
+            }
+
+            def work(step: int, parts: list[UpdateRows]) -> None:
+                for part, change in zip(torch.split(whole, step), parts, strict=True):  # noqa: B023
+                    change.inner_product(change.added_to(part))
+
+            found = interleaved({name: lambda chosen=chosen: work(*chosen) for name, chosen in pieces.items()})  # type: ignore[misc]
+            rows.append({"columns": columns, "rank": rank, **found})
+            print(f"products {columns:5d} columns, rank {rank:3d}  " + per_entry(found, (64, columns)))
     return rows
 
 
@@ -182,6 +206,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     report: dict[str, Any] = {"threads": arguments.threads, "load": os.getloadavg()[0]}
     report["deltas"], report["updates"] = deltas(), updates()
+    report["products"] = products()
     report["blocks"] = blocks(6) + blocks(32)
     with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
         report["reading"], report["writing"] = reading(Path(folder)), writing(Path(folder))

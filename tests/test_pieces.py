@@ -27,6 +27,9 @@ def test_pieces_are_all_rows_in_order() -> None:
     assert len(pieces) > 2 and [row for piece in pieces for row in range(ROWS)[piece]] == list(range(ROWS))
     assert rows_at_once(torch.empty(3, 2 * PIECE)) == 1, "a row that is longer than a piece is one"
     assert row_pieces(torch.empty(0, 5)) == [slice(0, 0)]
+    assert rows_at_once(torch.empty(300, PIECE // 11), rank=6) == 16, "products need some rows at a time"
+    assert rows_at_once(torch.empty(300, PIECE // 11), rank=65) == 64 and rows_at_once(torch.empty(300, PIECE // 35), rank=6) == 32
+    assert row_pieces(torch.empty(130, PIECE), rank=100) == [slice(0, 64), slice(64, 128), slice(128, 130)]
     out, realised = apply_update(torch.empty(0, 5), Update(torch.empty(0, 2), torch.ones(5, 2)))
     assert out.shape == (0, 5) and realised.gain is None
 
@@ -50,12 +53,14 @@ def test_every_entry_that_is_not_finite_is_counted_in_whichever_piece() -> None:
     assert form_delta(base, aligned)[2] == 3
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("rank", ["full", 1, 4, 20, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_update_and_what_survived_are_those_of_the_whole(dtype: torch.dtype, full: bool) -> None:
+def test_update_and_what_survived_are_those_of_the_whole(dtype: torch.dtype, rank: int | str) -> None:
+    full = rank == "full"
+    width = rank if isinstance(rank, int) else 4
     aligned = normal(ROWS, COLUMNS).to(dtype)
     delta = normal(ROWS, COLUMNS, seed=1).float() * 0.05
-    left, right = normal(ROWS, 4, seed=2).float() * 0.02, normal(COLUMNS, 4, seed=3).float()
+    left, right = normal(ROWS, width, seed=2).float() * 0.02, normal(COLUMNS, width, seed=3).float()
     update = Update(None, None, 1.5) if full else Update(left, right)
     intended = 1.5 * delta.double() if full else left.double() @ right.double().T
     out, realised = apply_update(aligned, update, delta=delta)

@@ -124,12 +124,13 @@ def _write(
     wide = torch.promote_types(aligned.dtype, torch.float32)  # float64 weights keep their digits
     product = torch.zeros((), dtype=torch.float64, device=aligned.device)
     row_norms = torch.empty(aligned.shape[0], dtype=wide, device=aligned.device)
-    earlier, later = piece_buffer(aligned, wide), piece_buffer(aligned, wide)
-    step = rows_at_once(aligned)
+    rank = max(update.rank, target.rank)
+    earlier, later = piece_buffer(aligned, wide, rank), piece_buffer(aligned, wide, rank)
+    step = rows_at_once(aligned, rank)
     updates = update.in_pieces(step, wide, delta)
     targets = updates if target is update else target.in_pieces(step, wide, delta)
     parts = (torch.split(matrix, step) for matrix in (aligned, out, row_norms))
-    pieces = zip(row_pieces(aligned), *parts, updates, targets, strict=True)
+    pieces = zip(row_pieces(aligned, rank), *parts, updates, targets, strict=True)
     with full_precision_matmul(aligned.device):
         for rows, stored, written, norms, change, intended in pieces:
             before, kept = earlier[: len(stored)].copy_(stored), later[: len(stored)]
@@ -169,7 +170,7 @@ def _with_feedback(aligned: Tensor, update: Update, delta: Tensor | None, out: T
                 break
             before = gap
             kept = torch.zeros_like(intended)
-            for rows in row_pieces(aligned):
+            for rows in row_pieces(aligned, update.rank):
                 change = out[rows].float() - aligned[rows].float()
                 kept += rows_basis[rows].T @ (change @ columns_basis)
             correction = correction + (intended - kept)

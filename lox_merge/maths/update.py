@@ -13,6 +13,8 @@ from lox_merge.maths.precision import frobenius_norm_here
 
 # The smallest normal number of float32, in which the edit is made.
 _SMALLEST_ALPHA = 2.0**-126
+# A product with so few factors is up to three times faster as (k, rows); from here on as (rows, k), with few rows up to twice.
+_SHORT_SIDE_FIRST = 8
 
 
 def check_alpha(alpha: float, where: str = "alpha") -> float:
@@ -41,8 +43,14 @@ class Update:
         """T on every `rows_at_once` rows in turn, for sums in `dtype`. delta: (d_out, d_in), needed by the full-rank update."""
         if self.left is None or self.right is None:
             return [UpdateRows(dense=part, scale=self.scale) for part in torch.split(_needed(delta), rows_at_once)]
-        right = self.right.T.to(dtype)
+        # Once for all pieces: with few rows, a product with transposed factors takes up to eight times as long.
+        right = self.right.T.to(dtype).contiguous()
         return [UpdateRows(left=part, right=right) for part in torch.split(self.left.to(dtype), rows_at_once)]
+
+    @property
+    def rank(self) -> int:
+        """Columns of the factors; 0 for the full-rank update, which is no product."""
+        return 0 if self.left is None else self.left.shape[1]
 
     def inner_product(self, kept: Tensor, delta: Tensor | None = None) -> Tensor:
         """<kept, T>, float64. kept: (d_out, d_in)."""
@@ -84,7 +92,8 @@ class UpdateRows:
         if self.dense is not None:
             return (kept * (self.dense * self.scale)).sum(-1).double().sum()
         assert self.left is not None and self.right is not None
-        # (k, rows): a thin product is three times faster with its short side first.
+        if len(self.right) > _SHORT_SIDE_FIRST:
+            return torch.sum((kept @ self.right.T).mul_(self.left), dtype=torch.float64)
         return torch.sum((self.right @ kept.T).mul_(self.left.T), dtype=torch.float64)
 
 

@@ -207,7 +207,7 @@ def _add(anchor: Tensor, terms: Terms, rank: int, out: Tensor) -> None:
     if rank == 0:
         out.copy_(anchor)
         return
-    step = rows_at_once(out)
+    step = rows_at_once(out, rank)
     changes = terms.first(rank).in_pieces(step, wide)
     with full_precision_matmul(out.device):
         for target, stored, change in zip(torch.split(out, step), torch.split(anchor, step), changes, strict=True):
@@ -217,7 +217,7 @@ def _add(anchor: Tensor, terms: Terms, rank: int, out: Tensor) -> None:
 def _agreement(anchor: Tensor, held: Tensor, update: Update) -> float:
     """<held - anchor, T>, the anchor first rounded to the dtype of `held`."""
     product = torch.zeros((), dtype=torch.float64, device=held.device)
-    step = rows_at_once(held)
+    step = rows_at_once(held, update.rank)
     with full_precision_matmul(held.device):
         for stored, kept, change in zip(torch.split(anchor, step), torch.split(held, step), update.in_pieces(step, torch.float32), strict=True):
             before = stored.to(device=held.device, dtype=held.dtype).float()
