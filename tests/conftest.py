@@ -29,6 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 
 # The process that hands the tests out loads these too, and waits for nothing that takes seconds to import: fixtures import it.
 pytest_plugins = [
+    "attack_fixtures",
     "card_fixtures",
     "hostile_fixtures",
     "hub_fixtures",

@@ -67,6 +67,8 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
     from lox_merge.cli.show_asr import print_dry_run, print_evaluations
 
     # Everything that can be refused is refused before a model is loaded.
+    if seed is not None and options["limit"] is None:
+        raise RecipeError("--seed draws the --limit prompts, and all are asked. Add --limit N, or leave it out.")
     made = judges_of(options, dry_run=dry_run)
     asked = prompts_of(options, seed=seed)
     utility = utility_of(options)
@@ -133,13 +135,13 @@ def _run(
     for position, model in enumerate(models):
         source = _source(model, position, options)
         evaluation = evaluate(source, prompts, judges, cache=cache)
-        measured.append({} if utility is None else utility(source))
-        del source  # one model in memory at a time
         if any(evaluation.title == other.title for other in evaluations):
             evaluation = replace(evaluation, title=f"{evaluation.title} ({position + 1})")
         evaluations.append(evaluation)
         if transcripts is not None:
             _write_transcripts(transcripts, evaluations, prompts)
+        measured.append({} if utility is None else utility(source))
+        del source  # one model in memory at a time
     comparisons = [compare(evaluations[0], other, judge.name) for other in evaluations[1:] for judge in judges]
     result = {
         "lox_merge": __version__,
@@ -195,7 +197,7 @@ def _source(model: str, position: int, settings: dict[str, Any]) -> Any:
 
 
 def _write_transcripts(file: Path, evaluations: list[Any], prompts: PromptSet) -> None:
-    """All records so far, so that a later model's failure leaves the earlier ones' work."""
+    """All records so far, so that a failure of a utility or a later model leaves this work."""
     import json
 
     from lox_merge.errors import WriteError

@@ -19,7 +19,7 @@ from lox_merge.cli.measuring import (
     utility_of,
     utility_options,
 )
-from lox_merge.cli.options import GIVEN_PATH, base_option, cache_option, json_option, number, order_option
+from lox_merge.cli.options import GIVEN_FOLDER, GIVEN_PATH, base_option, cache_option, json_option, number, order_option
 from lox_merge.cli.start import import_torch
 from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.safety.seeds import check_seed
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True, help="Length of a reply.")
 @click.option("--eval-batch-size", type=click.IntRange(min=1), help="Prompts at once.  [default: found automatically]")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where the models are trained and run.")
+@click.option("--curves", type=GIVEN_FOLDER, metavar="FOLDER", help="Keep finished curves here, replies too; the same command goes on from them.")
 @click.option("--plot", type=GIVEN_PATH, metavar="FILE", help="Picture of ASR against steps (.svg, .png or .pdf).")
 @order_option
 @base_option
@@ -142,6 +143,7 @@ def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any])
         rendering=rendering_of(options),
         utility=utility_of(options),
         cache=cache_of(options),
+        curves=options["curves"],
         device=options["device"],
         cache_dir=options["cache_dir"],
         order_is_right=options["order_is_right"],

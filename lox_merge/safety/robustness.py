@@ -6,7 +6,7 @@ import gc
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.adapted import open_any
 from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
 from lox_merge.safety.attack import AttackSettings, check_attack_packages, fine_tune
+from lox_merge.safety.attack_curves import Curve, CurveStore, Point
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.conversations import Conversations, tokenised
-from lox_merge.safety.dispersion import Dispersion, Ratio
+from lox_merge.safety.dispersion import Dispersion
 from lox_merge.safety.factored import load_aligned
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.seeds import check_seed
@@ -36,40 +37,6 @@ from lox_merge.safety.types import Evaluation, Judge, PromptSet
 
 ModelUtility = Callable[[LocalModel], Mapping[str, float | None]]
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A model after `step` steps of an attack. r_ft: see Ratio; utility: what was asked for, None where undefined."""
-
-    step: int
-    evaluation: Evaluation = field(repr=False)
-    r_ft: Ratio
-    utility: Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One starting point ('aligned', 'LoX' or a control) under one attack with one seed.
-
-    r_align: R of the starting point itself, before the attack. batches: short hashes of the training batches in order, the same for
-    every starting point.
-    """
-
-    attack: str
-    model: str
-    seed: int
-    r_align: Ratio
-    points: tuple[Point, ...]
-    batches: tuple[str, ...] = field(repr=False)
-
-    def point(self, step: int) -> Point:
-        return next(point for point in self.points if point.step == step)
-
-    def dispersion(self, step: int) -> float | None:
-        """R_ft/R_align of the means over matrices; None where undefined."""
-        now, before = self.point(step).r_ft.mean, self.r_align.mean
-        return None if now is None or not before else now / before
 
 
 @dataclass(frozen=True)
@@ -149,6 +116,7 @@ def compare_under_attack(
     rendering: Rendering | None = None,
     utility: ModelUtility | None = None,
     cache: VerdictCache | None = None,
+    curves: Path | None = None,
     device: str = "auto",
     cache_dir: Path | None = None,
     order_is_right: bool = False,
@@ -161,14 +129,19 @@ def compare_under_attack(
     hardened: the output of a hardening; None hardens in memory as `recipe` says. recipe: also the rank of R and of the controls.
     factors: file of `lox-merge decompose` for this pair; no SVD is spent then.
     model: settings of LocalModel (decoding, batch_size, …). utility: measured beside each ASR. seeds: of the order of the
-    examples, the adapters' first values and the random controls. One model in memory at a time, float32; attacked weights are
-    never written. Raises RequestError before any attack wherever headers, data and packages can tell.
+    examples, the adapters' first values and the random controls. curves: folder that keeps every finished curve, with its replies; the
+    same request goes on from them, and another one takes what they have in common (a utility then needs `identity()`). One model in
+    memory at a time, float32; attacked weights are never written. Raises RequestError before any attack wherever headers, data and
+    packages can tell, LoxMergeError where a judge decides on none of aligned's own replies.
     """
     seeds = [check_seed(seed) for seed in seeds]
     settings, rendering = settings or AttackSettings(), rendering or Rendering()
     check_attack_packages(settings.lora)
     check_judges(judges)
     _check_request(attacks, prompts, seeds)
+    store = None if curves is None else CurveStore(curves)
+    if store is not None and utility is not None and not hasattr(utility, "identity"):
+        raise RequestError("curves can be kept beside a utility with identity() alone: else nothing tells whether they are of the same one.")
     say = report or (lambda _text: None)
     kinds = (ALIGNED, HARDENED, *_controls(controls))
     with open_factors(factors) as held:
@@ -188,17 +161,34 @@ def compare_under_attack(
         dispersion = Dispersion(first.model, plan)
         if utility is not None:
             utility(first)  # the aligned model is the reference of the KL divergence
+        common: dict[str, Any] = {}
+        if store is not None:
+            # What every curve depends on beside its own starting point. KL divergence is from aligned.
+            common = {
+                "aligned": first.identity()["weights"],
+                "prompts": prompts.sha256,
+                "judges": {judge.name: judge.identity() for judge in judges},
+                "training": settings.to_json(),
+                "utility": None if utility is None else utility.identity(),  # type: ignore[attr-defined]
+            }
         del first
-        curves: list[Curve] = []
+        found: list[Curve] = []
         for attack, seed, kind in itertools.product(attacks, seeds, kinds):
-            say(f"{attack.name}, seed {seed}: {kind}, {max(settings.steps)} steps")
             gc.collect()  # the trainer's cycles keep the last model until then
             observer = _Observer(load(kind, seed), kind, prompts, judges, dispersion, utility, cache)
-            curves.append(observer.attacked(attack, examples[attack.name], settings, seed))
+            about = common | {"attack": attack.identity(), "seed": seed, **observer.identity()} if store is not None else {}
+            curve = None if store is None else store.find(about)
+            steps = f"{max(settings.steps)} steps" if curve is None else "kept from before"
+            say(f"{attack.name}, seed {seed}: {kind}, {steps}")
+            if curve is None:
+                curve = observer.attacked(attack, examples[attack.name], settings, seed)
+                if store is not None:
+                    store.keep(about, curve)
             del observer
-            if curves[-1].batches != next(curve for curve in curves if (curve.attack, curve.seed) == (attack.name, seed)).batches:
+            found.append(curve)
+            if curve.batches != next(other for other in found if (other.attack, other.seed) == (attack.name, seed)).batches:
                 raise LoxMergeError(f"{kind} was not trained on the same batches as aligned, so they cannot be compared. Please report this.")
-    return Robustness(_sources(plan, given), recipe or Recipe(), settings, tuple(attacks), tuple(seeds), tuple(curves))
+    return Robustness(_sources(plan, given), recipe or Recipe(), settings, tuple(attacks), tuple(seeds), tuple(found))
 
 
 def _opened(
@@ -245,6 +235,11 @@ class _Observer:
     utility: ModelUtility | None
     cache: VerdictCache | None
 
+    def identity(self) -> dict[str, Any]:
+        """Of the starting point: its weights, how it is asked, where it is trained, and R, which depends on base and rank."""
+        device = str(self.source.model.device.type)
+        return {"model": self.kind, "device": device, "start": self.source.identity(), "r_align": asdict(self.dispersion.ratio(self.source.model))}
+
     def attacked(self, attack: Conversations, examples: Sequence[dict[str, list[int]]], settings: AttackSettings, seed: int) -> Curve:
         points: list[Point] = []
         before = self.dispersion.ratio(self.source.model)
@@ -266,8 +261,17 @@ class _Observer:
     def _point(self, step: int, model: Any) -> Point:
         self.source.model = model
         evaluation = replace(evaluate(self.source, self.prompts, self.judges, cache=self.cache), title=f"{self.kind}, {step} steps")
+        if self.kind == ALIGNED and step == 0:
+            _check_decided(evaluation)  # now, not after hours of training
         found = {} if self.utility is None else dict(self.utility(self.source))
         return Point(step, evaluation, self.dispersion.ratio(model), found)
+
+
+def _check_decided(evaluation: Evaluation) -> None:
+    for judge, figures in evaluation.attack_success.items():
+        if not figures.judged:
+            reason = evaluation.verdicts[judge][0].explanation or "(the judge gave none)"
+            raise LoxMergeError(f"the judge {judge} decided on none of {figures.n} replies of aligned before the attack. The first reason: {reason}")
 
 
 def _check_request(attacks: Sequence[Conversations], prompts: PromptSet, seeds: Sequence[int]) -> None:
