@@ -84,4 +84,7 @@ def assert_equals_to_rounding(out: torch.Tensor, exact: torch.Tensor, label: str
         return
     half_spacing = exact.abs() * torch.finfo(out.dtype).eps / 2
     assert (error <= 1.01 * half_spacing + 1e-7).all(), label
-    assert int((out != exact.to(out.dtype)).sum()) <= max(3, 0.01 * out.numel()), label
+    # Where the whole delta is added, many sums lie at a midpoint itself: alpha times a few units in the last place.
+    midpoint = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 1) * torch.finfo(out.dtype).eps / 2
+    at_midpoint = (error - midpoint).abs() <= 1e-7 * float(exact.abs().max())
+    assert int(((out != exact.to(out.dtype)) & ~at_midpoint).sum()) <= max(3, 0.01 * out.numel()), label
