@@ -74,9 +74,13 @@ def test_a_damaged_curve_is_named(toy_pair_seed0: ToyPair, attack_files: Path, t
     attacked(toy_pair_seed0, attack_files, "harmful", STEPS, curves=tmp_path)
     file = next(tmp_path.glob("harmful-LoX-*"))
     whole = json.loads(file.read_text())
-    without = {key: value for key, value in whole["curve"].items() if key != "batches"}
-    for text in ("", "{", "[]", json.dumps(whole | {"format": "other"}), json.dumps(whole | {"about": {}}), json.dumps(whole | {"curve": without})):
-        file.write_text(text)
+    curve = whole["curve"]
+    without = {key: value for key, value in curve.items() if key != "batches"}
+    wrong = curve | {"r_align": curve["r_align"] | {"mean": "much"}}
+    fewer = curve | {"points": curve["points"][:1]}
+    changed = [{"format": "other"}, {"about": {}}, {"curve": without}, {"curve": wrong}, {"curve": fewer}, {"curve": None}]
+    for text in ("", "{", "[]", "\udc80", *(json.dumps(whole | change) for change in changed)):
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(RequestError, match=rf"{file.name} is not a curve as it was kept .* Remove it"):
             attacked(toy_pair_seed0, attack_files, "harmful", STEPS, curves=tmp_path)
     with pytest.raises(RequestError, match="is a file; name a folder"):

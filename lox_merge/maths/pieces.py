@@ -9,8 +9,8 @@ from torch import Tensor
 PIECE = 2**17
 # On a GPU a piece has to be worth launching a dozen kernels: 64 MiB of float32 at a time.
 PIECE_ON_GPU = 2**24
-# A product of fewer rows with thin factors takes up to four times as long per entry, of more than 64 columns of factors still twice;
-# of a number of rows that is no multiple of 16, 1.3 times (`benchmarks/cpu_path.py`).
+# Products with thin factors take up to four times as long an entry with fewer rows, above rank 64 up to twice with fewer than 64, and 1.3
+# times where their number is no multiple of 16 (`benchmarks/cpu_path.py`).
 _ROWS, _ROWS_AT_HIGH_RANK, _HIGH_RANK = 16, 64, 64
 
 

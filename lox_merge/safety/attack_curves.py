@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError, SourceError
 from lox_merge.jobs.atomic import json_bytes, write_atomically
-from lox_merge.safety import asr
 from lox_merge.safety.dispersion import Ratio
-from lox_merge.safety.line_store import digest
+from lox_merge.safety.line_store import digest, make_folder
 from lox_merge.safety.types import Evaluation
 
 _FORMAT = "lox-merge attack curve 1"
@@ -57,10 +59,13 @@ class CurveStore:
     """A folder with a file a curve, named by a hash of all that decides it: another request finds nothing there and takes nothing away."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises RequestError where a file is in the way."""
-        blocking = next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None)
-        if blocking is not None:
-            raise RequestError(f"{blocking} is a file; name a folder to keep curves in.")
+        """Makes the folder. Raises RequestError where nothing can be kept there: hours later it would be too late to say so."""
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise RequestError(f"{folder} can't be made: {error.strerror}. Name another folder to keep curves in.") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RequestError(f"nothing can be written into {folder}. Name another folder to keep curves in.")
         self._folder = folder
 
     def find(self, about: Mapping[str, Any]) -> Curve | None:
@@ -70,37 +75,23 @@ class CurveStore:
             return None
         try:
             document = parse_json(path.read_bytes())
-            if not isinstance(document, dict) or document["format"] != _FORMAT or digest(document["about"]) != digest(about):
+            if not isinstance(document, dict) or document.get("format") != _FORMAT or digest(document.get("about")) != digest(about):
                 raise ValueError("it is of something else")
-            return _curve_from(document["curve"])
+            curve = TypeAdapter(Curve).validate_python(document.get("curve"))
+            if [point.step for point in curve.points] != list(about["training"]["steps"]):
+                raise ValueError("it has points at other steps")
         except OSError as error:
             raise RequestError(f"{path} can't be read: {error.strerror}.") from error
-        except (KeyError, TypeError, ValueError, AttributeError, RequestError, SourceError) as error:
-            raise RequestError(
-                f"{path} is not a curve as it was kept ({type(error).__name__}: {error}). Remove it to train that model again."
-            ) from error
+        except (ValueError, SourceError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RequestError(f"{path} is not a curve as it was kept ({reason}). Remove it to train that model again.") from error
+        return curve
 
     def keep(self, about: Mapping[str, Any], curve: Curve) -> None:
         """On disk when this returns. Raises WriteError."""
-        write_atomically(self._path(about), json_bytes({"format": _FORMAT, "about": dict(about), "curve": _curve_json(curve)}), self._folder)
+        document = {"format": _FORMAT, "about": dict(about), "curve": TypeAdapter(Curve).dump_python(curve, mode="json")}
+        write_atomically(self._path(about), json_bytes(document), self._folder)
 
     def _path(self, about: Mapping[str, Any]) -> Path:
         attack = re.sub(r"[^A-Za-z0-9.-]+", "-", str(about["attack"]["name"])).strip("-.")[:40]
         return self._folder / f"{attack}-{about['model']}-{about['seed']}-{digest(about)[:16]}.json"
-
-
-def _curve_json(curve: Curve) -> dict[str, Any]:
-    points = [
-        {"step": point.step, "evaluation": asr.to_json(point.evaluation), "r_ft": asdict(point.r_ft), "utility": dict(point.utility)}
-        for point in curve.points
-    ]
-    named = {"attack": curve.attack, "model": curve.model, "seed": curve.seed}
-    return {**named, "r_align": asdict(curve.r_align), "points": points, "batches": list(curve.batches)}
-
-
-def _curve_from(document: dict[str, Any]) -> Curve:
-    points = tuple(
-        Point(point["step"], asr.from_json(point["evaluation"]), Ratio(**point["r_ft"]), dict(point["utility"])) for point in document["points"]
-    )
-    named = document["attack"], document["model"], document["seed"]
-    return Curve(*named, Ratio(**document["r_align"]), points, tuple(document["batches"]))

@@ -33,7 +33,7 @@ class LineStore:
         self._parts = tuple(about)
         self._lock = FileLock(path.parent / f".{path.name}.lock", thread_local=False)
         try:
-            _make_folder(path.parent)
+            make_folder(path.parent)
             acquire(self._lock, timeout=0)
             self.lines = self._open()
         except Timeout:
@@ -115,7 +115,7 @@ class LineStore:
             os.fsync(file.fileno())
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Raises RequestError where a file is in the way."""
     blocking = next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None)
     if blocking is not None:
