@@ -12,7 +12,7 @@ from attack_runs import attacked, settings_of
 from conftest import RunCli
 from safetensors.torch import load_file, save_file
 
-from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.errors import Interrupted, LoxMergeError, RequestError
 from lox_merge.lab.checkpoints import ToyPair
 from lox_merge.safety.conversations import load_conversations
 from lox_merge.safety.decoding import Decoding
@@ -32,7 +32,7 @@ def test_a_run_goes_on_from_the_curves_that_are_there(toy_pair_seed0: ToyPair, a
             raise KeyboardInterrupt
         said.append(text)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"Finished curves are kept in .*kept; run the same command again"):
         attacked(toy_pair_seed0, attack_files, "harmful", STEPS, curves=tmp_path / "kept", report=stopped)
     (file,) = (tmp_path / "kept").iterdir()
     assert file.name.startswith("harmful-aligned-0-")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from lox_merge.checkpoint.json_text import parse_json
-from lox_merge.errors import RequestError, SourceError
+from lox_merge.errors import Interrupted, RequestError, SourceError
 from lox_merge.jobs.atomic import json_bytes, write_atomically
 from lox_merge.safety.dispersion import Ratio
 from lox_merge.safety.line_store import digest, make_folder
@@ -67,6 +68,14 @@ class CurveStore:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise RequestError(f"nothing can be written into {folder}. Name another folder to keep curves in.")
         self._folder = folder
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Ctrl-C in a `with` statement is told with where to go on from. Raises Interrupted."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted. Finished curves are kept in {self._folder}; run the same command again to go on.") from None
 
     def find(self, about: Mapping[str, Any]) -> Curve | None:
         """The curve that was kept for the same `about`. Raises RequestError for a file that is damaged or cannot be read."""

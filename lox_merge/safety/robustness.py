@@ -6,6 +6,7 @@ import gc
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def compare_under_attack(
         raise RequestError("curves can be kept beside a utility with identity() alone: else nothing tells whether they are of the same one.")
     say = report or (lambda _text: None)
     kinds = (ALIGNED, HARDENED, *_controls(controls))
-    with open_factors(factors) as held:
+    with open_factors(factors) as held, nullcontext() if store is None else store.told():
         sources: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}
         plan, given = _opened(base, aligned, hardened, recipe, held, **sources)
 
