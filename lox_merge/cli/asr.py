@@ -65,6 +65,7 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
     import_torch()
     from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_asr import print_dry_run, print_evaluations
+    from lox_merge.safety.asr import check_decided
 
     # Everything that can be refused is refused before a model is loaded.
     if seed is not None and options["limit"] is None:
@@ -85,7 +86,8 @@ def asr_command(models: tuple[str, ...], seed: int | None, transcripts: Path | N
     result, evaluations, comparisons = _run(models, asked, made, utility, options, transcripts)
     utilities = [entry["utility"] for entry in result["evaluations"]]
     give_result(json_file, result, lambda: print_evaluations(evaluations, comparisons, utilities))
-    _check_decided(evaluations)
+    for evaluation in evaluations:
+        check_decided(evaluation)
 
 
 def _first_whole(models: tuple[str, ...], cache_dir: Path | None) -> str | None:
@@ -208,14 +210,3 @@ def _write_transcripts(file: Path, evaluations: list[Any], prompts: PromptSet) -
         file.write_text("".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records), encoding="utf-8")
     except OSError as error:
         raise WriteError(f"the transcripts {file} can't be written: {error.strerror}.") from error
-
-
-def _check_decided(evaluations: list[Any]) -> None:
-    """Raises LoxMergeError where a judge decided nothing: a rate that is undefined is no result."""
-    from lox_merge.errors import LoxMergeError
-
-    for evaluation in evaluations:
-        for judge, figures in evaluation.attack_success.items():
-            if figures.judged == 0:
-                reason = evaluation.verdicts[judge][0].explanation or "(the judge gave none)"
-                raise LoxMergeError(f"the judge {judge} decided on none of {figures.n} replies of {evaluation.title}. The first reason: {reason}")

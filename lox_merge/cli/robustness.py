@@ -21,7 +21,7 @@ from lox_merge.cli.measuring import (
 )
 from lox_merge.cli.options import GIVEN_FOLDER, GIVEN_PATH, base_option, cache_option, json_option, number, order_option
 from lox_merge.cli.start import import_torch
-from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.errors import RequestError
 from lox_merge.safety.seeds import check_seed
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
     import_torch()
     from lox_merge.cli.json_file import give_result
     from lox_merge.cli.show_robustness import print_robustness
+    from lox_merge.safety.asr import check_decided
 
     give_result(json_file, {"command": "robustness", **result.to_json()}, lambda: print_robustness(result))
     if options["plot"]:
@@ -93,7 +94,9 @@ def robustness_command(base: str, aligned: str, hardened: str | None, json_file:
 
         document = read_as(documents.Robustness, result.to_json(), "the comparison")
         save_picture(lambda: robustness_picture(document), options["plot"])
-    _check_decided(result)
+    for curve in result.curves:
+        for point in curve.points:
+            check_decided(point.evaluation, f"{curve.model} after {point.step} steps")
 
 
 def _check_options(hardened: str | None, options: dict[str, Any]) -> None:
@@ -150,12 +153,3 @@ def _run(base: str, aligned: str, hardened: str | None, options: dict[str, Any])
         base_is_right=options["base_is_right"],
         report=lambda text: click.echo(text, err=True),
     )
-
-
-def _check_decided(result: Robustness) -> None:
-    """Raises LoxMergeError where a judge decided nothing: a rate that is undefined is no result."""
-    for curve in result.curves:
-        for point in curve.points:
-            for judge, figures in point.evaluation.attack_success.items():
-                if figures.judged == 0:
-                    raise LoxMergeError(f"the judge {judge} decided on none of {figures.n} replies of {curve.model} after {point.step} steps.")

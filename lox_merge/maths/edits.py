@@ -124,7 +124,7 @@ def _write(
     wide = torch.promote_types(aligned.dtype, torch.float32)  # float64 weights keep their digits
     product = torch.zeros((), dtype=torch.float64, device=aligned.device)
     row_norms = torch.empty(aligned.shape[0], dtype=wide, device=aligned.device)
-    rank = max(update.rank, target.rank)
+    rank = update.rank
     earlier, later = piece_buffer(aligned, wide, rank), piece_buffer(aligned, wide, rank)
     step = rows_at_once(aligned, rank)
     updates = update.in_pieces(step, wide, delta)

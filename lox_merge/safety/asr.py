@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lox_merge.errors import RequestError
+from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.safety import statistics
 from lox_merge.safety.cache import VerdictCache, cached_verdicts
 from lox_merge.safety.reasoning import without_reasoning
@@ -132,6 +132,16 @@ def check_attack(prompts: PromptSet, judges: Sequence[Judge]) -> None:
     check_judges(judges)
     if not len(prompts):
         raise RequestError(f"{prompts.source} holds no prompts, so there is no attack to measure. Name a file with at least one prompt.")
+
+
+def check_decided(evaluation: Evaluation, title: str = "") -> None:
+    """Raises LoxMergeError where a judge decided nothing: a rate that is undefined is no result. title: of the model, default its own."""
+    for judge, figures in evaluation.attack_success.items():
+        if not figures.judged:
+            reason = evaluation.verdicts[judge][0].explanation or "(the judge gave none)"
+            raise LoxMergeError(
+                f"the judge {judge} decided on none of {figures.n} replies of {title or evaluation.title}. The first reason: {reason}"
+            )
 
 
 def compare(a: Evaluation, b: Evaluation, judge: str) -> Comparison:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,18 @@ from lox_merge.jobs.plan import Plan
 from lox_merge.jobs.quantised import form_of
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.adapted import open_any
-from lox_merge.safety.asr import Comparison, categories_json, check_judges, compare, evaluate
+from lox_merge.safety.asr import Comparison, categories_json, check_decided, check_judges, compare, evaluate
 from lox_merge.safety.attack import AttackSettings, check_attack_packages, fine_tune
 from lox_merge.safety.attack_curves import Curve, CurveStore, Point
 from lox_merge.safety.cache import VerdictCache
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.conversations import Conversations, tokenised
-from lox_merge.safety.dispersion import Dispersion
+from lox_merge.safety.dispersion import Dispersion, Ratio
 from lox_merge.safety.factored import load_aligned
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.seeds import check_seed
 from lox_merge.safety.starting_points import ALIGNED, CONTROLS, HARDENED, Control, check_hardened, check_some_edit, set_starting_point
-from lox_merge.safety.types import Evaluation, Judge, PromptSet
+from lox_merge.safety.types import Judge, PromptSet
 
 ModelUtility = Callable[[LocalModel], Mapping[str, float | None]]
 Report = Callable[[str], None]
@@ -162,34 +163,37 @@ def compare_under_attack(
         dispersion = Dispersion(first.model, plan)
         if utility is not None:
             utility(first)  # the aligned model is the reference of the KL divergence
-        common: dict[str, Any] = {}
-        if store is not None:
-            # What every curve depends on beside its own starting point. KL divergence is from aligned.
-            common = {
-                "aligned": first.identity()["weights"],
-                "prompts": prompts.sha256,
-                "judges": {judge.name: judge.identity() for judge in judges},
-                "training": settings.to_json(),
-                "utility": None if utility is None else utility.identity(),  # type: ignore[attr-defined]
-            }
+        # What every curve depends on beside its own starting point. KL divergence is from aligned.
+        common = {} if store is None else _common(first, prompts, judges, settings, utility)
         del first
         found: list[Curve] = []
         for attack, seed, kind in itertools.product(attacks, seeds, kinds):
             gc.collect()  # the trainer's cycles keep the last model until then
             observer = _Observer(load(kind, seed), kind, prompts, judges, dispersion, utility, cache)
-            about = common | {"attack": attack.identity(), "seed": seed, **observer.identity()} if store is not None else {}
-            curve = None if store is None else store.find(about)
-            steps = f"{max(settings.steps)} steps" if curve is None else "kept from before"
-            say(f"{attack.name}, seed {seed}: {kind}, {steps}")
+            about = {} if store is None else {**common, "attack": attack.identity(), "seed": seed, **observer.identity()}
+            curve = store.find(about) if store else None
+            say(f"{attack.name}, seed {seed}: {kind}, {f'{max(settings.steps)} steps' if curve is None else 'kept from before'}")
             if curve is None:
                 curve = observer.attacked(attack, examples[attack.name], settings, seed)
-                if store is not None:
+                if store:
                     store.keep(about, curve)
             del observer
             found.append(curve)
             if curve.batches != next(other for other in found if (other.attack, other.seed) == (attack.name, seed)).batches:
                 raise LoxMergeError(f"{kind} was not trained on the same batches as aligned, so they cannot be compared. Please report this.")
     return Robustness(_sources(plan, given), recipe or Recipe(), settings, tuple(attacks), tuple(seeds), tuple(found))
+
+
+def _common(
+    aligned: LocalModel, prompts: PromptSet, judges: Sequence[Judge], settings: AttackSettings, utility: ModelUtility | None
+) -> dict[str, Any]:
+    return {
+        "aligned": aligned.identity()["weights"],
+        "prompts": prompts.sha256,
+        "judges": {judge.name: judge.identity() for judge in judges},
+        "training": settings.to_json(),
+        "utility": None if utility is None else utility.identity(),  # type: ignore[attr-defined]
+    }
 
 
 def _opened(
@@ -239,11 +243,16 @@ class _Observer:
     def identity(self) -> dict[str, Any]:
         """Of the starting point: its weights, how it is asked, where it is trained, and R, which depends on base and rank."""
         device = str(self.source.model.device.type)
-        return {"model": self.kind, "device": device, "start": self.source.identity(), "r_align": asdict(self.dispersion.ratio(self.source.model))}
+        return {"model": self.kind, "device": device, "start": self.source.identity(), "r_align": asdict(self.r_align)}
+
+    @cached_property
+    def r_align(self) -> Ratio:
+        """R of the starting point; to be asked for before it is trained."""
+        return self.dispersion.ratio(self.source.model)
 
     def attacked(self, attack: Conversations, examples: Sequence[dict[str, list[int]]], settings: AttackSettings, seed: int) -> Curve:
         points: list[Point] = []
-        before = self.dispersion.ratio(self.source.model)
+        before = self.r_align
         model, tokenizer, rendering = self.source.model, self.source.tokenizer, self.source.rendering
         batches = fine_tune(
             model,
@@ -263,16 +272,9 @@ class _Observer:
         self.source.model = model
         evaluation = replace(evaluate(self.source, self.prompts, self.judges, cache=self.cache), title=f"{self.kind}, {step} steps")
         if self.kind == ALIGNED and step == 0:
-            _check_decided(evaluation)  # now, not after hours of training
+            check_decided(evaluation, "aligned before the attack")  # now, not after hours of training
         found = {} if self.utility is None else dict(self.utility(self.source))
         return Point(step, evaluation, self.dispersion.ratio(model), found)
-
-
-def _check_decided(evaluation: Evaluation) -> None:
-    for judge, figures in evaluation.attack_success.items():
-        if not figures.judged:
-            reason = evaluation.verdicts[judge][0].explanation or "(the judge gave none)"
-            raise LoxMergeError(f"the judge {judge} decided on none of {figures.n} replies of aligned before the attack. The first reason: {reason}")
 
 
 def _check_request(attacks: Sequence[Conversations], prompts: PromptSet, seeds: Sequence[int]) -> None:
