@@ -23,6 +23,7 @@ from lox_merge.errors import LoxMergeError, RequestError, SourceError
 from lox_merge.jobs.atomic import sha256_of
 from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.engine import Progress
+from lox_merge.jobs.executors.sizing import crew_of_each
 from lox_merge.jobs.manifest import FORMAT, header_hashes
 from lox_merge.jobs.methods import recorded_edit
 from lox_merge.jobs.output_folder import MANIFEST, WORK_FOLDER
@@ -32,6 +33,7 @@ from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.store import check_holds_weights
 from lox_merge.jobs.triplets import recorded_triplets
 from lox_merge.jobs.verify_adapter import check_structure, recompute
+from lox_merge.jobs.work import Crew
 
 # Another CPU or torch version adds in another order: a value at the midpoint of two neighbours may then round the other way.
 _LARGEST_SHARE_OF_NEIGHBOURS = 0.02
@@ -219,14 +221,17 @@ def _recompute(
     chosen = plan.tensors
     if sample is not None and sample < len(chosen):
         chosen = random.Random(seed).sample(chosen, sample)
-    for tensor in chosen:
-        if tensor.written not in output:
-            result.problems.append(f"tensor {tensor.written} of {plan.mirrored.role} is not in the output")
-            continue
-        _compare(plan, tensor, output, recorded[tensor.written], result, device)
-        result.tensors_recomputed += 1
-        if progress:
-            progress.advance(output.info(tensor.written).bytes)
+    # As many cores a matrix as the engine takes: the number decides the order of sums, and so the bytes.
+    crew = Crew(device, crew_of_each(plan, device, 1))
+    with crew.threads():
+        for tensor in chosen:
+            if tensor.written not in output:
+                result.problems.append(f"tensor {tensor.written} of {plan.mirrored.role} is not in the output")
+                continue
+            _compare(plan, tensor, output, recorded[tensor.written], result, device)
+            result.tensors_recomputed += 1
+            if progress:
+                progress.advance(output.info(tensor.written).bytes)
 
 
 def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping[str, Any], result: Verification, device: torch.device) -> None:
