@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lox_merge.jobs.direct_file import DirectFile
 from lox_merge.jobs.work import form_delta
 from lox_merge.maths import lanczos, truncated_svd
 from lox_merge.maths.edits import apply_update, lox_update
@@ -167,8 +168,17 @@ def reading(folder: Path) -> dict[str, float]:
 
 
 def writing(folder: Path) -> dict[str, float]:
-    """1 GB to the disk with fsync, in pieces of 8 MB: as it comes, its room asked for first, or handed to the disk as it comes."""
+    """1 GB to the disk with fsync, in pieces of 8 MB: past the page cache, as the engine does, or through it: as it comes, its room asked for
+    first, or handed to the disk as it comes. Wall and CPU seconds."""
     path, data = folder / "target", os.urandom(2**23)
+
+    def directly() -> None:
+        path.unlink(missing_ok=True)
+        with DirectFile(path) as file:
+            for start in range(0, FILE_BYTES, len(data)):
+                file.write(data, start)
+            file.flush()
+            file.sync()
 
     def write(how: str) -> None:
         path.unlink(missing_ok=True)
@@ -181,10 +191,20 @@ def writing(folder: Path) -> dict[str, float]:
                     os.fdatasync(file.fileno())
             os.fsync(file.fileno())
 
-    found = interleaved({how: lambda how=how: write(how) for how in ("as it comes", "posix_fallocate", "fsync on the way")}, repeat=5)  # type: ignore[misc]
+    through = ("as it comes", "posix_fallocate", "fsync on the way")
+    programs: dict[str, Callable[[], object]] = {"past the page cache": directly, **{how: lambda how=how: write(how) for how in through}}  # type: ignore[misc]
+    cpu: dict[str, list[float]] = {name: [] for name in programs}
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        started = time.process_time()
+        work()
+        cpu[name].append(time.process_time() - started)
+
+    found = interleaved({name: lambda name=name, work=work: timed(name, work) for name, work in programs.items()}, repeat=5)  # type: ignore[misc]
     path.unlink()
-    print("writing     " + "  ".join(f"{name} {FILE_BYTES / seconds / 1e9:.2f} GB/s" for name, seconds in found.items()))
-    return found
+    for name, seconds in found.items():
+        print(f"writing     {name:20s} {FILE_BYTES / seconds / 1e9:.2f} GB/s, {statistics.median(cpu[name]):.2f} s of CPU")
+    return found | {f"{name}, CPU": statistics.median(seconds) for name, seconds in cpu.items()}
 
 
 def hashing() -> dict[str, float]:

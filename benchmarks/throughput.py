@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from synthetic import matrix_pair
 
+from lox_merge.jobs.direct_file import DirectFile
 from lox_merge.jobs.work import form_delta
 from lox_merge.maths.edits import apply_update, lox_update
 from lox_merge.maths.spectral import truncated_svd
@@ -88,17 +89,18 @@ def hashing(repeat: int) -> float:
 
 
 def disk(folder: Path, repeat: int) -> dict[str, float]:
-    """Bytes per second: writing with fsync, reading what the page cache holds, and what it was told to let go; moved_by_core: per second of
-    one core's time that the kernel takes to bring them from the disk to a process, or from a process to the page cache."""
+    """Bytes per second: writing with fsync as the engine does, reading what the page cache holds, and what it was told to let go; moved_by_core:
+    per second of one core's time that it takes to bring them from the disk to a process, or from a process to the disk."""
     data = memoryview(os.urandom(CHUNK))
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         descriptor = file.fileno()
 
         def write() -> None:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            for _ in range(DISK_BYTES // CHUNK):
-                os.write(descriptor, data)
-            os.fsync(descriptor)
+            with DirectFile(Path(file.name)) as written:
+                for begin in range(0, DISK_BYTES, CHUNK):
+                    written.write(data, begin)
+                written.flush()
+                written.sync()
 
         def read() -> None:
             os.lseek(descriptor, 0, os.SEEK_SET)
@@ -109,11 +111,11 @@ def disk(folder: Path, repeat: int) -> dict[str, float]:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             read()
 
-        written = wall_seconds(write, repeat, lambda: os.ftruncate(descriptor, 0))
+        writing = wall_seconds(write, repeat, lambda: os.ftruncate(descriptor, 0))
         warm = wall_seconds(read, repeat)
         cold = wall_seconds(read_cold, repeat)
         moved = cpu_seconds(read_cold, repeat) + cpu_seconds(write, 1)
-    return {"write": DISK_BYTES / written, "read_warm": DISK_BYTES / warm, "read_cold": DISK_BYTES / cold, "moved_by_core": 2 * DISK_BYTES / moved}
+    return {"write": DISK_BYTES / writing, "read_warm": DISK_BYTES / warm, "read_cold": DISK_BYTES / cold, "moved_by_core": 2 * DISK_BYTES / moved}
 
 
 def machine() -> str:

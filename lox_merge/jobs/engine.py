@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError, NumericalError
 from lox_merge.jobs.ahead import Early
 from lox_merge.jobs.atomic import write_error
+from lox_merge.jobs.direct_file import DirectFile
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lookahead import LooksAhead
 from lox_merge.jobs.plan import Plan, ShardPlan
@@ -67,13 +67,14 @@ def typical_cost(plan: Plan) -> int:
     return 1
 
 
-def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progress: Progress) -> tuple[IO[bytes], dict[str, Any]]:
+def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progress: Progress) -> tuple[DirectFile, dict[str, Any]]:
     """Writes one shard to its temporary file `path`. Returns it open (not yet synced) and its record without hashes of sources."""
     shard = plan.shards[position]
     tensors: list[dict[str, Any]] = []
     output = _Hashed()
     try:
-        file = path.open("wb", buffering=0)
+        # A shard that goes to a store is read back at once.
+        file = DirectFile(path, direct=plan.store is None)
 
         def early(tensor: TensorPlan, out: Tensor) -> None:
             """The disk has something to do while the writer waits for a large matrix, often the first of a shard."""
@@ -90,6 +91,7 @@ def write_shard(plan: Plan, position: int, path: Path, ahead: LooksAhead, progre
                 if tensor.action == "edit":
                     ahead.release(tensor, shard.bytes_in_memory(tensor))
                 progress.advance(size)
+            file.flush()
             progress.advance(len(shard.header.raw))
         except BaseException:
             file.close()
@@ -114,15 +116,12 @@ class _Hashed:
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
-    def write(self, file: IO[bytes], data: bytes | memoryview, begin: int) -> None:
+    def write(self, file: DirectFile, data: bytes | memoryview, begin: int) -> None:
         """Only writes what begins at this place of the file."""
-        view, size = memoryview(data), memoryview(data).nbytes
-        file.seek(begin)
-        while view:
-            view = view[file.write(view) :]
-        self._there.add((begin, size))
+        file.write(data, begin)
+        self._there.add((begin, memoryview(data).nbytes))
 
-    def put(self, file: IO[bytes], data: bytes | memoryview, begin: int) -> None:
+    def put(self, file: DirectFile, data: bytes | memoryview, begin: int) -> None:
         """The next piece of the file."""
         view = memoryview(data)
         beside = self._pool.submit(self._digest.update, view) if view.nbytes >= _WORTH_A_THREAD else None
@@ -208,11 +207,11 @@ def _non_finite(plan: Plan, tensor: TensorPlan) -> int:
     return bad
 
 
-def make_durable(file: IO[bytes], path: Path) -> None:
+def make_durable(file: DirectFile, path: Path) -> None:
     """Closes a written shard, at `path` while it is unfinished, once it survives a power cut. Raises WriteError."""
     try:
         with file:
-            os.fsync(file.fileno())
+            file.sync()
     except OSError as error:
         raise write_error(path, error) from error
 

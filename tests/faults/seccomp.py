@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 # linux/audit.h and the tables of system calls.
 _MACHINES = {
-    "x86_64": (0xC000003E, {"write": 1, "fsync": 74, "rename": 82, "mkdir": 83, "openat": 257}),
-    "aarch64": (0xC00000B7, {"write": 64, "fsync": 82, "rename": 38, "mkdir": 34, "openat": 56}),
+    "x86_64": (0xC000003E, {"write": 1, "pwrite64": 18, "fsync": 74, "rename": 82, "mkdir": 83, "openat": 257}),
+    "aarch64": (0xC00000B7, {"write": 64, "pwrite64": 68, "fsync": 82, "rename": 38, "mkdir": 34, "openat": 56}),
 }
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
@@ -31,7 +31,7 @@ class Refusal:
 
 
 # A write of many bytes, so that notes of the working state still fit on the disk, as on a real one.
-FULL_DISK = (Refusal("write", errno.ENOSPC, at_least=(2, 8_000)),)
+FULL_DISK = tuple(Refusal(call, errno.ENOSPC, at_least=(2, 8_000)) for call in ("write", "pwrite64"))
 BROKEN_DISK = (Refusal("fsync", errno.EIO),)
 NO_PERMISSION = (Refusal("rename", errno.EACCES),)
 # openat(folder, name, flags)

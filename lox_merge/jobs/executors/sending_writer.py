@@ -7,9 +7,10 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lox_merge.errors import LoxMergeError, RequestError
+from lox_merge.jobs.direct_file import DirectFile
 from lox_merge.jobs.executors.writer import ShardWriter, Tell, WorkerTask
 from lox_merge.jobs.output_folder import check_room
 from lox_merge.jobs.stamps import SourceFile
@@ -41,7 +42,7 @@ class SendingWriter(ShardWriter):
         self._passing.bring(position)
         super().write(position, to_hash)
 
-    def _finish(self, file: IO[bytes], position: int, record: dict[str, Any]) -> None:
+    def _finish(self, file: DirectFile, position: int, record: dict[str, Any]) -> None:
         file.close()
         self._wait_for_hashes(position)  # the sources are told before the shard that was made from them
         partial, output = self._partial(position), record["output"]

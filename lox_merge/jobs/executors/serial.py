@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
+from lox_merge.jobs.direct_file import DirectFile
 from lox_merge.jobs.engine import finish_shard, make_durable, typical_cost, write_shard
 from lox_merge.jobs.executors.protocol import ShardJob
 from lox_merge.jobs.lookahead import LookAhead, look_ahead
@@ -49,7 +50,7 @@ class Serial:
             finisher.shutdown(wait=True)
 
 
-def _finish(job: ShardJob, file: IO[bytes], position: int, record: dict[str, Any]) -> dict[str, Any]:
+def _finish(job: ShardJob, file: DirectFile, position: int, record: dict[str, Any]) -> dict[str, Any]:
     partial = job.journal.partial(job.plan.shards[position].file)
     make_durable(file, partial)
     return finish_shard(job.plan, position, partial, record, job.journal, job.hasher.hashes(position))

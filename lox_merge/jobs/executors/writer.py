@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from lox_merge.errors import Interrupted
 from lox_merge.jobs.atomic import sha256_of
+from lox_merge.jobs.direct_file import DirectFile
 from lox_merge.jobs.engine import make_durable, source_path, write_shard
 from lox_merge.jobs.journal import Journal
 from lox_merge.jobs.lookahead import look_ahead
@@ -72,13 +73,13 @@ class ShardWriter:
         if self._last is not None:
             self._last.result()
 
-    def _end(self, file: IO[bytes], position: int, record: dict[str, Any]) -> None:
+    def _end(self, file: DirectFile, position: int, record: dict[str, Any]) -> None:
         try:
             self._finish(file, position, record)
         except Exception as error:
             self._tell("failed", error)  # nobody looks at the future while the worker waits for an order
 
-    def _finish(self, file: IO[bytes], position: int, record: dict[str, Any]) -> None:
+    def _finish(self, file: DirectFile, position: int, record: dict[str, Any]) -> None:
         make_durable(file, self._partial(position))
         self._tell("written", position, record)
 
