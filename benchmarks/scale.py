@@ -189,7 +189,7 @@ def show(found: dict[str, Any]) -> None:
         name, f"{row['parameters'] / 1e9:,.0f} B", "fp8" if row["fp8"] else "bf16", f"{row['tensors']:,}", f"{row['matrices']:,}",
         gigabytes(row["peak_memory"]), gigabytes(row["read"] + row["written"]), gigabytes(row["low_disk"]),
     ] for name, row in found.items()])  # fmt: skip
-    head = ["core time in", "delta", "SVD", "update, rounding", "sha256", "copies by the kernel", "together", "shapes extrapolated"]
+    head = ["core time in", "delta", "SVD", "update, rounding", "sha256", "copies", "together", "shapes extrapolated"]
     table(head, [[
         name, *(span(row["core_seconds"][stage]) for stage in ("delta", "svd", "update", "sha256", "copies")),
         span(sum(row["core_seconds"].values())), f"{row['extrapolated']:.0%}",
@@ -225,7 +225,7 @@ def predicted(rates: Rates, ran: dict[str, Any], layers: int) -> dict[str, float
     return {
         "arithmetic": once,
         "sha256": hashed / rates.sha256,
-        "copies by the kernel": hashed / rates.moved,
+        "copies": hashed / rates.moved,
         "both again": share * hashed * (1 / rates.sha256 + 1 / rates.moved),
         "starts": 2 * START_SECONDS,
     }
