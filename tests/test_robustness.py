@@ -92,6 +92,7 @@ def test_a_benign_attack_disperses_the_alignment_of_aligned_more(toy_pair_seed0:
     assert all(curve.dispersion(0) == 1 for curve in result.curves)
     assert len({curve.batches for curve in result.curves}) == 3, "each seed has its own order, the same for both models"
     assert result.sources["hardened"]["title"] == "hardened"
+    assert result.to_json()["recipe"]["alpha"] is None, "that of the default recipe is not that of the folder"
 
 
 def test_starting_points_are_those_of_the_written_model_and_have_one_norm(toy_pair_seed0: ToyPair, tmp_path: Path) -> None:

@@ -68,10 +68,13 @@ class Robustness:
     def to_json(self) -> dict[str, Any]:
         """Plain values; what is undefined is null. Holds no replies and no path of this machine."""
         first = self.curves[0].points[0].evaluation
+        recipe = self.recipe.to_json()
+        if self.sources["hardened"] is not None:
+            recipe["alpha"] = None  # a hardening on disk has its own; the rank is that of R and of the controls
         return {
             "lox_merge": __version__,
             "sources": dict(self.sources),
-            "recipe": self.recipe.to_json(),
+            "recipe": recipe,
             "training": self.settings.to_json(),
             "attacks": [attack.identity() for attack in self.attacks],
             "seeds": list(self.seeds),

@@ -63,10 +63,10 @@ class Training(Shape):
 
 
 class Recipe(Shape):
-    """How the hardening in memory was asked for; its rank is also that of R and of the controls."""
+    """How the hardening in memory was asked for; its rank is also that of R and of the controls. alpha: None where it was on disk."""
 
     rank: str
-    alpha: float
+    alpha: float | None
 
 
 class Robustness(Shape):
@@ -81,6 +81,12 @@ class Robustness(Shape):
     judges: dict[str, dict[str, Any]] = Field(min_length=1)
     interval: str
     curves: tuple[Curve, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _says_what_was_hardened(self) -> Robustness:
+        if self.recipe.alpha is None and self.sources.get("hardened") is None:
+            raise ValueError("recipe.alpha: missing, and no hardened model is among the sources")
+        return self
 
     @model_validator(mode="after")
     def _judged_everywhere(self) -> Robustness:

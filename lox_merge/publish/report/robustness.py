@@ -153,7 +153,7 @@ def _pictures(result: Robustness) -> list[Picture]:
 def _details(result: Robustness) -> tuple[tuple[str, str], ...]:
     training = result.training
     hardened = result.sources.get("hardened")
-    made = source_title(hardened) if hardened else f"in memory, rank {result.recipe.rank}, alpha {result.recipe.alpha:g}"
+    made = source_title(hardened) if hardened is not None else f"in memory, rank {result.recipe.rank}, alpha {result.recipe.alpha:g}"
     what = f"LoRA of rank {training.lora_rank}" if training.lora else "all weights"
     return (
         ("base", source_title(result.sources.get("base") or {})),
