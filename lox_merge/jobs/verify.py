@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lox_merge.checkpoint.quantised.view import as_quantised
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import LoxMergeError, RequestError, SourceError
 from lox_merge.jobs.atomic import sha256_of
-from lox_merge.jobs.edit import Edit
+from lox_merge.jobs.edit import Edit, MatrixOutcome
 from lox_merge.jobs.engine import Progress
 from lox_merge.jobs.executors.sizing import crew_of_each
 from lox_merge.jobs.manifest import FORMAT, header_hashes
@@ -33,10 +33,9 @@ from lox_merge.jobs.select import TensorPlan
 from lox_merge.jobs.store import check_holds_weights
 from lox_merge.jobs.triplets import recorded_triplets
 from lox_merge.jobs.verify_adapter import check_structure, recompute
+from lox_merge.jobs.verify_values import code_difference, copy_difference, edit_difference
 from lox_merge.jobs.work import Crew
 
-# Another CPU or torch version adds in another order: a value at the midpoint of two neighbours may then round the other way.
-_LARGEST_SHARE_OF_NEIGHBOURS = 0.02
 # Figures of the manifest against recomputed ones: float32 sums in another order, and the tolerance of the SVD.
 _FIGURE_TOLERANCE = 5e-3
 
@@ -244,69 +243,47 @@ def _compare(plan: Plan, tensor: TensorPlan, output: Checkpoint, record: Mapping
         )
         return
     written = output.tensor(name)
-    keeps_form = tensor.stored and tensor.action == "edit"
-    expected = (plan.mirrored.tensor(tensor.name) if keeps_form else before).to(
-        torch.float32 if keeps_form else dtypes.torch_dtype(output.info(name).dtype), copy=True
-    )
-    expected = expected.contiguous()
-    figures: list[dict[str, Any]] = []
-    edited = False
-    if tensor.action == "edit":
+    keeps_form = bool(tensor.stored and tensor.action == "edit")
+    unedited = plan.mirrored.tensor(tensor.name) if keeps_form else before
+
+    def made_again(dtype: torch.dtype) -> tuple[Tensor, list[MatrixOutcome]]:
+        out = unedited.to(dtype, copy=True).contiguous()
+        if tensor.action != "edit":
+            return out, []
         stored = {role: checkpoint.tensor(tensor.name_in(role)) for role, checkpoint in plan.checkpoints.items()}
+        outcomes = []
         for view in tensor.views:
             sources = {role: view.select(values) for role, values in stored.items()}
-            grid = plan.grid(tensor, view)
-            one = plan.edit.matrix(sources, view.select(expected), view, tensor, device, plan.triplets, grid)
-            edited = edited or one.changed
-            figures.append(one.to_json())
+            outcomes.append(plan.edit.matrix(sources, view.select(out), view, tensor, device, plan.triplets, plan.grid(tensor, view)))
+        return out, outcomes
+
+    expected, outcomes = made_again(torch.float32 if keeps_form else dtypes.torch_dtype(output.info(name).dtype))
+    edited = any(outcome.changed for outcome in outcomes)
     if keeps_form:
         assert plan.requantised is not None
         expected = plan.requantised.encode(tensor.name, expected)
     if tensor_bytes(written) != tensor_bytes(expected):
-        difference = _code_difference(plan, tensor, written, expected) if keeps_form else _difference(written, expected, exact=not edited)
+        difference = _difference(plan, tensor, written, expected, unrounded=(lambda: made_again(torch.float32)[0]) if edited else None)
         if difference:
             result.problems.append(f"tensor {name} ({output.home[name]}) is not what the recipe gives: {difference}")
         else:
             result.rounded_apart.append(name)
     if edited != (record["action"] == "edited"):
         result.problems.append(f"the manifest calls tensor {name} {record['action']}, which it is not")
-    elif edited and not _same_figures(record.get("matrices", []), figures):
+    elif edited and not _same_figures(record.get("matrices", []), [outcome.to_json() for outcome in outcomes]):
         result.problems.append(f"the manifest's figures of tensor {name} are not those of its matrices")
 
 
-def _difference(written: Tensor, expected: Tensor, *, exact: bool) -> str:
-    """What differs, '' for differences that rounding on another machine explains. exact: nothing was computed, so nothing can differ."""
-    if not written.is_floating_point():
-        return f"{int((written != expected).sum()):,} of {written.numel():,} values differ"
-    one, other = written.double(), expected.double()
-    different = ~((one == other) | (one.isnan() & other.isnan()))
-    count, gap = int(different.sum()), (one - other).abs()
-    spacing = torch.finfo(written.dtype).eps * torch.maximum(one.abs(), other.abs())
-    neighbours = bool((gap[different] <= spacing[different]).all())
-    if not exact and written.dtype == torch.float32:  # an edit in float32 keeps the error of its SVD
-        largest = other[other.isfinite()].abs().max() if other.isfinite().any() else 0.0
-        if bool((gap[different] <= 1e-5 * largest).all()):
-            return ""
-    elif not exact and neighbours and 1 < count <= _LARGEST_SHARE_OF_NEIGHBOURS * written.numel():
-        return ""
-    if not count:
-        return "zeros of another sign, or NaN of other bits"
-    return f"{count:,} of {written.numel():,} values differ, by up to {float(gap[different].max()):.3g}"
-
-
-def _code_difference(plan: Plan, tensor: TensorPlan, written: Tensor, expected: Tensor) -> str:
-    """The same for codes: neighbouring ones here and there."""
-    assert plan.requantised is not None
-    form = plan.requantised.quantised[tensor.name]
-    one, other = form.unpacked(written), form.unpacked(expected)
-    if one.dtype != torch.int8:
-        # Numbers of a float8 dtype are in the order of their bits, the sign aside.
-        one, other = (torch.where((bits := part.view(torch.uint8).int()) < 128, bits, 128 - bits) for part in (one, other))
-    gap = (one.int() - other.int()).abs()
-    count = int((gap > 0).sum())
-    if int(gap.max()) <= 1 and 1 < count <= _LARGEST_SHARE_OF_NEIGHBOURS * gap.numel():
-        return ""
-    return f"{count:,} of {gap.numel():,} codes differ, by up to {int(gap.max())} steps"
+def _difference(plan: Plan, tensor: TensorPlan, written: Tensor, expected: Tensor, *, unrounded: Callable[[], Tensor] | None) -> str:
+    """What differs, "" for what another order of sums explains. unrounded: see `edit_difference`; None where nothing was computed."""
+    if tensor.stored and tensor.action == "edit":
+        assert plan.requantised is not None
+        unpacked = plan.requantised.quantised[tensor.name].unpacked
+        return code_difference(unpacked(written), unpacked(expected))
+    if unrounded is None:
+        return copy_difference(written, expected)
+    recipe = plan.recipe
+    return edit_difference(written, expected, plan.stored(tensor), unrounded, tolerance=recipe.tolerance, rounding=recipe.rounding)
 
 
 def _same_figures(recorded: list[Any], recomputed: list[Any]) -> bool:
