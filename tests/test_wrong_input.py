@@ -292,6 +292,20 @@ main(["harden", {str(base)!r}, {str(aligned)!r}, {str(out)!r}])
     assert len(load(out)) > 10
 
 
+def test_what_fills_the_disk_is_removed(tmp_path: Path) -> None:
+    """Of an unfinished file of factors, too: it may be all that fills the disk, and nobody goes on from it."""
+    base, aligned = make_pair(tmp_path / "pair", "llama", base_shards=1, aligned_shards=1, hidden=128)
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from lox_merge.cli.main import main
+main(["decompose", {str(base)!r}, {str(aligned)!r}, {str(tmp_path / "out" / "factors.safetensors")!r}])
+"""
+    done = run_program(code)
+    assert done.returncode == 1 and "can't be written" in done.stderr, done.stderr
+    assert not list((tmp_path / "out").rglob("*.partial")) and not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def _drop_override_capabilities() -> None:
     """Makes root as powerless over permissions as anybody else in the child process."""
     import ctypes

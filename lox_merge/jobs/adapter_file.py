@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from lox_merge.checkpoint.safetensors_format import build_header
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NumericalError
 from lox_merge.jobs.adapter_plan import AdapterPlan, Pair, Source
-from lox_merge.jobs.atomic import sync_folder, write_error
+from lox_merge.jobs.atomic import new_file, sync_folder, write_error
 from lox_merge.jobs.journal import Journal
 from lox_merge.maths.rounding import round_nearest
 
@@ -100,20 +99,16 @@ def write_factors(made: AdapterPlan, ranks: Mapping[tuple[str, str], int], read:
     header = build_header(entries, {"format": "pt"})
     digest = hashlib.sha256(header.raw)
     outcome: dict[tuple[str, str], Written] = {}
-    partial = journal.partial(WEIGHTS)
+    with new_file(journal.partial(WEIGHTS), journal.out / WEIGHTS) as file:
+        file.write(header.raw)
+        for pair, rank in pairs:
+            first, second = stored_factors(pair, rank, read, dtype)
+            for part in (first, second):
+                data = tensor_bytes(part)
+                file.write(data)
+                digest.update(data)
+            outcome |= {source.key: realised(pair, source, rank, read, first, second) for source in pair.sources}
     try:
-        with partial.open("wb") as file:
-            file.write(header.raw)
-            for pair, rank in pairs:
-                first, second = stored_factors(pair, rank, read, dtype)
-                for part in (first, second):
-                    data = tensor_bytes(part)
-                    file.write(data)
-                    digest.update(data)
-                outcome |= {source.key: realised(pair, source, rank, read, first, second) for source in pair.sources}
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(journal.out / WEIGHTS)
         sync_folder(journal.out)
     except OSError as error:
         raise write_error(journal.out / WEIGHTS, error) from error

@@ -8,9 +8,9 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lox_merge.errors import Interrupted, SourceError, WriteError
 
@@ -47,24 +47,34 @@ def copy_atomically(source: Path, path: Path, scratch: Path) -> str:
     return _put(path, _pieces(source), scratch)
 
 
-def _put(path: Path, pieces: Iterable[bytes], scratch: Path) -> str:
-    temporary = scratch / (path.name + ".partial")
-    digest = hashlib.sha256()
+@contextmanager
+def new_file(temporary: Path, final: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write, synced at the end, which gets its `final` name then; gone where that fails. Raises WriteError for every OSError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if final:
+            temporary.replace(final)
     except BaseException as error:
         with suppress(OSError):  # what is there of it may be all that fills the disk
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise write_error(path, error) from error
+            raise write_error(final or temporary, error) from error
         raise
+
+
+def _put(path: Path, pieces: Iterable[bytes], scratch: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+    with new_file(scratch / (path.name + ".partial"), path) as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
     return digest.hexdigest()
 
 

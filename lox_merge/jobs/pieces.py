@@ -7,7 +7,6 @@ record. The file itself is streamed together from pieces once all are there, and
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from torch import Tensor
 from lox_merge.checkpoint.safetensors_format import build_header
 from lox_merge.checkpoint.weights import tensor_bytes
 from lox_merge.errors import NonFiniteDeltaError, NumericalError
-from lox_merge.jobs.atomic import json_bytes, sync_folder, write_error
+from lox_merge.jobs.atomic import json_bytes, new_file, sync_folder, write_error
 from lox_merge.jobs.device_memory import on_cpu_where_too_large
 from lox_merge.jobs.engine import Progress, by_role, count_non_finite, first_stamp, source_path, typical_cost
 from lox_merge.jobs.factors import METADATA_KEY
@@ -100,25 +99,20 @@ def _write_piece(plan: Plan, shard: ShardPlan, journal: Journal, crew: Crew, pro
     digest, size = hashlib.sha256(), 0
     matrices: list[dict[str, Any]] = []
     skipped: list[str] = []
-    try:
-        with path.open("wb") as file:
-            for tensor, view, result in _in_order(plan, shard, crew, examine):
-                if result.subspace is None:
-                    if not plan.recipe.skip_non_finite:
-                        raise NonFiniteDeltaError(count_non_finite(plan))
-                    skipped.append(tensor.name + view.label)
-                else:
-                    for vectors in (result.subspace.left, result.subspace.right):
-                        data = tensor_bytes(vectors.cpu()) if vectors.numel() else memoryview(b"")
-                        file.write(data)
-                        digest.update(data)
-                        size += data.nbytes
-                    matrices.append(_record(tensor, view, result.subspace, result.noise_edge) | result.examined)
-                progress.advance(tensor.info.bytes // len(tensor.views))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise write_error(path, error) from error
+    with new_file(path) as file:
+        for tensor, view, result in _in_order(plan, shard, crew, examine):
+            if result.subspace is None:
+                if not plan.recipe.skip_non_finite:
+                    raise NonFiniteDeltaError(count_non_finite(plan))
+                skipped.append(tensor.name + view.label)
+            else:
+                for vectors in (result.subspace.left, result.subspace.right):
+                    data = tensor_bytes(vectors.cpu()) if vectors.numel() else memoryview(b"")
+                    file.write(data)
+                    digest.update(data)
+                    size += data.nbytes
+                matrices.append(_record(tensor, view, result.subspace, result.noise_edge) | result.examined)
+            progress.advance(tensor.info.bytes // len(tensor.views))
     output = {"file": piece_name(shard), "size": size, "sha256": digest.hexdigest()}
     return {"output": output, "sources": {}, "matrices": matrices, "skipped": skipped}
 
@@ -201,18 +195,15 @@ def assemble(path: Path, records: list[dict[str, Any]], document: dict[str, Any]
     text = json_bytes(document | {"matrices": described}).decode()
     header = build_header(entries, {METADATA_KEY: text})
     partial = journal.partial(path.name)
+    with new_file(partial, path) as file:
+        file.write(header.raw)
+        for matrix in matrices:
+            if matrix["rank"]:
+                file.write(tensor_bytes(torch.tensor(matrix["values"], dtype=torch.float64)))
+        for record in records:
+            with (journal.out / record["output"]["file"]).open("rb") as piece:
+                shutil.copyfileobj(piece, file, 2**22)
     try:
-        with partial.open("wb") as file:
-            file.write(header.raw)
-            for matrix in matrices:
-                if matrix["rank"]:
-                    file.write(tensor_bytes(torch.tensor(matrix["values"], dtype=torch.float64)))
-            for record in records:
-                with (journal.out / record["output"]["file"]).open("rb") as piece:
-                    shutil.copyfileobj(piece, file, 2**22)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
         sync_folder(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
