@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,13 @@ def measure_direction(plan: Plan) -> Directedness:
     some modules that undoes alignment there would hide behind all others), so their Δ_align does not count."""
     # An adapter's tensors are made when they are asked for: one at a time.
     made = any(isinstance(checkpoint, AdaptedCheckpoint) for checkpoint in plan.checkpoints.values())
-    with ThreadPoolExecutor(1 if made else available_cores()) as pool:
-        sums = [entry for entry in pool.map(lambda tensor: _sums(plan, tensor), plan.edited) if entry[2] > 0]
+    crew = Crew(torch.device("cpu"), CrewSize(1 if made else available_cores(), 1))
+    try:
+        with crew.threads():
+            begun = [crew.submit(_sums, plan, tensor) for tensor in plan.edited]
+            sums = [entry for future in begun if (entry := future.result())[2] > 0]
+    finally:
+        crew.close()
     product, align, finetuned = (math.fsum(entry[position] for entry in sums) for position in range(3))
     if not all(math.isfinite(value) for value in (product, align, finetuned)):
         return Directedness(None, math.inf)  # the run itself counts NaN and Inf, or leaves such tensors alone

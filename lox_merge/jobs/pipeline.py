@@ -22,7 +22,7 @@ from lox_merge.jobs.device_memory import is_out_of_memory, make_room, memory_bud
 from lox_merge.jobs.edit import Edit, MatrixOutcome
 from lox_merge.jobs.transfers import BUFFER_BYTES, BUFFERS, Mark, Transfers, mark_here
 from lox_merge.jobs.triplets import TripletSource
-from lox_merge.jobs.work import available_cores
+from lox_merge.jobs.work import available_cores, computing_pool
 
 EDITORS = 3
 # Threads that solve the small eigenproblems of stop tests; more than eight matrices are seldom tested at once.
@@ -45,9 +45,10 @@ class Pipeline:
         self.budget = memory_budget(device) if budget is None else budget
         self._up, self._down = (Transfers(device, buffers=buffers, size=buffer_bytes) for _ in range(2))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
-        self._editors = ThreadPoolExecutor(editors, thread_name_prefix="edit")
-        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-        self.solvers: Executor = ThreadPoolExecutor(max(1, min(_SOLVERS, available_cores())), thread_name_prefix="solve")
+        cores = torch.get_num_threads()
+        self._editors = computing_pool(editors, cores, "edit")
+        self._fetcher = computing_pool(1, cores, "fetch")
+        self.solvers: Executor = computing_pool(max(1, min(_SOLVERS, available_cores())), cores, "solve")
         self._own = threading.local()
 
     def submit(

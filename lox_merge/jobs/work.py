@@ -162,6 +162,12 @@ class CrewSize:
         return CrewSize(max(1, self.matrices // processes), self.cores)
 
 
+def computing_pool(threads: int, cores: int, name: str) -> ThreadPoolExecutor:
+    """Threads that compute on `cores` cores each. torch tells LAPACK so in every thread by itself, and only when it first shares out work of its
+    own: a new thread would take all cores for what it decomposes before, which is another matrix in every run."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(cores,))
+
+
 class Crew:
     """Threads that edit matrices ahead of the writer, within a memory budget.
 
@@ -172,7 +178,7 @@ class Crew:
     def __init__(self, device: torch.device, size: CrewSize) -> None:
         self.device = device
         self.workers, self.threads_each = size.matrices, size.cores
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="edit")
+        self._pool = computing_pool(self.workers, self.threads_each, "edit")
         self._owned: Any = None
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
