@@ -15,8 +15,9 @@ import pytest
 import torch
 from tiny_models import make_pair
 
-from lox_merge.jobs import ahead
+from lox_merge.jobs import ahead, direct_file
 from lox_merge.jobs.ahead import Ahead
+from lox_merge.jobs.direct_file import BLOCK
 from lox_merge.jobs.edit import Edit
 from lox_merge.jobs.execute import Silent
 from lox_merge.jobs.executors.run import run
@@ -114,22 +115,25 @@ def test_parts_of_a_tensor_larger_than_the_memory_for_work_go_side_by_side(tmp_p
     assert met[0] == len(stacked.views) >= 4
 
 
-def test_the_disk_has_something_to_do_while_the_writer_waits(tmp_path: Path) -> None:
-    pair = make_pair(tmp_path, "llama", aligned_shards=1, vocabulary=2000, tie_word_embeddings=True)
+def test_the_disk_has_something_to_do_while_the_writer_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_file, "BUFFER_BYTES", BLOCK)  # these tensors would fit into the usual one
+    pair = make_pair(tmp_path, "llama", aligned_shards=1, vocabulary=2000, hidden=128, tie_word_embeddings=True)
     expected = harden(*pair, tmp_path / "expected").out
     plan = plan_hardening(*pair, tmp_path / "out", recipe=Recipe())
     first, *others = edited(plan)
     (name,) = (shard.file for shard in plan.shards)
     whole = (expected / name).read_bytes()
     places = [plan.shards[0].header.tensors[tensor.written] for tensor in others]
+    inside = [slice(-(-place.begin // BLOCK) * BLOCK, place.end // BLOCK * BLOCK) for place in places]
+    assert all(whole[blocks] for blocks in inside)
     early = []
 
     def wait_for_the_others(matrix: str) -> None:
-        """Until the unfinished file holds all of them, though the first tensor is not there."""
+        """Until the unfinished file holds all whole blocks of them, though the first tensor is not there."""
         partial, until = Journal(plan.out).partial(name), time.monotonic() + PATIENCE
         while matrix == first.name and not early and time.monotonic() < until:
             found = partial.read_bytes()
-            if all(found[place.begin : place.end] == whole[place.begin : place.end] for place in places):
+            if all(found[blocks] == whole[blocks] for blocks in inside):
                 early.append(found[plan.shards[0].header.tensors[first.written].begin :][: first.info.bytes])
             time.sleep(0.01)
 

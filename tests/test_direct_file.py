@@ -9,6 +9,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,18 @@ def test_memory_is_not_written_directly() -> None:
             file.write(_FILLING, 0)
             file.flush()
         assert path.read_bytes() == _FILLING
+
+
+def test_a_system_that_does_not_say_what_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def partitions(all: bool) -> list[object]:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/filesystems")
+
+    monkeypatch.setattr(psutil, "disk_partitions", partitions)
+    assert file_system(tmp_path) == ""
+    with DirectFile(tmp_path / "file") as file:
+        file.write(_FILLING, 0)
+        file.flush()
+    assert (tmp_path / "file").read_bytes() == _FILLING
 
 
 def test_a_file_system_that_takes_no_direct_write_after_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

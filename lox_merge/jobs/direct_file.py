@@ -118,7 +118,10 @@ class DirectFile:
 
 def file_system(path: Path) -> str:
     """Name of the file system that a path is on, as the system calls it; "" where it does not say."""
-    mounted = {Path(partition.mountpoint): str(partition.fstype) for partition in psutil.disk_partitions(all=True)}
+    try:
+        mounted = {Path(partition.mountpoint): str(partition.fstype) for partition in psutil.disk_partitions(all=True)}
+    except OSError:  # no /proc
+        return ""
     whole = path.resolve()
     return next((mounted[folder] for folder in (whole, *whole.parents) if folder in mounted), "")
 
