@@ -303,7 +303,7 @@ def test_what_is_no_run_is_named(content: str | None, message: str, tmp_path: Pa
             r"\(harmful, aligned, 3 steps: no attack_success of keyword, python:judge\.py:complied\)",
         ),
         ("robustness", ("curves", 0, "r_align"), None, r"curves\.0\.r_align"),
-        ("robustness", ("recipe", "alpha"), None, r"recipe\.alpha: missing, and no hardened model"),
+        ("robustness", ("sources", "hardened"), None, r"recipe\.alpha: missing, and no hardened model"),
         ("harden", ("tensors", 0, "matrices", 0, "shape"), [4], r"tensors\.0\.matrices\.0\.shape\.1: missing"),
         ("asr", ("evaluations", 0, "title"), None, r"evaluations\.0\.title"),
         ("decompose", ("matrices", 0, "norm"), "long", r"matrices\.0\.norm"),

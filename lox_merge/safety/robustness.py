@@ -69,7 +69,7 @@ class Robustness:
         """Plain values; what is undefined is null. Holds no replies and no path of this machine."""
         first = self.curves[0].points[0].evaluation
         recipe = self.recipe.to_json()
-        if self.sources["hardened"] is not None:
+        if self.sources.get("hardened") is not None:
             recipe["alpha"] = None  # a hardening on disk has its own; the rank is that of R and of the controls
         return {
             "lox_merge": __version__,
