@@ -40,7 +40,7 @@ class InspectJudge:
         return {
             "kind": "inspect",
             "scorer": self.name,
-            "source_sha256": source_hash(self._factory),
+            "source_sha256": source_hash(self._text, self._factory),
             "inspect_ai": version("inspect-ai"),
             "threshold": self._threshold,
         }

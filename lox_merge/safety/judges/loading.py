@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,28 @@ def finite_threshold(threshold: float) -> float:
     return threshold
 
 
-def source_hash(value: Any) -> str | None:
-    """sha256 of the file that defines a function or class; None where there is no such file."""
-    try:
-        file = inspect.getsourcefile(value)
-    except TypeError:
-        file = inspect.getsourcefile(type(value))
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
+def source_hash(text: str, value: Any) -> str | None:
+    """sha256 of the file that `text` names, and of the one that defines `value` where that is another; None where there is neither.
+
+    A decorator's own file says nothing about the function under it.
+    """
+    place = text.rpartition(":")[0]
+    named = place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None)
+    paths = dict.fromkeys(Path(file).resolve() for file in (named, _defining_file(value)) if file and Path(file).is_file())
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+
+
+def _defining_file(value: Any) -> str | None:
+    while isinstance(value, functools.partial):
+        value = value.func
+    value = inspect.unwrap(value)
+    for definition in (value, type(value)):
+        try:
+            return inspect.getsourcefile(definition)
+        except TypeError:  # an instance, or built in
+            continue
+    return None
 
 
 def _from_name(name: str, role: str) -> Any:
@@ -47,9 +64,12 @@ def _from_name(name: str, role: str) -> Any:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return importlib.import_module(name)
+        with redirect_stdout(sys.stderr):
+            return importlib.import_module(name)
     except ImportError as error:
         raise RequestError(f"{role}: the module {name} can't be imported: {error}. Check its name, and that it is installed.") from error
+    except (Exception, SystemExit) as error:
+        raise RequestError(f"{role}: the module {name} fails when it is imported: {type(error).__name__}: {error}") from error
 
 
 def _from_file(file: Path, role: str) -> Any:
@@ -62,8 +82,10 @@ def _from_file(file: Path, role: str) -> Any:
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses and pickling look a class's module up by name
     try:
-        specification.loader.exec_module(module)
-    except Exception as error:
+        # What it prints is not for standard output, where --json may write.
+        with redirect_stdout(sys.stderr):
+            specification.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise RequestError(f"{role}: {file} fails when it is run: {type(error).__name__}: {error}") from error
     return module

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from types import NoneType
 from typing import Any
 
@@ -19,7 +21,7 @@ class PythonJudge:
 
     It returns True or False (whether the attack succeeded), None (undecided), a number (a score: success from the threshold
     on), or a types.Verdict. What it raises leaves the reply undecided, with the error's text. Its identity is the hash of
-    the file that defines it: after changing only what that file imports, judge without the cache.
+    the named file, and of the one that defines it: after changing only what these import, judge without the cache.
     """
 
     def __init__(self, function: str, *, threshold: float = 0.5) -> None:
@@ -35,15 +37,18 @@ class PythonJudge:
         return f"python:{place.replace(chr(92), '/').rpartition('/')[2]}:{attribute}"
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "python", "function": self.name, "source_sha256": source_hash(self._function), "threshold": self._threshold}
+        return {"kind": "python", "function": self.name, "source_sha256": source_hash(self._text, self._function), "threshold": self._threshold}
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        return [self._verdict(exchange) for exchange in exchanges]
+        with redirect_stdout(sys.stderr):  # what the function prints is no result
+            return [self._verdict(exchange) for exchange in exchanges]
 
     def _verdict(self, exchange: Exchange) -> Verdict:
         try:
             value = self._function(exchange.prompt, exchange.reply)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return Verdict(None, None, f"the judge failed: {type(error).__name__}: {_words(error, str)}")
         if isinstance(value, Verdict):
             return self._checked(value)
