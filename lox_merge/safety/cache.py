@@ -15,9 +15,9 @@ from types import NoneType
 from typing import Any
 
 from lox_merge.errors import LoxMergeWarning
-from lox_merge.safety.types import Exchange, Judge, Verdict
+from lox_merge.safety.types import Exchange, Judge, StreamingJudge, Verdict
 
-# Judged in portions, each stored at once: an interrupted run loses at most one portion of what was paid.
+# Judged in portions, each stored at once: an interrupted run loses at most one portion of a judge that does not give verdicts as they come.
 _PORTION = 64
 # Longer than any other process holds the file: it writes one portion.
 _PATIENCE_SECONDS = 30.0
@@ -123,10 +123,21 @@ def cached_verdicts(judge: Judge, exchanges: Sequence[Exchange], cache: VerdictC
     open_keys = list(missing)
     for start in range(0, len(open_keys), _PORTION):
         portion = open_keys[start : start + _PORTION]
-        given = dict(zip(portion, _checked(judge, [missing[key] for key in portion]), strict=True))
-        cache.put(given)
+        given: dict[str, Verdict] = {}
+        try:
+            for place, verdict in _as_they_come(judge, [missing[key] for key in portion]):
+                given[portion[place]] = verdict
+        finally:  # what was paid is kept, whatever ended it
+            cache.put(given)
         known.update(given)
     return [known[key] for key in keys]
+
+
+def _as_they_come(judge: Judge, exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Verdict]]:
+    """Verdicts with the places of their replies. A judge may give each when it has it; others give them all at the end."""
+    if isinstance(judge, StreamingJudge):
+        return judge.judge_as_they_come(exchanges)
+    return iter(enumerate(_checked(judge, exchanges)))
 
 
 def _checked(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:

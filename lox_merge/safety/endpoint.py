@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from urllib.parse import urlsplit, urlunsplit
 from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.safety.chat import Rendering
 from lox_merge.safety.decoding import Decoding
-from lox_merge.safety.progress import CountProgress, ProgressFactory, no_progress
+from lox_merge.safety.progress import ProgressFactory, no_progress
 from lox_merge.safety.reply_store import ReplyStore
+from lox_merge.safety.requests import answers
 from lox_merge.safety.types import Prompt, PromptSet, Reply, without_halves
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -82,12 +82,14 @@ class EndpointModel:
     def _replies(self, prompts: PromptSet, store: ReplyStore | None) -> list[Reply]:
         found = store.finished if store else {}
         waiting = [prompt for prompt in prompts.prompts if prompt.identity not in found]
-        with self._progress(len(prompts), f"{self.title}: replies") as progress, ThreadPoolExecutor(self._concurrency) as pool:
+        with self._progress(len(prompts), f"{self.title}: replies") as progress:
             progress.advance(len(found))
-            try:
-                _collect({pool.submit(self._ask, prompt): prompt for prompt in waiting}, found, store, progress)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+            for place, reply in answers(self._ask, waiting, self._concurrency):
+                name = waiting[place].identity
+                found[name] = reply
+                if store:
+                    store.keep([(name, reply)])
+                progress.advance(1)
         return [found[prompt.identity] for prompt in prompts.prompts]
 
     def _ask(self, prompt: Prompt) -> Reply:
@@ -133,26 +135,6 @@ def _client(url: str, key: str, timeout: float, retries: int) -> Any:
     except ImportError as error:
         raise RequestError("an endpoint needs the package openai: pip install 'lox-merge[openai]'.") from error
     return openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
-
-
-def _collect(asked: dict[Future[Reply], Prompt], found: dict[str, Reply], store: ReplyStore | None, progress: CountProgress) -> None:
-    """Keeps replies as they come. After a failure nothing new is asked, what is under way is kept, and the failure is raised."""
-    failure: BaseException | None = None
-    for future in as_completed(asked):
-        if future.cancelled():
-            continue
-        if (error := future.exception()) is None:
-            name = asked[future].identity
-            found[name] = future.result()
-            if store:
-                store.keep([(name, found[name])])
-            progress.advance(1)
-        elif failure is None:
-            failure = error
-            for other in asked:
-                other.cancel()
-    if failure is not None:
-        raise failure
 
 
 def _reply(prompt: Prompt, answer: Any) -> Reply:

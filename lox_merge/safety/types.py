@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,15 @@ class Judge(Protocol):
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """One verdict per exchange, in order. Trouble with single exchanges is a Verdict(None), not an exception."""
+        ...
+
+
+@runtime_checkable
+class StreamingJudge(Judge, Protocol):
+    """A judge whose verdicts cost money or time one by one."""
+
+    def judge_as_they_come(self, exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Verdict]]:
+        """Each verdict with the place of its exchange, in any order. What was given before an exception holds."""
         ...
 
 

@@ -6,8 +6,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lox_merge.errors import LoxMergeError, RequestError
 from lox_merge.safety.judges.rubric import fill, read_rubric, read_score
 from lox_merge.safety.reasoning import without_reasoning
+from lox_merge.safety.requests import answers
 from lox_merge.safety.types import Exchange, Verdict, without_halves
 
 if TYPE_CHECKING:
@@ -97,14 +97,11 @@ class OpenAIJudge:
         return fill(self._rubric, exchange.prompt, exchange.reply)
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        if not exchanges:
-            return []
-        pool = ThreadPoolExecutor(min(self._concurrency, len(exchanges)), thread_name_prefix="judge")
-        try:
-            return list(pool.map(self._verdict, exchanges))
-        finally:
-            # After an error or Ctrl-C, what has not begun is not paid any more.
-            pool.shutdown(cancel_futures=True)
+        found = dict(self.judge_as_they_come(exchanges))
+        return [found[place] for place in range(len(exchanges))]
+
+    def judge_as_they_come(self, exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Verdict]]:
+        return answers(self._verdict, exchanges, self._concurrency)
 
     def _verdict(self, exchange: Exchange) -> Verdict:
         import openai
