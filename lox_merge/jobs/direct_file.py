@@ -31,11 +31,12 @@ class DirectFile:
     """
 
     def __init__(self, path: Path, *, direct: bool = True) -> None:
-        # A mode as `open` gives it: read and write, less what the umask takes.
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-        self._direct = direct and file_system(path) in LOCAL_FILE_SYSTEMS and _set_direct(self._descriptor, True)
         # Pages of its own begin at a multiple of a block. The last block is for one that came in parts.
         self._memory = memoryview(mmap.mmap(-1, BUFFER_BYTES + BLOCK))
+        local = direct and file_system(path) in LOCAL_FILE_SYSTEMS
+        # A mode as `open` gives it: read and write, less what the umask takes.
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        self._direct = local and _set_direct(self._descriptor, True)
         # A stretch of the file that is in memory; it begins there where it does in its block.
         self._begin = self._end = 0
         # Parts of blocks that are not complete yet, with the places where they begin.
