@@ -99,7 +99,7 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
             started = time.perf_counter()
             if state.global_step and not getattr(model, "peft_config", None):
                 warnings.warn(
-                    f"the training goes on from step {state.global_step}: AlignmentWatch measures from there, "
+                    f"the training goes on from step {state.global_step}: AlignmentWatch measures from there, R_align too, "
                     "and what was lost before is not in its figures",
                     LoxMergeWarning,
                     stacklevel=2,
@@ -184,6 +184,8 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
             self._retained = RetainedAlignment(
                 model, start, base=self._base, factors=self._factors, rank=self.settings.rank, seed=self.settings.seed, cache_dir=self._cache_dir
             )
+            # Of θ_0 itself: an adapter that acts already (of a checkpoint, or begun at random) has moved the first measurement away from it.
+            self._r_align = self._retained.ratio(lambda name: None).mean
         self._changes = changes
 
     @torch.no_grad()
@@ -209,8 +211,6 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if self._retained is not None:
             kept = self._retained.ratio(change)
             bounds = kept.bounds
-            if not self.history:
-                self._r_align = kept.mean
             ratio = kept.mean / self._r_align if kept.mean is not None and self._r_align else None
             figures |= {R_FT: kept.mean, RATIO: ratio}
         figures = {name: value if value is not None and value == value and abs(value) != float("inf") else None for name, value in figures.items()}

@@ -42,14 +42,16 @@ class Retained:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """basis: U_k, (d_out, k). held: all triplets that are known of Δ_align. rest: ‖Δ_align − held‖ where that is all that is known."""
+    """basis: U_k, (d_out, k). square: ‖Δ_align‖². held: all triplets that are known of Δ_align. rest: ‖Δ_align − held‖ where that is
+    all that is known.
+    """
 
     name: str
     stored: str
     transposed: bool
     basis: Tensor
     head: Tensor
-    norm: float
+    square: float
     held: Subspace | None
     rest: float
 
@@ -137,9 +139,9 @@ class RetainedAlignment:
             complete = factors is not None and factors.matrices[stored, ""].complete
             rest = 0.0 if complete else math.sqrt(max(0.0, held.norm**2 - squares))
             head = (held.right[:, : leading.rank] * leading.singular_values.float()).T.clone()
-            return _Matrix(name, stored, transposed, leading.left.clone(), head, held.norm, held, rest)
+            return _Matrix(name, stored, transposed, leading.left.clone(), head, held.norm**2, held, rest)
         basis = leading.left.to(device)
-        return _Matrix(name, stored, transposed, basis, basis.to(delta.dtype).T @ delta, math.sqrt(squared_norm(delta)), None, 0.0)
+        return _Matrix(name, stored, transposed, basis, basis.to(delta.dtype).T @ delta, squared_norm(delta), None, 0.0)
 
     def _alignment(self, name: str, stored: str, transposed: bool) -> Tensor | None:
         """Δ_align of the map, (d_out, d_in) float32 or wider, where θ_0 is; None without a base."""
@@ -152,7 +154,7 @@ class RetainedAlignment:
     def _energies(self, matrix: _Matrix, change: Change | None) -> tuple[float, float, float]:
         """‖Proj_k D‖², ‖D‖², and how far the latter may be off."""
         if change is None:
-            return squared_norm(matrix.head), matrix.norm**2, 0.0
+            return squared_norm(matrix.head), matrix.square, 0.0
         delta = self._alignment(matrix.name, matrix.stored, matrix.transposed) if matrix.held is None else None
         device = (change.values if isinstance(change, DenseChange) else change.left).device
         kept = squared_norm(matrix.head.to(device) + change.projected(matrix.basis.to(device)))
@@ -160,12 +162,12 @@ class RetainedAlignment:
             return kept, squared_norm(delta.to(device) + change.matrix), 0.0
         if delta is not None:
             product = change.with_matrix(delta.to(device))
-            return kept, matrix.norm**2 + 2 * product + change.squared_norm(), 0.0
+            return kept, matrix.square + 2 * product + change.squared_norm(), 0.0
         held = matrix.held
         assert held is not None
         product = float(change.along(held.left.to(device), held.right.to(device)) @ held.singular_values.double().cpu())
         length = change.squared_norm()
-        return kept, matrix.norm**2 + 2 * product + length, 2 * matrix.rest * math.sqrt(length)
+        return kept, matrix.square + 2 * product + length, 2 * matrix.rest * math.sqrt(length)
 
 
 def _opened(base: str | Path, cache_dir: Path | None) -> Checkpoint:
