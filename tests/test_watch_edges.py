@@ -57,3 +57,21 @@ def test_a_resumed_full_fine_tuning_says_that_r_align_is_of_the_checkpoint(pair:
     with pytest.warns(LoxMergeWarning, match="goes on from step 2: AlignmentWatch measures from there, R_align too, and what was lost before is not"):
         resumed(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch)
     assert watch.history[0]["figures"][RATIO] == 1
+
+
+@pytest.mark.parametrize(("accumulation", "steps"), [(1, 1), (2, 0)])
+def test_a_threshold_that_is_crossed_before_the_training_ends_it_after_a_batch(
+    accumulation: int, steps: int, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, aligned = pair
+    watch = watch_of(base, interval=4, overhead=100, threshold={R_FT: 0.999}, stop=True)
+    with pytest.warns(LoxMergeWarning, match="r_ft is .* after step 0, and its threshold 0.999; the training stops after its first batch"):
+        trainer, _ = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch, gradient_accumulation_steps=accumulation)
+    assert trainer.state.global_step == steps and [entry["step"] for entry in watch.history] == list(range(steps + 1))
+
+
+def test_a_threshold_without_stop_ends_no_training(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, aligned = pair
+    with pytest.warns(LoxMergeWarning, match="after step 0, and its threshold 0.999$"):
+        trainer, _ = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch_of(base, overhead=100, threshold={R_FT: 0.999}))
+    assert trainer.state.global_step == 4

@@ -95,6 +95,7 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
         check_begin(model)
         self._clear()
         self.history, self.setup, self._r_align = [], {}, None
+        crossed = False
         if state.is_world_process_zero:
             started = time.perf_counter()
             if state.global_step and not getattr(model, "peft_config", None):
@@ -108,8 +109,12 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
                 self._prepare(model, processing_class)
             self.setup |= {"seconds": time.perf_counter() - started, "from_step": state.global_step}
             with self.pace.timed():  # the first of its kind tells what the next one will take
-                self._measure(model, state)
+                crossed = self._measure(model, state)
             self._pending = {}  # no step to log it at
+        if self.settings.stop:
+            # The trainer looks at it after its first batch, not before.
+            crossed = agreed((False, crossed), args)[1]
+            control.should_training_stop = control.should_training_stop or crossed
         self.pace.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
@@ -225,7 +230,8 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
             if name not in self._warned:
                 self._warned.add(name)
                 limit = self.settings.threshold[name]
-                what = "; the training stops" if self.settings.stop else ""
+                stops = "; the training stops" if len(self.history) > 1 else "; the training stops after its first batch"
+                what = stops if self.settings.stop else ""
                 warnings.warn(f"{name} is {figures[name]:.4g} after step {step}, and its threshold {limit:g}{what}", LoxMergeWarning, stacklevel=2)
         return bool(crossed)
 
