@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from test_watch import R_FT, RATIO, arguments, data, linear, r_ft, train, watch_of
 from tiny_models import make_pair, read_tensors
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from lox_merge.errors import LoxMergeWarning
+from lox_merge.cli.decompose import decompose_command
+from lox_merge.errors import LoxMergeWarning, RequestError
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_pair(tmp_path_factory.mktemp("watch"), "llama", "float32")
+
+
+def rewritten(base: Path, folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> Path:
+    """The base with other tensors in the place of each."""
+    folder.mkdir()
+    tensors = {name: value for before, tensor in read_tensors(base).items() for name, value in change(before, tensor).items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(base / "config.json", folder)
+    return folder
 
 
 def adapted(aligned: Path, **settings: Any) -> Any:
@@ -75,3 +89,35 @@ def test_a_threshold_without_stop_ends_no_training(pair: tuple[Path, Path], tmp_
     with pytest.warns(LoxMergeWarning, match="after step 0, and its threshold 0.999$"):
         trainer, _ = train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch_of(base, overhead=100, threshold={R_FT: 0.999}))
     assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_base_of_another_vocabulary_is_compared_without_the_output_head(lora: bool, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, aligned = pair
+    shorter = rewritten(base, tmp_path / "base", lambda name, value: {name: value[:-10] if len(value) == 96 else value})
+    watch = watch_of(shorter, interval=4, overhead=100)
+    model = adapted(aligned, modules_to_save=["lm_head"]) if lora else AutoModelForCausalLM.from_pretrained(aligned)
+    shapes = r"\[96, 32\] in the model and \[86, 32\] in base"
+    with pytest.warns(LoxMergeWarning, match=rf"without 1 linear layer\(s\): 1 over another vocabulary, {shapes} \(lm_head.weight\)$"):
+        train(model, tmp_path, watch)
+    start = read_tensors(aligned)
+    names = [name for name in linear(start) if name != "lm_head.weight"]
+    assert watch.history[0]["figures"][R_FT] == pytest.approx(r_ft(read_tensors(base), start, start, names), rel=1e-4)
+    assert list(watch.setup["r_ft_left_out"]) == ["lm_head.weight"]
+
+
+def test_a_base_of_other_shapes_is_refused_by_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, aligned = pair
+    narrow = rewritten(base, tmp_path / "narrow", lambda name, value: {name: value[:, :-2] if "q_proj" in name else value})
+    other, other_aligned = make_pair(tmp_path / "other", "llama", "float32", hidden=64)
+    factors = tmp_path / "factors.safetensors"
+    decompose_command.main([*map(str, (other, other_aligned, factors)), "--rank", "6", "--device", "cpu"], standalone_mode=False)
+    q = r"model.layers.0.self_attn.q_proj.weight is \[32, 32\] in the model and"
+    for watch, message in (
+        (watch_of(narrow), rf"another model: {q} \[32, 30\] in base, model.layers.1.self_attn.q_proj.weight .* Give the base"),
+        (watch_of(other), r"lm_head.weight is \[96, 32\] in the model and \[96, 64\] in base, .* and 12 more"),
+        (watch_of(None, factors=factors), r"\[96, 64\] in factors"),
+        (watch_of(base, factors=factors), r"\[96, 64\] in factors"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch)

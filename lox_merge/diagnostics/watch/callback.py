@@ -189,6 +189,7 @@ class AlignmentWatch(TrainerCallback):  # type: ignore[misc]  # transformers is 
             self._retained = RetainedAlignment(
                 model, start, base=self._base, factors=self._factors, rank=self.settings.rank, seed=self.settings.seed, cache_dir=self._cache_dir
             )
+            self.setup |= {"r_ft_left_out": self._retained.left_out}
             # Of θ_0 itself: an adapter that acts already (of a checkpoint, or begun at random) has moved the first measurement away from it.
             self._r_align = self._retained.ratio(lambda name: None).mean
         self._changes = changes

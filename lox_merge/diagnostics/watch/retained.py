@@ -19,11 +19,13 @@ from lox_merge.diagnostics.watch.changes import plain_name
 from lox_merge.errors import LoxMergeWarning, PlanError, RequestError
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.quantised import form_warnings
+from lox_merge.jobs.select import is_vocabulary
 from lox_merge.maths.gradients import wide
 from lox_merge.maths.precision import full_precision_matmul
 from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
 from lox_merge.maths.weight_changes import Change, DenseChange, squared_norm
+from lox_merge.wording import first_few
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class RetainedAlignment:
 
     Δ_align = θ_0 − W_base. base: a folder or Hub id; its files stay mapped and are read again at every measurement. factors: of
     lox-merge decompose; with a base they spare the SVD, alone they give R_ft with bounds. Embeddings and stacked experts are left out.
-    A quantised base is read as what its codes stand for, with a warning. Raises RequestError where no matrix of the model is in them, and
-    for a rank that the factors do not hold; PlanError for a quantised base in a form that is not read.
+    A quantised base is read as what its codes stand for, with a warning. left_out: linear layers that are not compared, with the reason; a
+    warning names them (such as an output head over another vocabulary). Raises RequestError where no matrix of the model is in them, for
+    other shapes, and for a rank that the factors do not hold; PlanError for a quantised base in a form that is not read.
     """
 
     def __init__(
@@ -85,16 +88,20 @@ class RetainedAlignment:
         if held is not None:
             held.require(rank)
         stored = self._base.names if self._base is not None else [name for name, part in held.matrices if not part] if held is not None else []
+        pairs = [pair for pair in _linear_weights(model, stored) if held is None or (pair[1], "") in held]
+        self.left_out = _other_vocabularies(model, pairs, self._base, held)
         self._matrices: list[_Matrix] = []
         with torch.no_grad():
-            for name, there, transposed in _linear_weights(model, stored):
-                if held is not None and (there, "") not in held:
+            for name, there, transposed in pairs:
+                if plain_name(name) in self.left_out:
                     continue
                 found = self._matrix(name, there, transposed, held, seed)
                 if found is not None:
                     self._matrices.append(found)
         if not self._matrices:
             raise RequestError("none of the model's linear layers differs from what base or factors hold: give the base that it was aligned from.")
+        if self.left_out:
+            warnings.warn(f"R_ft is without {_listed(self.left_out)}", LoxMergeWarning, stacklevel=2)
 
     @torch.no_grad()
     def ratio(self, changes: Callable[[str], Change | None]) -> Retained:
@@ -177,6 +184,36 @@ def _opened(base: str | Path, cache_dir: Path | None) -> Checkpoint:
     for message in form_warnings([found]):
         warnings.warn(message, LoxMergeWarning, stacklevel=2)
     return found
+
+
+def _other_vocabularies(model: Any, pairs: list[tuple[str, str, bool]], base: Checkpoint | None, factors: Factors | None) -> dict[str, str]:
+    """Output heads with another number of rows than in base or factors, and how many. Raises RequestError for any other difference of shapes."""
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+    other: dict[str, str] = {}
+    problems = []
+    for name, stored, _ in pairs:
+        found = {} if base is None else {"base": tuple(base.info(stored).shape)}
+        found |= {} if factors is None else {"factors": factors.matrices[stored, ""].shape}
+        for role, shape in found.items():
+            if shape == shapes[name]:
+                continue
+            difference = f"{list(shapes[name])} in the model and {list(shape)} in {role}"
+            # As in a recipe: rows of another vocabulary can't be assumed to be the same tokens.
+            if is_vocabulary(plain_name(name)) and shape[1:] == shapes[name][1:]:
+                other[plain_name(name)] = f"over another vocabulary, {difference}"
+            else:
+                problems.append(f"{plain_name(name)} is {difference}")
+    if problems:
+        raise RequestError(f"base or factors are of another model: {first_few(problems, 3)}. Give the base that the model was aligned from.")
+    return other
+
+
+def _listed(left_out: dict[str, str]) -> str:
+    """'2 linear layers: 1 over another vocabulary, … (lm_head.weight); 1 …', by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    return f"{len(left_out)} linear layer(s): " + "; ".join(f"{len(names)} {reason} ({first_few(names, 3)})" for reason, names in reasons.items())
 
 
 def _linear_weights(model: Any, stored: list[str]) -> Iterator[tuple[str, str, bool]]:
