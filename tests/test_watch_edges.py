@@ -15,6 +15,7 @@ from tiny_models import make_pair, read_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from lox_merge import AlignmentWatch
 from lox_merge.cli.decompose import decompose_command
 from lox_merge.errors import LoxMergeWarning, RequestError
 
@@ -121,3 +122,52 @@ def test_a_base_of_other_shapes_is_refused_by_name(pair: tuple[Path, Path], tmp_
     ):
         with pytest.raises(RequestError, match=message):
             train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch)
+
+
+def test_linear_layers_that_are_not_compared_are_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, aligned = pair
+    start = read_tensors(aligned)
+
+    def fewer(name: str, value: Tensor) -> dict[str, Tensor]:
+        if "o_proj" in name:  # as it was before alignment, which needs no warning
+            return {name: start[name]}
+        return {} if "layers.1.mlp" in name else {name: value * float("nan")} if "layers.0.self_attn.q" in name else {name: value}
+
+    watch = watch_of(rewritten(base, tmp_path / "base", fewer), interval=4, overhead=100)
+    absent = r"3 without a tensor of the same name in base \(model.layers.1.mlp.\w+.weight, .*\)"
+    broken = r"1 with NaN or Inf in the model or in base \(model.layers.0.self_attn.q_proj.weight\)"
+    with pytest.warns(LoxMergeWarning, match=rf"^R_ft is without 4 linear layer\(s\): {absent}; {broken}$"):
+        train(adapted(aligned), tmp_path, watch)
+    left_out = watch.setup["r_ft_left_out"]
+    assert len(left_out) == 6 and left_out["model.layers.0.self_attn.o_proj.weight"] == "that alignment left as they were"
+    names = [name for name in linear(start) if name not in left_out]
+    assert watch.history[0]["figures"][R_FT] == pytest.approx(r_ft(read_tensors(base), start, start, names), rel=1e-4)
+
+
+def test_what_factors_do_not_hold_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, aligned = pair
+    factors = tmp_path / "factors.safetensors"
+    decompose_command.main([*map(str, (base, aligned, factors)), "--rank", "6", "--exclude", "down_proj", "--device", "cpu"], standalone_mode=False)
+    for watch in (watch_of(base, factors=factors, overhead=100), watch_of(None, factors=factors, overhead=100)):
+        with pytest.warns(LoxMergeWarning, match=r"2 without a tensor of the same name in factors \(model.layers.0.mlp.down_proj.weight, .*\)$"):
+            train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch)
+
+
+def test_a_base_under_other_names_is_told_from_one_that_does_not_differ(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, aligned = pair
+    renamed = rewritten(base, tmp_path / "renamed", lambda name, value: {f"other.{name}": value})
+    broken = rewritten(base, tmp_path / "broken", lambda name, value: {name: value * float("nan")})
+    for folder, message in (
+        (renamed, r"goes by a name of base: the model has model.layers.0.* and base other.model.layers.0.* stored under the model's names"),
+        (broken, r"can be compared: without 15 linear layer\(s\): 15 with NaN or Inf"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            train(AutoModelForCausalLM.from_pretrained(aligned), tmp_path, watch_of(folder))
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}])
+def test_an_output_head_that_is_the_embedding_is_not_missed(settings: dict[str, Any], tmp_path: Path) -> None:
+    base, aligned = make_pair(tmp_path / "pair", "llama", "float32", tie_word_embeddings=True)
+    watch = AlignmentWatch(base=base, interval=4, overhead=100)
+    train(adapted(aligned, **settings), tmp_path, watch)
+    assert watch.setup["r_ft_left_out"] == {}

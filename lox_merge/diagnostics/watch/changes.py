@@ -123,6 +123,17 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
+def own_names(model: Any) -> dict[str, str]:
+    """Names of the parameters that the model has without adapters around it, by those plain names."""
+    layers = {path for path, _ in _adapter_layers(model)}
+    found = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        if all(part in ("base_layer", "original_module") for place, part in enumerate(parts) if ".".join(parts[:place]) in layers):
+            found[plain_name(name)] = name
+    return found
+
+
 def _adapter_layers(model: Any) -> list[tuple[str, Any]]:
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer

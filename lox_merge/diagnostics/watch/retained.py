@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lox_merge.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lox_merge.checkpoint.placement import place
 from lox_merge.checkpoint.quantised.view import as_quantised, quantisation_problems
-from lox_merge.diagnostics.watch.changes import plain_name
+from lox_merge.diagnostics.watch.changes import own_names, plain_name
 from lox_merge.errors import LoxMergeWarning, PlanError, RequestError
 from lox_merge.jobs.factors import Factors
 from lox_merge.jobs.quantised import form_warnings
@@ -26,6 +27,9 @@ from lox_merge.maths.spectral import truncated_svd
 from lox_merge.maths.subspace import Subspace
 from lox_merge.maths.weight_changes import Change, DenseChange, squared_norm
 from lox_merge.wording import first_few
+
+_UNCHANGED, _NOT_FINITE = "that alignment left as they were", "with NaN or Inf in the model or in base"
+_NO_TENSOR = "without a tensor of the same name in {}"
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,10 @@ class RetainedAlignment:
 
     Δ_align = θ_0 − W_base. base: a folder or Hub id; its files stay mapped and are read again at every measurement. factors: of
     lox-merge decompose; with a base they spare the SVD, alone they give R_ft with bounds. Embeddings and stacked experts are left out.
-    A quantised base is read as what its codes stand for, with a warning. left_out: linear layers that are not compared, with the reason; a
-    warning names them (such as an output head over another vocabulary). Raises RequestError where no matrix of the model is in them, for
-    other shapes, and for a rank that the factors do not hold; PlanError for a quantised base in a form that is not read.
+    A quantised base is read as what its codes stand for, with a warning. left_out: linear layers that are not compared, with the reason;
+    a warning names them (an output head over another vocabulary, what is absent or not finite), but for those that alignment did not change.
+    Raises RequestError where no matrix of the model can be compared, for other shapes, and for a rank that the factors do not hold; PlanError
+    for a quantised base in a form that is not read.
     """
 
     def __init__(
@@ -88,20 +93,29 @@ class RetainedAlignment:
         if held is not None:
             held.require(rank)
         stored = self._base.names if self._base is not None else [name for name, part in held.matrices if not part] if held is not None else []
-        pairs = [pair for pair in _linear_weights(model, stored) if held is None or (pair[1], "") in held]
-        self.left_out = _other_vocabularies(model, pairs, self._base, held)
+        pairs = list(_linear_weights(model, stored))
+        self.left_out = _absent(model, stored, pairs, "base" if self._base is not None else "factors")
+        if held is not None:
+            self.left_out |= {plain_name(name): _NO_TENSOR.format("factors") for name, there, _ in pairs if (there, "") not in held}
+            pairs = [pair for pair in pairs if (pair[1], "") in held]
+        self.left_out |= _other_vocabularies(model, pairs, self._base, held)
         self._matrices: list[_Matrix] = []
         with torch.no_grad():
             for name, there, transposed in pairs:
                 if plain_name(name) in self.left_out:
                     continue
                 found = self._matrix(name, there, transposed, held, seed)
-                if found is not None:
+                if isinstance(found, _Matrix):
                     self._matrices.append(found)
-        if not self._matrices:
+                else:
+                    self.left_out[plain_name(name)] = found
+        told = {name: reason for name, reason in self.left_out.items() if reason != _UNCHANGED}
+        if not self._matrices and not told:
             raise RequestError("none of the model's linear layers differs from what base or factors hold: give the base that it was aligned from.")
-        if self.left_out:
-            warnings.warn(f"R_ft is without {_listed(self.left_out)}", LoxMergeWarning, stacklevel=2)
+        if not self._matrices:
+            raise RequestError(f"none of the model's linear layers can be compared: without {_listed(told)}. Give the base that it was aligned from.")
+        if told:
+            warnings.warn(f"R_ft is without {_listed(told)}", LoxMergeWarning, stacklevel=2)
 
     @torch.no_grad()
     def ratio(self, changes: Callable[[str], Change | None]) -> Retained:
@@ -127,10 +141,13 @@ class RetainedAlignment:
         if self._base is not None:
             self._base.close()
 
-    def _matrix(self, name: str, stored: str, transposed: bool, factors: Factors | None, seed: int) -> _Matrix | None:
+    def _matrix(self, name: str, stored: str, transposed: bool, factors: Factors | None, seed: int) -> _Matrix | str:
+        """Why it cannot be compared where it cannot."""
         delta = self._alignment(name, stored, transposed)
-        if delta is not None and (not bool(torch.isfinite(delta).all()) or not bool(delta.any())):
-            return None
+        if delta is not None and not bool(torch.isfinite(delta).all()):
+            return _NOT_FINITE
+        if delta is not None and not bool(delta.any()):
+            return _UNCHANGED
         held = factors.subspace(stored) if factors is not None else None
         if held is not None and transposed:
             held = Subspace(held.right, held.singular_values, held.left, held.norm, held.certificate)
@@ -186,6 +203,22 @@ def _opened(base: str | Path, cache_dir: Path | None) -> Checkpoint:
     return found
 
 
+def _absent(model: Any, stored: list[str], pairs: list[tuple[str, str, bool]], role: str) -> dict[str, str]:
+    """Linear layers that none of the pairs is of, and why. Raises RequestError where there is no pair because no name is the same."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # A weight that has a second name (an output head that is the embedding) is not missed under that one.
+    had = {id(parameters[name]) for name, _, _ in pairs} | {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    absent = [plain for plain, name in own_names(model).items() if id(parameters[name]) not in had and _linear_layer(model, name) is not None]
+    if absent and stored and not pairs:
+        last = absent[0].split(".")[::-1]
+        nearest = max(stored, key=lambda name: len(list(takewhile(lambda two: two[0] == two[1], zip(last, name.split(".")[::-1], strict=False)))))
+        raise RequestError(
+            f"none of the model's linear layers goes by a name of {role}: the model has {absent[0]}, and {role} {nearest}. "
+            "Give the base that it was aligned from, stored under the model's names."
+        )
+    return dict.fromkeys(absent, _NO_TENSOR.format(role))
+
+
 def _other_vocabularies(model: Any, pairs: list[tuple[str, str, bool]], base: Checkpoint | None, factors: Factors | None) -> dict[str, str]:
     """Output heads with another number of rows than in base or factors, and how many. Raises RequestError for any other difference of shapes."""
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
@@ -217,17 +250,24 @@ def _listed(left_out: dict[str, str]) -> str:
 
 
 def _linear_weights(model: Any, stored: list[str]) -> Iterator[tuple[str, str, bool]]:
-    """(parameter's name, stored tensor's name, whether it is (d_in, d_out)) of every linear layer's weight."""
-    from transformers.pytorch_utils import Conv1D
-
+    """(parameter's name, stored tensor's name, whether it is (d_in, d_out)) of every linear layer's weight that is stored as it is."""
     names = {plain_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     for group in place(_Plain(model), stored)[0]:
         name = names.get(group.target)
         if not group.plain or name is None:
             continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        if name.endswith(".weight") and isinstance(module, (torch.nn.Linear, Conv1D)):
-            yield name, group.sources[0][0], isinstance(module, Conv1D)
+        layer = _linear_layer(model, name)
+        if layer is not None:
+            yield name, group.sources[0][0], not isinstance(layer, torch.nn.Linear)
+
+
+def _linear_layer(model: Any, name: str) -> Any:
+    """The Linear or Conv1D that a parameter is the weight of; None for any other parameter."""
+    from transformers.pytorch_utils import Conv1D
+
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    return layer if leaf == "weight" and isinstance(layer, (torch.nn.Linear, Conv1D)) else None
 
 
 class _Plain:
