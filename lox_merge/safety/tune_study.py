@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import io
 from pathlib import Path
 from typing import Any
 
+from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
+from lox_merge.jobs.atomic import write_error
 from lox_merge.jobs.recipe import Recipe
 from lox_merge.safety.tuning import TuneSpace, TuneTrial, Tuning
 from lox_merge.safety.types import AttackSuccess
 
 STUDY = "lox-merge tune"
+# How optuna begins every record of a journal.
+_BEGINNING = b'{"op_code":'
 # Keys of what a study and its trials carry beside optuna's own figures.
 IDENTITY, ALIGNED_KEY, ATTACK, FAILURE, SECONDS = "identity", "aligned", "attack", "failure", "seconds"
 
@@ -26,9 +29,10 @@ def check_tune_packages() -> None:
 
 
 def open_study(file: Path | None, identity: dict[str, Any] | None, seed: int) -> Any:
-    """The study in a file (an optuna journal), or a new one; None: in memory. identity: None takes the file's as it is.
+    """The study in a file (an optuna journal), or a new one; None: in memory. identity: None takes the file's as it is, and only reads it.
 
-    Raises RequestError for a study of other models, data or settings, and for a file that is no study.
+    A last line that was cut short by a crash is dropped. Raises RequestError for a study of other models, data or settings, and for a file
+    that is no study or has a damaged line, WriteError where the disk fails.
     """
     optuna = importlib.import_module("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -39,18 +43,24 @@ def open_study(file: Path | None, identity: dict[str, Any] | None, seed: int) ->
         if not file.resolve().parent.is_dir():
             raise RequestError(f"--study {file}: there is no folder {file.parent}. Make it first.")
         journal = importlib.import_module("optuna.storages.journal")
+        whole = _whole_length(file)
         try:
-            # optuna takes a broken only line for one that is still being written, and would append to a stranger's file.
-            with file.open("rb") if file.exists() else io.BytesIO() as there_already:
-                if b"op_code" not in (first := there_already.readline()) and first:
-                    raise ValueError("no journal")
             storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(file)))
             storage.get_all_studies()
         except Exception as error:  # whatever a file of another kind makes of its reader
             raise RequestError(f"{file.name} is not a study of lox-merge search --tune ({type(error).__name__}). Name another file.") from error
-    if identity is None and not any(found.study_name == STUDY for found in optuna.get_all_study_summaries(storage)):
+        if identity is not None and whole < file.stat().st_size:  # optuna would write its next record into the same line
+            try:
+                with file.open("r+b") as journal_file:
+                    journal_file.truncate(whole)
+            except OSError as error:
+                raise write_error(file, error) from error
+    if any(found.study_name == STUDY for found in optuna.get_all_study_summaries(storage)):
+        study = optuna.load_study(study_name=STUDY, storage=storage)
+    elif identity is None:
         raise RequestError(f"{_name(file)} holds no study of lox-merge search --tune. Name the file given as --study.")
-    study = optuna.create_study(storage=storage, study_name=STUDY, directions=["minimize", "minimize"], load_if_exists=True)
+    else:
+        study = optuna.create_study(storage=storage, study_name=STUDY, directions=["minimize", "minimize"])
     there = study.user_attrs.get(IDENTITY)
     if identity is not None and there is None:
         study.set_user_attr(IDENTITY, identity)
@@ -60,6 +70,35 @@ def open_study(file: Path | None, identity: dict[str, Any] | None, seed: int) ->
     # A sampler that began anew from one seed would propose the first trials again; numpy takes 32 bits.
     study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.trials)) % 2**32)
     return study
+
+
+def _whole_length(file: Path) -> int:
+    """How many bytes of a study's file are whole lines. Raises RequestError where one of them is no record, or the file is somebody's data.
+
+    optuna takes a broken last line for one that is still being written, and would append to a stranger's file.
+    """
+    try:
+        data = file.read_bytes() if file.exists() else b""
+    except OSError as error:
+        raise RequestError(f"{file} can't be read: {error.strerror}.") from error
+    whole = data.rfind(b"\n") + 1
+    damaged = [number for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1) if not _is_record(line)]
+    if damaged[:1] == [1] or not (whole or data.startswith(_BEGINNING[: len(data)])):
+        raise RequestError(f"{file.name} is not a study of lox-merge search --tune. Name another file; this one was left as it was.")
+    if damaged:
+        raise RequestError(
+            f"{file.name}, line {damaged[0]}, is not a record of a study. Remove that line and those after it, which build on it, "
+            "or name another file."
+        )
+    return whole
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "op_code" in record
 
 
 def read_study(file: Path) -> Tuning:
