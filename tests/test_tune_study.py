@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tune import IDENTITY, Measured
+from conftest import RunCli, run_program
+from test_tune import IDENTITY, Measured, arguments, files
 
 from lox_merge.errors import RequestError
 from lox_merge.jobs.recipe import Recipe
-from lox_merge.safety.tune_study import open_study, read_study
+from lox_merge.lab.checkpoints import ToyPair
+from lox_merge.safety.attack import AttackSettings
+from lox_merge.safety.conversations import load_conversations
+from lox_merge.safety.judges.keyword import KeywordJudge
+from lox_merge.safety.prompts import load_prompts
+from lox_merge.safety.tune_job import tune
+from lox_merge.safety.tune_study import held_study, open_study, read_study
 from lox_merge.safety.tuner import run_trials
 from lox_merge.safety.tuning import TuneSpace, Tuning
+
+__all__ = ["files"]  # a fixture
 
 SPACE = TuneSpace((1, 4), (0.5, 2.0), ("mlp",))
 
@@ -66,3 +76,56 @@ def test_files_of_others_are_left_as_they_are(tmp_path: Path, data: bytes) -> No
     with pytest.raises(RequestError, match=r"mine\.txt is not a study"):
         open_study(file, IDENTITY, 0)
     assert file.read_bytes() == data
+
+
+def test_one_process_at_a_time_goes_on_with_a_study(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    file, link = tmp_path / "s.log", tmp_path / "link.log"
+    link.symlink_to(file)
+    with held_study(file):
+        tuning = go_on(file, 2)
+        assert read_study(file) == tuning, "reading it is free"
+        before = file.read_bytes()
+        refused = run_cli(*arguments(toy_pair_seed0, files, "--study", file, "--trials", 3))
+        assert refused.returncode == 2 and "another process is writing s.log. Wait for it" in refused.stderr, refused.stderr
+        other_name = run_cli(*arguments(toy_pair_seed0, files, "--study", link))
+        assert other_name.returncode == 2 and "another process is writing" in other_name.stderr, other_name.stderr
+        assert file.read_bytes() == before
+    with held_study(file):  # given back
+        pass
+    code = """
+import os, signal, sys
+from pathlib import Path
+from lox_merge.safety.tune_study import held_study
+with held_study(Path(sys.argv[1])):
+    print("held", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = run_program(code, file)
+    assert killed.returncode == -9 and "held" in killed.stdout
+    with held_study(file):
+        assert len(go_on(file, 3).trials) == 3
+
+
+class Decomposing:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def advance(self, _count: int) -> None:
+        self._say("decomposing")
+
+
+def test_a_search_holds_its_study_from_before_it_decomposes_to_its_end(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path) -> None:
+    file, told = tmp_path / "s.log", list[str]()
+
+    def refused(work: str) -> None:
+        with pytest.raises(RequestError, match="another process is writing"), held_study(file):
+            pass
+        told.append(work)
+
+    data = (load_prompts(files / "prompts.txt"), KeywordJudge("both"), load_prompts(files / "harmless.txt"))
+    attack, settings = load_conversations(files / "attack.jsonl"), AttackSettings(steps=(1,))
+    shared: dict[str, Any] = {"trials": 1, "settings": settings, "study": file, "device": "cpu"}
+    tune(toy_pair_seed0.base, toy_pair_seed0.aligned, *data, attack, **shared, decomposing=Decomposing(refused), report=refused)
+    assert told[0] == "decomposing" and [text.split(":")[0] for text in told[-2:]] == ["aligned, attacked", "trial 0"]
+    with held_study(file):
+        assert len(read_study(file).trials) == 1

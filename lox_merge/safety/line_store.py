@@ -31,13 +31,13 @@ class LineStore:
         self.path, self._noun, self._kind = path, noun, kind
         self._header = {"format": f"lox-merge {kind} 1", **about, **(shown or {})}
         self._parts = tuple(about)
-        self._lock = FileLock(path.parent / f".{path.name}.lock", thread_local=False)
         try:
             make_folder(path.parent)
-            acquire(self._lock, timeout=0)
+            self._lock = hold(path, kind)
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
             self.lines = self._open()
-        except Timeout:
-            raise RequestError(f"another process is writing {path.name}. Wait for it, or name another file or folder for {kind}.") from None
         except IsADirectoryError:
             self.close()
             raise RequestError(f"{path} is a folder. Name a file for {kind}.") from None
@@ -113,6 +113,16 @@ class LineStore:
             file.write(b"".join(_encode(line) for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def hold(path: Path, kind: str) -> FileLock:
+    """The lock of a file, beside it, taken for this process; it goes with its owner, however that ends. Raises RequestError where another has it."""
+    lock = FileLock(path.parent / f".{path.name}.lock", thread_local=False)
+    try:
+        acquire(lock, timeout=0)
+    except Timeout:
+        raise RequestError(f"another process is writing {path.name}. Wait for it, or name another file or folder for {kind}.") from None
+    return lock
 
 
 def make_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ from lox_merge.safety.divergence import reference_log_probabilities
 from lox_merge.safety.factored import load_aligned
 from lox_merge.safety.generation import LocalModel
 from lox_merge.safety.seeds import check_seed
-from lox_merge.safety.tune_study import check_tune_packages, open_study
+from lox_merge.safety.tune_study import check_tune_packages, held_study, open_study
 from lox_merge.safety.tuner import Tuner, run_trials
 from lox_merge.safety.tuning import TuneSpace, Tuning
 from lox_merge.safety.types import Judge, PromptSet
@@ -65,9 +65,10 @@ def tune(
     """Optimises (rank, alpha) over ASR after `attack` and KL from aligned on `harmless`; see `Tuning`.
 
     settings: the attack; measured after its last step. study: a file that keeps the trials; the same request goes on from it, up
-    to `trials` finished ones in all. recipe: which matrices (its rank and alpha do not matter). factors: of this pair; without them
-    the deltas are decomposed now, once. Nothing is written beside the study. Raises RequestError before any model is loaded
-    wherever headers, data and packages can tell. Where no figure can be had from aligned: LoxMergeError.
+    to `trials` finished ones in all, in one process at a time: another one is refused. recipe: which matrices (its rank and alpha do not
+    matter). factors: of this pair; without them the deltas are decomposed now, once. Nothing is written beside the study. Raises
+    RequestError before any model is loaded wherever headers, data and packages can tell. Where no figure can be had from aligned:
+    LoxMergeError.
     """
     seed = check_seed(seed)
     space, settings, rendering = space or TuneSpace(), settings or AttackSettings(steps=(50,)), rendering or Rendering()
@@ -81,6 +82,7 @@ def tune(
         raise RequestError(f"{trials} trials measure nothing; ask for 1 or more.")
     settings = replace(settings, steps=(max(settings.steps),))
     with ExitStack() as stack:
+        stack.enter_context(held_study(study))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lox-merge-")))
         chosen = replace(recipe or Recipe(), rank=space.ranks[1], alpha=1.0, rank_pattern=(), alpha_pattern=())
         shared: dict[str, Any] = {"order_is_right": order_is_right, "base_is_right": base_is_right, "cache_dir": cache_dir}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lox_merge.checkpoint.json_text import parse_json
 from lox_merge.errors import RequestError
 from lox_merge.jobs.atomic import write_error
 from lox_merge.jobs.recipe import Recipe
+from lox_merge.safety.line_store import hold
 from lox_merge.safety.tuning import TuneSpace, TuneTrial, Tuning
 from lox_merge.safety.types import AttackSuccess
 
@@ -28,11 +31,33 @@ def check_tune_packages() -> None:
         raise RequestError(f"choosing rank and alpha needs the package optuna ({error}). Install it: pip install 'lox-merge[tune]'.") from error
 
 
+@contextmanager
+def held_study(file: Path | None) -> Iterator[None]:
+    """A study's file for this process alone, for the time of a `with` statement; others may read it. None: in memory, nothing to hold.
+
+    Raises RequestError where another process has it or its folder is not there, WriteError where the disk fails.
+    """
+    if file is None:
+        yield
+        return
+    if not file.resolve().parent.is_dir():
+        raise RequestError(f"--study {file}: there is no folder {file.parent}. Make it first.")
+    try:
+        # optuna has a lock of its own (FILE.lock) while it writes a record; this one is .FILE.lock.
+        lock = hold(file.resolve(), "the study")
+    except OSError as error:
+        raise write_error(file, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def open_study(file: Path | None, identity: dict[str, Any] | None, seed: int) -> Any:
     """The study in a file (an optuna journal), or a new one; None: in memory. identity: None takes the file's as it is, and only reads it.
 
-    A last line that was cut short by a crash is dropped. Raises RequestError for a study of other models, data or settings, and for a file
-    that is no study or has a damaged line, WriteError where the disk fails.
+    Unless it is only read, it has to be held (`held_study`); a last line that was cut short by a crash is dropped. Raises RequestError for a
+    study of other models, data or settings, and for a file that is no study or has a damaged line, WriteError where the disk fails.
     """
     optuna = importlib.import_module("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -40,8 +65,6 @@ def open_study(file: Path | None, identity: dict[str, Any] | None, seed: int) ->
     if file is not None:
         if identity is None and not file.is_file():
             raise RequestError(f"there is no study {file}. Make it: lox-merge search BASE ALIGNED --tune --study {file.name} …")
-        if not file.resolve().parent.is_dir():
-            raise RequestError(f"--study {file}: there is no folder {file.parent}. Make it first.")
         journal = importlib.import_module("optuna.storages.journal")
         whole = _whole_length(file)
         try:
