@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import RunCli, run_program
-from test_tune import IDENTITY, Measured, arguments, files
+from test_tune import IDENTITY as ASKED
+from test_tune import Measured, arguments, files
 
 from lox_merge.errors import RequestError
 from lox_merge.jobs.recipe import Recipe
@@ -24,6 +26,8 @@ from lox_merge.safety.tuning import TuneSpace, Tuning
 
 __all__ = ["files"]  # a fixture
 
+SOURCE = {"kind": "folder", "name": "model", "files": {}}
+IDENTITY = {**ASKED, "sources": {"base": SOURCE, "aligned": SOURCE}}
 SPACE = TuneSpace((1, 4), (0.5, 2.0), ("mlp",))
 
 
@@ -76,6 +80,84 @@ def test_files_of_others_are_left_as_they_are(tmp_path: Path, data: bytes) -> No
     with pytest.raises(RequestError, match=r"mine\.txt is not a study"):
         open_study(file, IDENTITY, 0)
     assert file.read_bytes() == data
+
+
+def edited(file: Path, key: str, change: Callable[[Any], Any]) -> None:
+    """Changes what the first record with this user attribute has of it."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    record = next(record for record in records if key in record.get("user_attr", {}))
+    record["user_attr"][key] = change(record["user_attr"][key])
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def without(*keys: str) -> Callable[[Any], Any]:
+    """Takes out what lies at the end of these keys."""
+
+    def change(values: Any) -> Any:
+        copy = json.loads(json.dumps(values))
+        inner = copy
+        for key in keys[:-1]:
+            inner = inner[key]
+        del inner[keys[-1]]
+        return copy
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("identity", lambda _: ["mine"], "identity: it is no object"),
+        ("identity", without("space", "groups"), r"identity\.space\.groups: missing"),
+        ("identity", lambda values: {**values, "recipe": {"rank": []}}, "rank"),
+        ("identity", without("sources", "base"), r"identity\.sources: base: missing"),
+        ("aligned", without("interval"), r"aligned\.interval: missing"),
+        ("attack", without("interval"), r"trial 0: attack\.interval: missing"),
+        ("attack", lambda _: "mine", "trial 0: attack: it is no object"),
+        ("attack", lambda values: {**values, "rate": float("nan")}, r"trial 0: attack\.rate: .* finite"),
+        ("seconds", lambda _: "soon", "trial 0: seconds: "),
+    ],
+)
+def test_figures_that_were_changed_are_said_before_anything_is_measured(tmp_path: Path, key: str, change: Any, message: str) -> None:
+    file = tmp_path / "s.log"
+    go_on(file, 1)
+    edited(file, key, change)
+    damaged = file.read_bytes()
+    with pytest.raises(RequestError, match=rf"s\.log is not as it was kept \(.*{message}"):
+        read_study(file)
+    # An object in the place of what was asked is another request first of all.
+    with pytest.raises(RequestError, match=rf"s\.log is (not as it was kept \(.*{message}|of another request \(different: (space|recipe|sources)\))"):
+        open_study(file, IDENTITY, 0)
+    assert file.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"param_name":"alpha mlp"', b'"param_name":"beta"', "trial 0: alpha mlp: missing"),
+        (b'"state":1,"values":[', b'"state":1,"values":[0.5,', "trial 0: values: "),
+        (b'"directions":[1,1]', b'"directions":[1,2]', "directions: "),
+        (b'"directions":[1,1]', b'"directions":[0,1]', "directions: "),
+        (b'"system_attrs":{', b'"system_attrs":"mine","other":{', "'str' object"),
+    ],
+)
+def test_the_same_of_what_optuna_keeps(tmp_path: Path, old: bytes, new: bytes, message: str) -> None:
+    file = tmp_path / "s.log"
+    go_on(file, 2)
+    assert old in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(old, new))
+    for opened in (lambda: open_study(file, IDENTITY, 0), lambda: read_study(file)):
+        with pytest.raises(RequestError, match=rf"s\.log is not as it was kept \(.*{message}"):
+            opened()
+
+
+def test_a_study_that_was_just_begun_is_gone_on_from(tmp_path: Path) -> None:
+    file = tmp_path / "s.log"
+    go_on(file, 1)
+    file.write_bytes(file.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(RequestError, match="interrupted before the aligned model was measured"):
+        read_study(file)
+    assert len(go_on(file, 1).trials) == 1
 
 
 def test_one_process_at_a_time_goes_on_with_a_study(toy_pair_seed0: ToyPair, files: Path, tmp_path: Path, run_cli: RunCli) -> None:

@@ -298,6 +298,11 @@ def factors_damage(document: dict[str, Any]) -> str | None:
     return _damage(_Factors, document)
 
 
+def sources_damage(sources: Any) -> str | None:
+    """The same of sources alone, as a study keeps them."""
+    return _damage(_Sources, sources)
+
+
 def record_damage(record: dict[str, Any]) -> str | None:
     """The same of the record of a finished shard, or of a piece of factors."""
     return _damage(_PieceRecord if "skipped" in record else _ShardRecord, record)
