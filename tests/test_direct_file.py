@@ -39,6 +39,13 @@ def _takes_direct_writes(folder: Path) -> bool:
     return file_system(folder) in LOCAL_FILE_SYSTEMS
 
 
+def _check_filled(path: Path) -> None:
+    with DirectFile(path) as file:
+        file.write(_FILLING, 0)
+        file.flush()
+    assert path.read_bytes() == _FILLING
+
+
 @settings(max_examples=60, deadline=None)
 @given(size=_CUTS, cuts=st.sets(_CUTS, max_size=8), order=st.randoms(use_true_random=False), direct=st.booleans())
 def test_pieces_in_any_order_make_the_file(size: int, cuts: set[int], order: random.Random, direct: bool) -> None:
@@ -103,10 +110,7 @@ def test_a_system_that_does_not_say_what_is_mounted(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(psutil, "disk_partitions", partitions)
     assert file_system(tmp_path) == ""
-    with DirectFile(tmp_path / "file") as file:
-        file.write(_FILLING, 0)
-        file.flush()
-    assert (tmp_path / "file").read_bytes() == _FILLING
+    _check_filled(tmp_path / "file")
 
 
 def test_a_file_system_that_takes_no_direct_write_after_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,19 +122,13 @@ def test_a_file_system_that_takes_no_direct_write_after_all(tmp_path: Path, monk
         return real(descriptor, data, place)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with DirectFile(tmp_path / "file") as file:
-        file.write(_FILLING, 0)
-        file.flush()
-    assert (tmp_path / "file").read_bytes() == _FILLING
+    _check_filled(tmp_path / "file")
 
 
 def test_a_write_that_the_disk_takes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, place: real(descriptor, data[: 2 * BLOCK], place))
-    with DirectFile(tmp_path / "file") as file:
-        file.write(_FILLING, 0)
-        file.flush()
-    assert (tmp_path / "file").read_bytes() == _FILLING
+    _check_filled(tmp_path / "file")
 
 
 def test_other_errors_are_raised(tmp_path: Path) -> None:
