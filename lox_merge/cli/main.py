@@ -6,15 +6,17 @@ import gc
 import importlib
 import io
 import os
-import signal
 import sys
+import traceback
 import warnings
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import click
 
 from lox_merge._version import __version__
-from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning
+from lox_merge.cli.signals import interrupted_between_imports
+from lox_merge.errors import Interrupted, LoxMergeError, LoxMergeWarning, RequestError
 
 # Command name: module and attribute. Modules are imported when their help or their work is asked for.
 _COMMANDS = {
@@ -105,8 +107,30 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         click.echo(f"warning: {message}", err=True)
 
 
-def _terminated(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
+def _open_streams() -> None:
+    """Something behind every standard stream: a file that is opened later would else have the number of a closed one, and be written to by
+    libraries that complain."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+
+
+def _check_folder() -> None:
+    """Raises RequestError where the current folder was removed: names are looked up from it, by libraries too, which end the process."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise RequestError("the current folder is not there any more. Change to another one.") from error
+
+
+def _is_of_what_is_shown(error: OSError) -> bool:
+    """Whether it comes from what writes to the terminal: a full disk behind standard output says nothing else of itself."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in ("click", "rich")
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -117,6 +141,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. Errors of this package are printed without a traceback; their class decides the exit code."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that knows no Greek letters gets question marks for them: what was worked for hours must not end in an error.
@@ -126,10 +151,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not sys.stderr.isatty():
         # Bars of libraries would fill a log. Some are asked for by name (disable=False), but none is shown before its delay has passed.
         os.environ.setdefault("TQDM_DELAY", "1e9")
-    # A scheduler's SIGTERM leaves the same resumable state as Ctrl-C.
-    signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = cli.main(args=arguments, standalone_mode=False)
+        _check_folder()
+        # A scheduler's SIGTERM leaves the same resumable state as Ctrl-C.
+        with interrupted_between_imports():
+            code = cli.main(args=arguments, standalone_mode=False)
     except LoxMergeError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -140,7 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo("error: interrupted", err=True)
         sys.exit(Interrupted.exit_code)
     except OSError as error:  # a disk or a permission that no check foresaw
-        click.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
+        what = "standard output can't be written: " if _is_of_what_is_shown(error) else ""
+        click.echo(f"error: {what}{error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
         sys.exit(LoxMergeError.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):

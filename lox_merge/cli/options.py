@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from lox_merge.checkpoint.dtypes import OUTPUT_DTYPES
-from lox_merge.errors import RecipeError
+from lox_merge.errors import RecipeError, RequestError
 from lox_merge.home_paths import expanded
 from lox_merge.safety.seeds import HIGHEST_SEED
 
@@ -86,6 +87,8 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any, **options: Any) -> Any:
         if options["json_file"] in _STANDARD_OUTPUT:  # opened anew it would have a place of its own in a file, and the table another
             options["json_file"] = "-"
+        if options["json_file"] == "-" and sys.stdout is None:
+            raise RequestError("--json -: standard output is closed. Name a file, or leave it open.")
         if options["json_file"] not in (None, "-"):
             from lox_merge.cli.json_file import check_json_file
 

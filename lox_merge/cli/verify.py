@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lox_merge.cli.options import cache_option, device_option, json_option, seed_option
 from lox_merge.cli.start import import_torch
-from lox_merge.errors import RequestError
+from lox_merge.errors import RequestError, WriteError
+
+if TYPE_CHECKING:
+    from lox_merge.jobs.verify import Verification
 
 
 @click.command("verify", short_help="Check a hardened model against its manifest and its sources.")
@@ -70,11 +74,22 @@ def verify_command(
             cache_dir=cache_dir,
             progress=progress,
         )
-    if json_file:
-        write_json(json_file, result.to_json(), left="The check itself was finished; --json - writes its result to standard output.")
+    failure: WriteError | None = None
+    try:
+        if json_file:
+            write_json(json_file, result.to_json(), left="The check itself was finished; --json - writes its result to standard output.")
+    except WriteError as error:
+        failure = error  # told last, and no reason to keep the verdict
+    if result.problems and failure:
+        click.echo(f"error: {failure}", err=True)
     raise_for_problems(result)
-    if json_file == "-":
-        return
+    if json_file != "-":
+        _show(result)
+    if failure:
+        raise failure
+
+
+def _show(result: Verification) -> None:
     click.echo(f"{result.output}: {result.files} files and {result.tensors} tensors are what the manifest says.")
     if result.sources_checked:
         click.echo(f"{result.tensors_recomputed} tensors made again from the sources: equal.")
