@@ -56,6 +56,25 @@ main(["slow"])
     assert done.exists() and time.monotonic() - started < 20
 
 
+def test_an_import_that_led_to_the_command_does_not_count(tmp_path: Path) -> None:
+    """A script may call the command line where it is imported."""
+    (tmp_path / "script.py").write_text("""
+import os, signal, time
+from lox_merge.cli import main as module
+
+def slow():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+module.LazyGroup.get_command = lambda self, ctx, name: module.click.Command("slow", callback=slow)
+module.main(["slow"])
+""")
+    started = time.monotonic()
+    ended = run_program(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport script")
+    assert ended.returncode == 1 and ended.stderr == INTERRUPTED, ended.stderr
+    assert time.monotonic() - started < 20
+
+
 def test_a_second_ctrl_c_does_not_wait_for_an_import(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     (tmp_path / "prompts.txt").write_text("x\n")

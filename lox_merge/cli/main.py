@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _check_folder()
         # A scheduler's SIGTERM leaves the same resumable state as Ctrl-C.
-        with interrupted_between_imports():
+        with interrupted_between_imports(sys._getframe()):
             code = cli.main(args=arguments, standalone_mode=False)
     except LoxMergeError as error:
         click.echo(f"error: {error}", err=True)

@@ -7,7 +7,6 @@ interrupt or ends the process.
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -65,12 +64,14 @@ def between_imports() -> None:
 
 
 @contextmanager
-def interrupted_between_imports() -> Iterator[None]:
-    """For the work of a command, in the main thread. A SIGINT that is ignored (as under nohup) stays so. Raises KeyboardInterrupt."""
-    interrupter = _Interrupter(sys._getframe())
-    signal.signal(signal.SIGTERM, interrupter.signalled)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupter.signalled)
+def interrupted_between_imports(top: FrameType) -> Iterator[None]:
+    """For the work of a command, in the main thread. top: the frame that begins it. A SIGINT that is ignored (as under nohup) stays so.
+
+    Raises KeyboardInterrupt.
+    """
+    interrupter = _Interrupter(top)
+    numbers = [signal.SIGTERM] + [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    before = {number: signal.signal(number, interrupter.signalled) for number in numbers}
     _CURRENT.append(interrupter)
     try:
         yield
@@ -78,3 +79,5 @@ def interrupted_between_imports() -> Iterator[None]:
     finally:
         interrupter.settle()
         _CURRENT.remove(interrupter)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -27,7 +27,7 @@ def edit_difference(
     written, expected: of one dtype. before: the same without the edit. unrounded: gives what is expected in float32.
     tolerance, rounding: the recipe's.
     """
-    if not written.dtype.itemsize < 4:  # an edit in float32 keeps the error of its SVD
+    if written.dtype.itemsize >= 4:  # an edit in float32 keeps the error of its SVD
         near = bool(_within(written, expected, 1e-5 * _largest(expected)).all())
         return "" if near else copy_difference(written, expected)
     exact = unrounded()
